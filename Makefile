@@ -1,0 +1,47 @@
+# Every target sets up what it needs; none hides a failure.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# One thread per process: with the spin-waiting of OpenMP, two busy processes on two cores starve each other.
+export OMP_NUM_THREADS ?= 1
+export WANDB_MODE ?= offline
+
+.PHONY: help install demo test check format bench clean
+
+help:
+	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
+	@echo "make test    run the test suite           make check   lint, types and tests"
+	@echo "make bench   run the benchmarks           make format  format the code"
+	@echo "make clean   remove what the other targets made"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/python experiments/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python experiments/benchmarks/pair_loss.py
+	$(BIN)/python experiments/benchmarks/retrieval.py
+
+clean:
+	rm -rf $(VENV) runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

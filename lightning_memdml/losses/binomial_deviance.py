@@ -1,0 +1,58 @@
+"""The binomial deviance loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.checks import check_positive
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import softplus
+
+
+class BinomialDevianceLoss(PairLoss):
+    r"""Soft contrastive loss: every pair pays the logarithm of how far it is on the wrong side.
+
+    .. math:: l_i = \frac{1}{|P_i|} \sum_{j \in P_i} \log(1 + e^{\alpha (\lambda - s_{ij})})
+              + \frac{1}{|N_i|} \sum_{j \in N_i} \log(1 + e^{\beta (s_{ij} - \lambda)})
+
+    .. math:: w^+ = \frac{\alpha}{|P_i|} \sigma(\alpha (\lambda - s)), \qquad
+              w^- = \frac{\beta}{|N_i|} \sigma(\beta (s - \lambda))
+
+    Denominator: averaged over each side's pairs, then over the B anchors.
+
+    Args:
+        alpha: Scale of the positives, above 0.
+        beta: Scale of the negatives, above 0.
+        base: The similarity :math:`\lambda` that separates the sides.
+
+    References:
+        Yi et al. 2014, arXiv 1407.4979.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> BinomialDevianceLoss()(x, torch.tensor([0, 0, 1]))
+        tensor(19.3988)
+    """
+
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
+        super().__init__()
+        self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
+        self.base = base
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Return logistic weights and their integral."""
+        logits = self.beta * (similarity - self.base)
+        return self.beta * torch.sigmoid(logits), softplus(logits)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Add the positives and take both means."""
+        logits = self.alpha * (self.base - similarity)
+        per_positive = 1 / mask.sum(dim=1, keepdim=True).clamp_min(1).to(similarity.dtype)
+        per_negative = 1 / negatives.count.clamp_min(1).to(similarity.dtype)
+        positives = torch.where(mask, softplus(logits), 0.0).sum(dim=1) * per_positive[:, 0]
+        weights = self.alpha * torch.sigmoid(logits) * per_positive
+        return AnchorTerms(positives + per_negative * negatives.total, weights, per_negative)

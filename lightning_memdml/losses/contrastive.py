@@ -1,0 +1,56 @@
+"""The contrastive loss: the plain rule that a memory needs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_memdml.losses.checks import check_similarity
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+
+
+class ContrastiveLoss(PairLoss):
+    r"""Pulls every positive, pushes the negatives that are closer than a margin, all with weight 1.
+
+    .. math:: l_i = \sum_{j \in P_i} (1 - s_{ij}) + \sum_{j \in N_i,\, s_{ij} > m} s_{ij}, \qquad
+              w^+ = 1, \quad w^- = \mathbb{1}[s > m]
+
+    The value counts a negative as :math:`s`, not :math:`s - m`, so it jumps at the margin; the gradient is the same.
+
+    Denominator: summed over pairs, averaged over the B anchors.
+
+    Args:
+        margin: Cosine similarity in [-1, 1] above which a negative is pushed. A memory of drifting embeddings often
+            wants a higher margin than the batch (0.7 against 0.5).
+
+    Raises:
+        ValueError: If ``margin`` is outside [-1, 1].
+
+    References:
+        Similarity form of Hadsell et al. 2006, as used with a memory by Wang et al. 2020, arXiv 1912.06798.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> ContrastiveLoss(margin=0.5)(x, torch.tensor([0, 0, 1]))  # (0.4 + 0.8 + 0.4 + 0.96 + 0.8 + 0.96) / 3
+        tensor(1.4400)
+    """
+
+    def __init__(self, margin: float = 0.5) -> None:
+        super().__init__()
+        self.margin = check_similarity("margin", margin)
+
+    def negative_cut(self, context: Context) -> float:
+        """Return the margin."""
+        return self.margin
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+        """Weigh 1 above the margin."""
+        return (similarity > self.margin).to(similarity.dtype), None
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Add the positives, each with weight 1."""
+        weights = mask.to(similarity.dtype)
+        value = (weights * (1 - similarity)).sum(dim=1) + negatives.weighted
+        return AnchorTerms(value, weights, weights.new_ones(weights.shape[0]))

@@ -1,0 +1,83 @@
+"""Direct weight assignment: the paper's tool. The weights are given outright."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.weights import Constant, Threshold, WeightFunction
+
+Weight = WeightFunction | Callable[[Tensor], Any]
+
+
+class DirectWeightLoss(PairLoss):
+    r"""Weighs positives and negatives by functions of their similarity, given outright.
+
+    .. math:: l_i = \sum_{j \in P_i} \bar f(s_{ij}) (1 - s_{ij}) + \sum_{j \in N_i} \bar g(s_{ij}) s_{ij}, \qquad
+              w^+ = f(s), \quad w^- = g(s)
+
+    The bar holds the weights constant, so the gradient is exactly the assigned weights. Without arguments it is the
+    contrastive loss with margin 0.5.
+
+    Denominator: summed over pairs, averaged over the B anchors. With ``normalize="sum"`` the weights of each side
+    sum to 1 for every anchor that has any.
+
+    Args:
+        positive: Weight of a positive as a function of its similarity: a :class:`WeightFunction`, or any function
+            that maps a tensor of similarities to weights of the same shape. Default: all 1.
+        negative: The same for negatives. Default: 1 above 0.5.
+        normalize: ``None``, or ``"sum"`` to divide each side's weights by their sum over the anchor's row.
+
+    References:
+        Zhang et al. 2021, arXiv 2103.14003 (direct weight assignment).
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from lightning_memdml import DirectWeightLoss, Exponential
+        >>> loss = DirectWeightLoss(positive=lambda s: 1 - s, negative=Exponential(scale=10))
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> loss(x, torch.tensor([0, 0, 1]))
+        tensor(0.6079)
+    """
+
+    def __init__(
+        self,
+        positive: Weight | None = None,
+        negative: Weight | None = None,
+        normalize: Literal["sum"] | None = None,
+    ) -> None:
+        super().__init__()
+        if normalize not in (None, "sum"):
+            raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}.')
+        self.positive = Constant() if positive is None else positive
+        self.negative = Threshold(0.5) if negative is None else negative
+        self.normalize = normalize
+
+    def negative_cut(self, context: Context) -> float:
+        """Return the similarity below which the negative weight function is 0."""
+        return getattr(self.negative, "cut", -torch.inf)
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """Apply the negative weight function."""
+        weights = self.negative(similarity)
+        return weights, weights.clone() if self.normalize else None
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Apply the positive weight function, and the normalisation."""
+        weights = torch.where(mask, self.positive(similarity), 0.0)
+        scale = torch.ones_like(negatives.weighted)
+        if self.normalize:
+            weights = weights * _inverse_or_zero(weights.sum(dim=1, keepdim=True))
+            scale = _inverse_or_zero(negatives.total)
+        value = (weights * (1 - similarity)).sum(dim=1) + scale * negatives.weighted
+        return AnchorTerms(value, weights, scale)
+
+
+def _inverse_or_zero(total: Tensor) -> Tensor:
+    return torch.where(total > 0, 1 / total, 0.0)

@@ -1,0 +1,72 @@
+"""Positive weights of one loss with the negative weights of another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+
+
+class HybridLoss(PairLoss):
+    r"""Takes :math:`w^+` from one loss and :math:`w^-` from another, each with its own dependence on the whole row.
+
+    .. math:: l_i = \sum_{j \in P_i} \bar w^+_{ij} (1 - s_{ij}) + \sum_{j \in N_i} \bar w^-_{ij} s_{ij}
+
+    The bar holds the weights constant. The gradient is the assigned weights; the value is that of
+    :class:`DirectWeightLoss`, since half a loss has no value of its own.
+
+    Denominator: summed over pairs, averaged over the B anchors.
+
+    Args:
+        positive: The loss that weighs the positives.
+        negative: The loss that weighs the negatives.
+
+    References:
+        Zhang et al. 2021, arXiv 2103.14003 (decomposition of pair losses).
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from lightning_memdml import ContrastiveLoss, MultiSimilarityLoss
+        >>> loss = HybridLoss(positive=ContrastiveLoss(), negative=MultiSimilarityLoss(epsilon=None))
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> positive, negative = loss.pair_weights(x, torch.tensor([0, 0, 1]))
+        >>> positive
+        tensor([[0., 1., 0.],
+                [1., 0., 0.],
+                [0., 0., 0.]])
+    """
+
+    def __init__(self, positive: PairLoss, negative: PairLoss) -> None:
+        super().__init__()
+        for name, loss in (("positive", positive), ("negative", negative)):
+            if not isinstance(loss, PairLoss) or isinstance(loss, HybridLoss):
+                raise TypeError(
+                    f"Expected `{name}` to be a PairLoss other than HybridLoss but got {type(loss)}."
+                )
+        self.positive, self.negative = positive, negative
+
+    @property
+    def parts(self) -> tuple[PairLoss, ...]:
+        """The loss of the negatives first, since it gives their weights."""
+        return (self.negative, self.positive)
+
+    def finish(
+        self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
+    ) -> AnchorTerms:
+        """Join the two halves."""
+        negative = self.negative.combine(similarity, mask, contexts[0], totals[0])
+        positive = self.positive.combine(similarity, mask, contexts[1], totals[1])
+        weights = torch.where(mask, positive.positive_weights, 0.0)
+        value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_scale * totals[0].weighted
+        return AnchorTerms(value, weights, negative.negative_scale)
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """Return the terms of the negative loss."""
+        return self.negative.negative_terms(similarity, context)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Return the terms of the positive loss."""
+        return self.positive.combine(similarity, mask, context, negatives)

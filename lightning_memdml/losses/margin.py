@@ -1,0 +1,75 @@
+"""The margin loss on distances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+
+LEAST_SQUARED_DISTANCE = (
+    1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
+)
+
+
+class MarginLoss(PairLoss):
+    r"""Asks positives to be nearer, and negatives farther, than a boundary distance, by a margin.
+
+    .. math:: l_i = \sum_{j \in P_i} [d_{ij} - \beta + m]_+ + \sum_{j \in N_i} [\beta + m - d_{ij}]_+, \qquad
+              d = \sqrt{2 - 2s}
+
+    .. math:: w^+ = \mathbb{1}[d > \beta - m] / d, \qquad w^- = \mathbb{1}[d < \beta + m] / d
+
+    The boundary is fixed, not learned. Distances below 0.001 count as 0.001, which bounds the weights.
+
+    Denominator: summed over pairs, averaged over the B anchors.
+
+    Args:
+        margin: Half width of the zone around the boundary, at least 0, a Euclidean distance.
+        beta: The boundary, a Euclidean distance between unit vectors, in (0, 2).
+
+    Raises:
+        ValueError: If ``margin`` or ``beta`` is out of range.
+
+    References:
+        Wu et al. 2017, arXiv 1706.07567.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> MarginLoss()(x, torch.tensor([0, 0, 1]))
+        tensor(1.2565)
+    """
+
+    def __init__(self, margin: float = 0.2, beta: float = 1.2) -> None:
+        super().__init__()
+        if margin < 0:
+            raise ValueError(f"Expected `margin` of at least 0 but got {margin}.")
+        if not 0 < beta < 2:
+            raise ValueError(f"Expected `beta` to be a distance in (0, 2) but got {beta}.")
+        self.margin, self.beta = margin, beta
+
+    def negative_cut(self, context: Context) -> float:
+        """Return the similarity at the outer distance."""
+        # A shade below the exact edge: a pair on it has no weight, and rounding must not cut one that has.
+        return 1 - (self.beta + self.margin) ** 2 / 2 - 1e-6
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Return inverse distances inside the outer distance."""
+        distance = _distance(similarity)
+        excess = self.beta + self.margin - distance
+        return torch.where(excess > 0, 1 / distance, 0.0), excess.clamp_min(0)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Add the positives outside the inner distance."""
+        distance = _distance(similarity)
+        excess = torch.where(mask, distance - self.beta + self.margin, 0.0).clamp_min(0)
+        weights = torch.where(excess > 0, 1 / distance, 0.0)
+        value = excess.sum(dim=1) + negatives.total
+        return AnchorTerms(value, weights, torch.ones_like(value))
+
+
+def _distance(similarity: Tensor) -> Tensor:
+    return (2 - 2 * similarity).clamp_min(LEAST_SQUARED_DISTANCE).sqrt()

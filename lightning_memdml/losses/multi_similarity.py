@@ -1,0 +1,83 @@
+"""The multi-similarity loss and its mining."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.checks import check_positive
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import masked_logsumexp, row_max, softplus
+
+
+class MultiSimilarityLoss(PairLoss):
+    r"""Weighs each pair by its own similarity and by the similarities of the anchor's other pairs.
+
+    .. math:: l_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
+              + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (s_{ij} - \lambda)}\Big)
+
+    .. math:: w^+_{ij} = \frac{e^{-\alpha (s_{ij} - \lambda)}}{1 + \sum_{P_i} e^{-\alpha (s - \lambda)}}, \qquad
+              w^-_{ij} = \frac{e^{\beta (s_{ij} - \lambda)}}{1 + \sum_{N_i} e^{\beta (s - \lambda)}}
+
+    With mining (:math:`\epsilon` given) both sums keep only pairs that are hard relative to the other side:
+    negatives with :math:`s + \epsilon > \min_{P_i} s`, positives with :math:`s - \epsilon < \max_{N_i} s`; an anchor
+    without positives then mines no negatives, and the reverse.
+
+    Denominator: averaged over the B anchors, those without mined pairs included. The weights of each side sum to less
+    than 1 however large the memory.
+
+    Args:
+        alpha: Scale of the positives, above 0.
+        beta: Scale of the negatives, above 0.
+        base: The similarity :math:`\lambda` that separates the sides.
+        epsilon: Width of the mining; ``None`` takes all pairs.
+
+    References:
+        Wang et al. 2019, arXiv 1904.06627.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> MultiSimilarityLoss()(x, torch.tensor([0, 0, 1]))
+        tensor(0.4527)
+    """
+
+    exponential = True
+    needs_hardest = True
+
+    def __init__(
+        self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
+        self.base, self.epsilon = base, epsilon
+
+    def context(self, similarity: Tensor, mask: Tensor) -> Context:
+        """State the similarity that a negative must exceed to be mined, ``(B,)``."""
+        if self.epsilon is None:
+            return ()
+        least = -row_max((-similarity).masked_fill(~mask, -torch.inf))
+        return (least - self.epsilon,)
+
+    def negative_cut(self, context: Context) -> Tensor | float:
+        """Return the mining threshold."""
+        return context[0] if context else -torch.inf
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+        """Return the logits of the negatives, ``-inf`` where not mined."""
+        logits = self.beta * (similarity - self.base)
+        if context:
+            logits.masked_fill_(similarity <= context[0][:, None], -torch.inf)
+        return logits, None
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Mine and weigh the positives, and bound both sides."""
+        if self.epsilon is not None:
+            mask = mask & (similarity - self.epsilon < negatives.hardest[:, None])
+        logits = -self.alpha * (similarity - self.base)
+        positives = softplus(masked_logsumexp(logits, mask))
+        value = positives / self.alpha + softplus(negatives.total) / self.beta
+        weights = torch.where(mask, torch.exp(logits - positives[:, None]), 0.0)
+        return AnchorTerms(value, weights, torch.sigmoid(negatives.total))

@@ -1,0 +1,142 @@
+"""The softmax family: InfoNCE, SupCon and NCA differ in how they treat several positives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.checks import check_positive
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax, softplus
+
+
+class _SoftmaxLoss(PairLoss):
+    """What the three share: the negatives enter as a softmax at one temperature."""
+
+    exponential = True
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = check_positive("temperature", temperature)
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+        """Return the logits of the negatives."""
+        return similarity / self.temperature, None
+
+
+class InfoNCELoss(_SoftmaxLoss):
+    r"""Picks each positive out of all negatives, one cross-entropy per positive.
+
+    .. math:: l_i = \sum_{p \in P_i} -\log q_p, \qquad
+              q_p = \frac{e^{s_{ip}/t}}{e^{s_{ip}/t} + \sum_{n \in N_i} e^{s_{in}/t}}
+
+    .. math:: w^+_{ip} = (1 - q_p)/t, \qquad
+              w^-_{in} = \frac1t \sum_{p \in P_i} \frac{e^{s_{in}/t}}{e^{s_{ip}/t} + \sum_{N_i} e^{s/t}}
+
+    Denominator: summed over positives, averaged over the B anchors.
+
+    Args:
+        temperature: The temperature :math:`t`, above 0.
+
+    References:
+        van den Oord et al. 2018, arXiv 1807.03748; Sohn 2016 (N-pair).
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> InfoNCELoss()(x, torch.tensor([0, 0, 1]))
+        tensor(2.6872)
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__(temperature)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Sum one cross-entropy per positive."""
+        behind = negatives.total[:, None] - similarity / self.temperature
+        miss = torch.where(mask, torch.sigmoid(behind), 0.0) / self.temperature  # (1 - q) / t
+        value = torch.where(mask, softplus(behind), 0.0).sum(dim=1)
+        return AnchorTerms(value, miss, miss.sum(dim=1))
+
+
+class SupConLoss(_SoftmaxLoss):
+    r"""Spreads the softmax over all references evenly over the positives.
+
+    .. math:: l_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \log \pi_p, \qquad
+              \pi_j = \frac{e^{s_{ij}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+
+    .. math:: w^+_{ip} = \big(1/|P_i| - \pi_p\big)/t, \qquad w^-_{in} = \pi_n/t
+
+    The weight of an easy positive, with :math:`\pi_p > 1/|P_i|`, is negative. An anchor without positives gives 0.
+
+    Denominator: averaged over the positives, then over the B anchors.
+
+    Args:
+        temperature: The temperature :math:`t`, above 0.
+
+    References:
+        Khosla et al. 2020, arXiv 2004.11362 (the form with the sum outside the logarithm).
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> SupConLoss()(x, torch.tensor([0, 0, 1]))
+        tensor(1.9180)
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__(temperature)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Compare the softmax with an even spread over the positives."""
+        logits = similarity / self.temperature
+        everyone = torch.logaddexp(masked_logsumexp(logits, mask), negatives.total)
+        positives = mask.sum(dim=1).to(logits.dtype)
+        spread = torch.where(mask, 1 / positives.clamp_min(1)[:, None], 0.0)
+        has_positive = positives > 0
+        value = torch.where(has_positive, everyone - (spread * logits).sum(dim=1), 0.0)
+        probability = torch.where(mask, torch.exp(logits - everyone[:, None]), 0.0)
+        scale = torch.where(has_positive, torch.exp(negatives.total - everyone), 0.0) / self.temperature
+        return AnchorTerms(value, (spread - probability) / self.temperature, scale)
+
+
+class NCALoss(_SoftmaxLoss):
+    r"""Maximises the softmax mass that falls on the positives together.
+
+    .. math:: l_i = -\log \frac{\sum_{p \in P_i} e^{s_{ip}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+
+    .. math:: w^+_{ip} = \frac{\pi_N}{t}\, \mathrm{softmax}_{P_i}(s/t), \qquad
+              w^-_{in} = \frac{\pi_N}{t}\, \mathrm{softmax}_{N_i}(s/t)
+
+    with :math:`\pi_N` the mass on the negatives. An anchor without positives gives 0.
+
+    Denominator: averaged over the B anchors.
+
+    Args:
+        temperature: The temperature :math:`t`, above 0.
+
+    References:
+        Goldberger et al. 2004; with temperature and cosine similarity, Wu et al. 2018, arXiv 1808.04699.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
+        >>> NCALoss()(x, torch.tensor([0, 0, 1]))
+        tensor(1.9180)
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__(temperature)
+
+    def combine(
+        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
+    ) -> AnchorTerms:
+        """Compare the mass of the two sides."""
+        logits = similarity / self.temperature
+        behind = torch.where(mask.any(dim=1), negatives.total - masked_logsumexp(logits, mask), -torch.inf)
+        scale = torch.sigmoid(behind) / self.temperature
+        return AnchorTerms(softplus(behind), scale[:, None] * masked_softmax(logits, mask), scale)

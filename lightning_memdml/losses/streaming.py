@@ -1,0 +1,285 @@
+"""Evaluates any pair loss against many references, block by block, and forms the gradient on the way.
+
+For each block of references one matrix product gives the similarities, the loss turns them into weights in place,
+and a second product adds ``weights @ block`` to the gradient. Only ``B x D`` numbers outlive a block.
+
+Two observations make this as fast as the two bare products:
+
+- Everything irregular is in few columns. The references that share a class (or an image) with the batch are found
+  through a table of hashed labels and taken out: there, positives, negatives and left-out pairs are told apart by
+  masks. Every other column holds negatives only, so the stream needs no mask at all.
+- A loss that says below which similarity a negative has no weight (:meth:`PairLoss.negative_cut`) lets the columns
+  that no anchor reaches skip the second product and all element-wise work. With a trained network that is nearly
+  all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_memdml.losses.masks import pair_masks
+from lightning_memdml.losses.rows import row_max
+
+if TYPE_CHECKING:
+    from lightning_memdml.losses.pair_loss import Context, PairLoss
+
+Drop = Callable[[Tensor, float], Tensor]
+
+BLOCK_ELEMENTS = 1 << 19  # similarities per block: 2 MiB in fp32 stay in the second-level cache
+HASH_SIZE = 1 << 16
+SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
+
+
+class NegativeTotals(NamedTuple):
+    """What a loss is told about the negatives of each anchor, every field of shape ``(B,)`` unless said.
+
+    Attributes:
+        count: Number of negatives.
+        total: Sum of the values of the terms; for an exponential loss the log-sum-exp of the logits (``-inf``
+            without negatives).
+        weighted: Sum of weight times similarity; for an exponential loss with the softmax as weights.
+        hardest: Largest similarity among the negatives with weight (``-inf`` without any); only where the loss
+            asks for it.
+        per_positive: Sums for each positive, ``(B, K)``; only where the loss defines them.
+    """
+
+    count: Tensor
+    total: Tensor
+    weighted: Tensor
+    hardest: Tensor | None
+    per_positive: Tensor | None
+
+
+class _Negatives:
+    """Running totals, and the running gradient ``weights @ references``, of one loss over blocks of negatives."""
+
+    def __init__(self, loss: PairLoss, context: Context, anchors: Tensor) -> None:
+        self.loss, self.context, self.anchors = loss, context, anchors
+        rows = anchors.shape[0]
+        self.total = anchors.new_zeros(rows)
+        self.shift = anchors.new_full((rows,), torch.finfo(anchors.dtype).min)  # largest logit so far
+        self.gradient = torch.zeros_like(anchors)
+        self.hardest = anchors.new_full((rows,), -torch.inf) if loss.needs_hardest else None
+        self.per_positive: Tensor | None = None
+
+    def add(self, similarity: Tensor, references: Tensor, drop: Drop | None = None) -> None:
+        """Add a block; ``similarity`` is overwritten. ``drop`` fills the pairs that are no negatives."""
+        if drop is not None:
+            drop(similarity, -torch.inf)
+        if self.hardest is not None:
+            torch.maximum(self.hardest, row_max(similarity), out=self.hardest)
+        per_positive = self.loss.per_positive_terms(similarity, self.context)
+        if per_positive is not None:
+            self.per_positive = (
+                per_positive if self.per_positive is None else self.per_positive.add_(per_positive)
+            )
+        if drop is not None:  # a finite stand-in: a weight function need not bear -inf
+            drop(similarity, -1.0)
+        weights, values = self.loss.negative_terms(similarity, self.context)
+        if self.loss.exponential:
+            self._add_exponential(weights, values, references, drop)
+        else:
+            self._add_curve(weights, values, references, drop)
+
+    def _add_curve(
+        self, weights: Tensor, values: Tensor | None, references: Tensor, drop: Drop | None
+    ) -> None:
+        if drop is not None:
+            drop(weights, 0.0)
+        if values is not None:
+            if drop is not None:
+                drop(values, 0.0)
+            self.total.add_(values.sum(dim=1))
+        self.gradient.addmm_(weights, references)
+
+    def _add_exponential(
+        self, logits: Tensor, factor: Tensor | None, references: Tensor, drop: Drop | None
+    ) -> None:
+        if drop is not None:
+            drop(logits, -torch.inf)
+        shift = torch.maximum(self.shift, row_max(logits))
+        rescale = torch.exp(self.shift - shift)
+        weights = logits.sub_(shift[:, None]).exp_()
+        self.total.mul_(rescale).add_(weights.sum(dim=1))
+        self.gradient.mul_(rescale[:, None]).addmm_(
+            weights if factor is None else weights.mul_(factor), references
+        )
+        self.shift = shift
+
+    def totals(self, count: Tensor) -> NegativeTotals:
+        """Return the totals, after the last block; the gradient is normalised with them."""
+        total = self.total
+        if self.loss.exponential:
+            self.gradient.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[:, None])
+            total = torch.log(total) + self.shift
+        weighted = (self.anchors * self.gradient).sum(dim=1)
+        return NegativeTotals(count, total, weighted, self.hardest, self.per_positive)
+
+
+def evaluate(
+    loss: PairLoss,
+    anchors: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return each anchor's value ``(B,)`` and its gradient ``dl_i/dx_i`` ``(B, D)``."""
+    special = _columns_of_the_batch(labels, ref_labels, indices, ref_indices)
+    near = references[special].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
+    near_indices = ref_indices[special] if indices is not None and ref_indices is not None else None
+    positive, negative = pair_masks(labels, ref_labels[special], indices, near_indices)
+    similarity = anchors @ near.T  # (B, Q)
+
+    contexts = [part.context(similarity, positive) for part in loss.parts]
+    parts = [_Negatives(part, context, anchors) for part, context in zip(loss.parts, contexts, strict=True)]
+    for part in parts:
+        part.add(similarity.clone(), near, lambda block, value: block.masked_fill_(~negative, value))
+        _stream_plain_negatives(part, references, special)
+    count = negative.sum(dim=1) + (references.shape[0] - special.shape[0])
+
+    terms = loss.finish(similarity, positive, contexts, [part.totals(count) for part in parts])
+    positive_weights = torch.where(positive, terms.positive_weights, 0.0)
+    gradient = (
+        parts[0].gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
+    )
+    return terms.value, gradient
+
+
+def _columns_of_the_batch(
+    labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None
+) -> Tensor:
+    """Return the columns that share a class or an image with the batch, sorted; some others too, by hash."""
+    shared = _hashed_members(ref_labels, labels)
+    if indices is not None and ref_indices is not None:
+        shared |= _hashed_members(ref_indices, indices)
+    return shared.nonzero().squeeze(1)
+
+
+def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
+    # A wrong hit only moves a column to the masked part, so a table of hashes is exact enough and costs 2 gathers;
+    # torch.isin costs 5 times as much, comparing with every member 20 times.
+    table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
+    table[members & (HASH_SIZE - 1)] = True
+    return table[ids & (HASH_SIZE - 1)]
+
+
+def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tensor) -> None:
+    """Add every column outside ``special``, block by block."""
+    anchors = part.anchors
+    cut = part.loss.negative_cut(part.context)
+    width = max(256, BLOCK_ELEMENTS // anchors.shape[0])
+    starts = range(0, references.shape[0], width)
+    bounds = torch.searchsorted(
+        special, torch.tensor([*starts, references.shape[0]], device=special.device)
+    ).tolist()
+    scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
+    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
+        block = references[start : start + width].to(anchors.dtype)
+        similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
+        torch.mm(anchors, block.T, out=similarity)
+        irregular = special[first:last] - start
+        hits = _reached_columns(similarity, cut, irregular)
+        if hits is None:
+            part.add(similarity, block, partial(_fill_columns, irregular))
+        elif hits.shape[0]:
+            part.add(similarity[:, hits], block[hits])
+
+
+def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:
+    return block.index_fill_(1, columns, value)
+
+
+def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor) -> Tensor | None:
+    """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all."""
+    if isinstance(cut, Tensor):
+        reached = (similarity - cut[:, None]).amax(dim=0) > 0
+    elif cut > -1.0:
+        reached = similarity.amax(dim=0) > cut
+    else:
+        return None
+    reached.index_fill_(0, irregular, False)
+    hits = reached.nonzero().squeeze(1)
+    return None if hits.shape[0] > SPARSE_SHARE * similarity.shape[1] else hits
+
+
+# ------------------------------------------------------------------------------------------------ autograd, compile
+_LOSSES: weakref.WeakValueDictionary[int, PairLoss] = weakref.WeakValueDictionary()
+_next_key = itertools.count()
+
+
+def register(loss: PairLoss) -> int:
+    """Give a loss the number by which the operator below finds it again."""
+    key = next(_next_key)
+    _LOSSES[key] = loss
+    return key
+
+
+# An operator of its own is opaque to torch.compile: the step around it stays one graph however the memory grows.
+@torch.library.custom_op("lightning_memdml::stream", mutates_args=())
+def _stream(
+    key: int,
+    anchors: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    value, gradient = evaluate(_LOSSES[key], anchors, labels, references, ref_labels, indices, ref_indices)
+    return value.mean(), gradient.div_(anchors.shape[0])
+
+
+@_stream.register_fake
+def _(
+    key: int,
+    anchors: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return anchors.new_empty(()), torch.empty_like(anchors)
+
+
+class Assigned(torch.autograd.Function):
+    """A value with a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """Return the value and keep the gradient."""
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        """Scale the gradient; its own derivative is refused, because the weights are held constant."""
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None
+
+
+def stream(
+    loss: PairLoss,
+    anchors: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+) -> Tensor:
+    """Return the scalar loss of the anchors against references that carry no gradient."""
+    value, gradient = torch.ops.lightning_memdml.stream(
+        loss.key, anchors.detach(), labels, references.detach(), ref_labels, indices, ref_indices
+    )
+    return Assigned.apply(anchors, value, gradient)

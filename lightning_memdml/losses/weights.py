@@ -1,0 +1,257 @@
+"""Weight functions: the weight of a pair as a plain function of its similarity, side by side to be compared.
+
+The same function can weigh positives or negatives. For negatives, hard means similar; for positives, hard means
+dissimilar: give a decreasing function to emphasise hard positives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memdml.losses.checks import check_similarity
+
+
+class WeightFunction(nn.Module, ABC):
+    r"""A weight curve :math:`w(s) \ge 0` over cosine similarities.
+
+    A subclass defines :meth:`forward`, element by element. Where it knows that no pair at or below some similarity has
+    weight, it says so in ``cut`` and the streamed evaluation skips those pairs.
+    """
+
+    #: Similarity at or below which the weight is certainly 0.
+    cut: float = -torch.inf
+
+    @abstractmethod
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Return the weight of each similarity, same shape, without changing the argument."""
+
+
+class Constant(WeightFunction):
+    """Weighs all pairs alike: ``w(s) = value``.
+
+    Args:
+        value: The weight, at least 0.
+
+    Example:
+        >>> Constant()(torch.tensor([-0.5, 0.9]))
+        tensor([1., 1.])
+    """
+
+    def __init__(self, value: float = 1.0) -> None:
+        super().__init__()
+        self.value = _check_at_least_zero("value", value)
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return torch.full_like(similarity, self.value)
+
+
+class Threshold(WeightFunction):
+    r"""Weighs pairs above a threshold 1 and the others 0 (or the reverse).
+
+    .. math:: w(s) = \mathbb{1}[s > \text{threshold}]
+
+    As negative weight this is the contrastive loss with ``margin = threshold``: hard negatives only.
+
+    Args:
+        threshold: Cosine similarity in [-1, 1].
+        above: Whether the pairs above the threshold count; ``False`` takes those below it.
+
+    Example:
+        >>> Threshold(0.5)(torch.tensor([0.2, 0.5, 0.9]))
+        tensor([0., 0., 1.])
+        >>> Threshold(0.5, above=False)(torch.tensor([0.2, 0.5, 0.9]))
+        tensor([1., 0., 0.])
+    """
+
+    def __init__(self, threshold: float = 0.5, above: bool = True) -> None:
+        super().__init__()
+        self.threshold = check_similarity("threshold", threshold)
+        self.above = above
+        self.cut = self.threshold if above else -torch.inf
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        counts = similarity > self.threshold if self.above else similarity < self.threshold
+        return counts.to(similarity.dtype)
+
+
+class Linear(WeightFunction):
+    r"""Weighs pairs along a straight line, cut off at 0.
+
+    .. math:: w(s) = \max(0, \text{slope} \cdot s + \text{intercept})
+
+    ``Linear()`` emphasises similar pairs; ``Linear(slope=-1, intercept=1)`` is :math:`1 - s`, the dissimilar ones.
+
+    Args:
+        slope: Weight per unit of similarity.
+        intercept: Weight at similarity 0.
+
+    Example:
+        >>> Linear(slope=-1, intercept=1)(torch.tensor([-1.0, 0.5, 1.0]))
+        tensor([2.0000, 0.5000, 0.0000])
+    """
+
+    def __init__(self, slope: float = 1.0, intercept: float = 0.0) -> None:
+        super().__init__()
+        self.slope, self.intercept = slope, intercept
+        self.cut = -intercept / slope if slope > 0 else -torch.inf
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return (self.slope * similarity + self.intercept).clamp_min(0)
+
+
+class Power(WeightFunction):
+    r"""Weighs pairs by a power of how far they are above a threshold: a ramp from 0 to 1.
+
+    .. math:: w(s) = \left(\frac{\max(0, s - \text{threshold})}{1 - \text{threshold}}\right)^{\text{power}}
+
+    Args:
+        threshold: Cosine similarity in [-1, 1) where the ramp starts.
+        power: Exponent above 0: 1 is a straight ramp, 2 stresses the hardest, 0.5 nears a step.
+
+    Example:
+        >>> Power(threshold=0.5, power=2)(torch.tensor([0.2, 0.75, 1.0]))
+        tensor([0.0000, 0.2500, 1.0000])
+    """
+
+    def __init__(self, threshold: float = 0.0, power: float = 1.0) -> None:
+        super().__init__()
+        if not -1 <= threshold < 1:
+            raise ValueError(
+                f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}."
+            )
+        if power <= 0:
+            raise ValueError(f"Expected `power` above 0 but got {power}.")
+        self.threshold, self.power = threshold, power
+        self.cut = threshold
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return ((similarity - self.threshold).clamp_min(0) / (1 - self.threshold)) ** self.power
+
+
+class Exponential(WeightFunction):
+    r"""Weighs pairs exponentially, 1 at the similarity ``center``.
+
+    .. math:: w(s) = e^{\text{scale} (s - \text{center})}
+
+    Args:
+        scale: Growth per unit of similarity; negative values stress dissimilar pairs.
+        center: Similarity whose weight is 1.
+
+    Example:
+        >>> Exponential(scale=10)(torch.tensor([0.0, 1.0]))
+        tensor([4.5400e-05, 1.0000e+00])
+    """
+
+    def __init__(self, scale: float = 10.0, center: float = 1.0) -> None:
+        super().__init__()
+        self.scale, self.center = scale, center
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return torch.exp(self.scale * (similarity - self.center))
+
+
+class Sigmoid(WeightFunction):
+    r"""Weighs pairs by a soft step.
+
+    .. math:: w(s) = \frac{1}{1 + e^{-\text{scale} (s - \text{threshold})}}
+
+    Args:
+        scale: Steepness; negative values weigh the pairs below the threshold.
+        threshold: Cosine similarity in [-1, 1] of weight one half.
+
+    Example:
+        >>> Sigmoid(scale=10, threshold=0.5)(torch.tensor([0.5, 1.0]))
+        tensor([0.5000, 0.9933])
+    """
+
+    def __init__(self, scale: float = 10.0, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.scale, self.threshold = scale, check_similarity("threshold", threshold)
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return torch.sigmoid(self.scale * (similarity - self.threshold))
+
+
+class Band(WeightFunction):
+    r"""Weighs pairs between two similarities 1 and the others 0: hard ones, but not the suspiciously hard.
+
+    .. math:: w(s) = \mathbb{1}[\text{low} < s < \text{high}]
+
+    Args:
+        low: Lower edge, excluded.
+        high: Upper edge, excluded; above ``low``.
+
+    Example:
+        >>> Band(0.5, 0.9)(torch.tensor([0.5, 0.7, 0.95]))
+        tensor([0., 1., 0.])
+    """
+
+    def __init__(self, low: float = 0.5, high: float = 0.9) -> None:
+        super().__init__()
+        self.low, self.high = check_similarity("low", low), check_similarity("high", high)
+        if low >= high:
+            raise ValueError(f"Expected `low` below `high` but got low={low}, high={high}.")
+        self.cut = low
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        return ((similarity > self.low) & (similarity < self.high)).to(similarity.dtype)
+
+
+class Piecewise(WeightFunction):
+    """Weighs pairs along straight lines between given points, constant beyond the first and the last.
+
+    Args:
+        similarities: Similarities of the points, ascending, at least two.
+        weights: Weight at each point, at least 0.
+
+    Example:
+        >>> Piecewise([0.0, 0.5, 1.0], [0.0, 1.0, 0.5])(torch.tensor([-1.0, 0.25, 0.75]))
+        tensor([0.0000, 0.5000, 0.7500])
+    """
+
+    def __init__(self, similarities: Sequence[float], weights: Sequence[float]) -> None:
+        super().__init__()
+        if len(similarities) != len(weights) or len(similarities) < 2:
+            raise ValueError(
+                f"Expected as many `weights` as `similarities`, at least two, but got {len(weights)} and "
+                f"{len(similarities)}."
+            )
+        if any(a >= b for a, b in zip(similarities, similarities[1:])):  # noqa: B905, RUF007 (3.10 has both, this reads)
+            raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}.")
+        if min(weights) < 0:
+            raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}.")
+        self.register_buffer(
+            "similarities", torch.tensor(similarities, dtype=torch.float64), persistent=False
+        )
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
+        self.cut = _last_zero(list(similarities), list(weights))
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Weigh pairs of any shape."""
+        points, weights = self.similarities.to(similarity), self.weights.to(similarity)
+        right = torch.searchsorted(points, similarity.contiguous()).clamp(1, len(points) - 1)
+        share = ((similarity - points[right - 1]) / (points[right] - points[right - 1])).clamp(0, 1)
+        return torch.lerp(weights[right - 1], weights[right], share)
+
+
+def _last_zero(similarities: list[float], weights: list[float]) -> float:
+    """Return the last similarity up to which all weights are 0."""
+    zeros = next((k for k, weight in enumerate(weights) if weight > 0), len(weights))
+    return similarities[zeros - 1] if zeros else -torch.inf
+
+
+def _check_at_least_zero(name: str, value: float) -> float:
+    if value < 0:
+        raise ValueError(f"Expected `{name}` of at least 0 but got {value}.")
+    return value

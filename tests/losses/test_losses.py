@@ -1,0 +1,258 @@
+"""Every loss against its formula in float64: in the batch, against references, streamed, and as weights."""
+
+import copy
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lightning_memdml as ml
+from lightning_memdml.losses import streaming
+
+_spec = importlib.util.spec_from_file_location("oracles", pathlib.Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+CASES = {
+    "contrastive": (ml.ContrastiveLoss(0.3), oracles.contrastive(0.3)),
+    "direct": (
+        ml.DirectWeightLoss(ml.Linear(-1, 1), ml.Exponential(5)),
+        oracles.direct(lambda s: 1 - s, lambda s: torch.exp(5 * (s - 1))),
+    ),
+    "direct default": (
+        ml.DirectWeightLoss(),
+        oracles.direct(torch.ones_like, lambda s: (s > 0.5).to(s.dtype)),
+    ),
+    "direct normalised": (
+        ml.DirectWeightLoss(ml.Linear(-1, 1), ml.Power(0.2, 2), normalize="sum"),
+        oracles.direct(lambda s: 1 - s, lambda s: ((s - 0.2).clamp_min(0) / 0.8) ** 2, normalize=True),
+    ),
+    "multi-similarity": (ml.MultiSimilarityLoss(), oracles.multi_similarity(2, 50, 0.5, 0.1)),
+    "multi-similarity unmined": (
+        ml.MultiSimilarityLoss(epsilon=None),
+        oracles.multi_similarity(2, 50, 0.5, None),
+    ),
+    "multi-similarity beta 200": (
+        ml.MultiSimilarityLoss(beta=200),
+        oracles.multi_similarity(2, 200, 0.5, 0.1),
+    ),
+    "binomial deviance": (ml.BinomialDevianceLoss(), oracles.binomial_deviance(2, 50, 0.5)),
+    "lifted structure": (ml.LiftedStructureLoss(margin=0.2), oracles.lifted_structure(0.2)),
+    "triplet": (ml.TripletLoss(0.15), oracles.triplet(0.15)),
+    "soft triplet": (ml.TripletLoss(soft=True), oracles.soft_triplet()),
+    "margin": (ml.MarginLoss(), oracles.margin(0.2, 1.2)),
+    "circle": (ml.CircleLoss(), oracles.circle(0.4, 80)),
+    "InfoNCE": (ml.InfoNCELoss(), oracles.info_nce(0.07)),
+    "SupCon": (ml.SupConLoss(), oracles.supcon(0.1)),
+    "NCA": (ml.NCALoss(), oracles.nca(0.1)),
+}
+
+
+@pytest.fixture(params=CASES, name="case")
+def _case(request):
+    return CASES[request.param]
+
+
+def unit(rows: int, dim: int = 8, seed: int = 0, spread: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(1, dim, generator=generator, dtype=torch.float64)
+    return F.normalize(
+        centre + spread * torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1
+    )
+
+
+def labels_of(rows: int, classes: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def value_and_gradient(loss, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    value = loss(x, *args, **kwargs)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def expected(row_loss, x: Tensor, y: Tensor, r: Tensor | None = None, ry: Tensor | None = None, **kwargs):
+    x = x.detach().clone().requires_grad_()
+    in_batch = r is None
+    positive, negative = oracles.masks(y, y if in_batch else ry, in_batch=in_batch, **kwargs)
+    similarity = x @ (x.T if in_batch else r.T)
+    value = oracles.value_of_rows(row_loss, similarity, positive, negative)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def assert_same(actual, wanted, tolerance: float = 1e-10) -> None:
+    for a, w in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_in_batch_value_and_gradient_follow_the_formula(case, spread):
+    loss, row_loss = case
+    x, y = unit(24, spread=spread), labels_of(24, 5)
+    assert_same(value_and_gradient(loss, x, y), expected(row_loss, x, y))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_against_a_memory_value_and_gradient_follow_the_formula(case, spread):
+    loss, row_loss = case
+    x, y = unit(12, spread=spread), labels_of(12, 40)
+    r, ry = unit(700, seed=2, spread=spread), labels_of(700, 60, seed=3)  # three blocks
+    assert_same(value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry))
+
+
+def test_references_with_gradient_get_the_gradient_of_the_formula(case):
+    loss, row_loss = case
+    x, y, ry = unit(10), labels_of(10, 4), labels_of(30, 4, seed=3)
+    r = unit(30, seed=2).requires_grad_()
+    loss(x, y, r, ry).backward()
+    wanted = r.detach().clone().requires_grad_()
+    oracles.value_of_rows(row_loss, x @ wanted.T, *oracles.masks(y, ry)).backward()
+    torch.testing.assert_close(r.grad, wanted.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_pairs_of_equal_known_index_are_left_out(case):
+    loss, row_loss = case
+    x, y = unit(8), labels_of(8, 3)
+    r, ry = torch.cat([x, unit(300, seed=5)]), torch.cat([y, labels_of(300, 3, seed=6)])
+    indices = torch.tensor([10, 11, 12, 13, 14, 15, -1, -1])
+    ref_indices = torch.cat([indices, torch.full((300,), -1)])
+    pairs = {"indices": indices, "ref_indices": ref_indices}
+    assert_same(value_and_gradient(loss, x, y, r, ry, **pairs), expected(row_loss, x, y, r, ry, **pairs))
+
+
+def test_pair_weights_are_the_derivatives_of_the_formula(case):
+    loss, row_loss = case
+    x, y, r, ry = unit(10), labels_of(10, 4), unit(30, seed=2), labels_of(30, 4, seed=3)
+    wanted = oracles.weights_of(row_loss, x @ r.T, *oracles.masks(y, ry))
+    assert_same(loss.pair_weights(x, y, r, ry), wanted)
+
+
+@pytest.mark.parametrize(
+    ("y", "ry"),
+    [
+        ([0, 1, 2], [0, 0, 5, 6, 7]),  # anchors without positives
+        ([0, 1, 2], [5, 6, 7, 8, 9]),  # no positives at all
+        ([4, 4, 4], [4, 4, 4, 4, 4]),  # all positives
+        ([0, 1, 0], [0]),  # one reference
+    ],
+)
+def test_rows_that_lack_a_side_follow_the_formula(case, y, ry):
+    loss, row_loss = case
+    y, ry = torch.tensor(y), torch.tensor(ry)
+    x, r = unit(len(y)), unit(len(ry), seed=2)
+    assert_same(value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry))
+
+
+def test_collapsed_and_duplicate_embeddings_follow_the_formula(case):
+    loss, row_loss = case
+    x, y = unit(1).expand(6, -1), torch.tensor([0, 0, 1, 1, 2, 3])
+    r, ry = unit(1).expand(9, -1), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8])
+    actual, wanted = value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry)
+    if isinstance(
+        loss, ml.MarginLoss
+    ):  # identical pairs keep the bounded weight where the formula's clamp has none
+        actual, wanted = actual[:1], wanted[:1]
+    assert_same(actual, wanted, 1e-7)
+
+
+def test_eight_thousand_near_duplicate_negatives_stay_exact_in_float32(case):
+    loss, row_loss = case
+    x, y = unit(4, dim=32), torch.arange(4)
+    noise = 1e-3 * torch.randn(8000, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    r = F.normalize(x[0] + noise, dim=1)
+    ry = torch.full((8000,), 9)
+    ry[:4] = torch.arange(4)
+    wanted = expected(row_loss, x, y, r, ry)
+    value, gradient = value_and_gradient(loss, x.float(), y, r.float(), ry)
+    assert abs(value - wanted[0]) <= 2e-4 * abs(wanted[0])
+    assert (gradient - wanted[1]).norm() <= 2e-3 * wanted[1].norm()
+
+
+def test_float32_gradient_is_within_1e_5_of_float64(case):
+    loss, _ = case
+    x, y = unit(32, dim=64, spread=2.0), labels_of(32, 100)
+    r, ry = unit(4096, dim=64, seed=2, spread=2.0), labels_of(4096, 300, seed=3)
+    r = r[~_near_an_edge(x @ r.T).any(dim=0)]
+    ry = ry[: len(r)]
+    _, wanted = value_and_gradient(loss, x, y, r, ry)
+    _, actual = value_and_gradient(loss, x.float(), y, r.float(), ry)
+    assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def _near_an_edge(similarity: Tensor) -> Tensor:
+    """Pairs that rounding may carry over the edge of a step weight of these cases."""
+    edges = torch.tensor([0.3, 0.5, 1 - 1.4**2 / 2, 1 - 1.0**2 / 2], dtype=similarity.dtype)
+    return ((similarity[..., None] - edges).abs() < 1e-6).any(dim=-1)
+
+
+def test_the_block_size_does_not_change_the_result(case, monkeypatch):
+    loss, _ = case
+    x, y, r, ry = (
+        unit(16, spread=2.0),
+        labels_of(16, 9),
+        unit(3000, seed=2, spread=2.0),
+        labels_of(3000, 50, seed=3),
+    )
+    whole = value_and_gradient(loss, x, y, r, ry)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 16 * 300)
+    assert_same(value_and_gradient(loss, x, y, r, ry), whole, 1e-11)
+
+
+def test_the_order_of_pairs_does_not_matter(case):
+    loss, _ = case
+    x, y, r, ry = unit(9), labels_of(9, 4), unit(500, seed=2), labels_of(500, 4, seed=3)
+    rows, columns = torch.randperm(9), torch.randperm(500)
+    value, gradient = value_and_gradient(loss, x, y, r, ry)
+    shuffled = value_and_gradient(loss, x[rows], y[rows], r[columns], ry[columns])
+    assert_same(shuffled, (value, gradient[rows]))
+
+
+def test_nothing_to_compare_gives_a_differentiable_zero(case):
+    loss, _ = case
+    x, y = unit(3), torch.arange(3)
+    empty = (torch.zeros(0, 0), torch.zeros(0, dtype=torch.long))
+    for args in [(x, y, *empty), (x[:1], y[:1]), (x[:0], y[:0])]:
+        value, gradient = value_and_gradient(loss, *args)
+        assert value == 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_copy_and_a_pickled_loss_still_work(case):
+    loss, _ = case
+    x, y, r, ry = unit(4), labels_of(4, 2), unit(20, seed=2), labels_of(20, 2, seed=3)
+    duplicate = copy.deepcopy(loss)
+    assert duplicate.key != loss.key
+    assert duplicate(x, y, r, ry) == loss(x, y, r, ry)
+
+
+def test_gradient_is_the_assigned_weight():
+    x, y, r, ry = unit(6), labels_of(6, 3), unit(10, seed=2), labels_of(10, 3, seed=3)
+    _, gradient = value_and_gradient(ml.DirectWeightLoss(ml.Constant(2), ml.Threshold(0.4)), x, y, r, ry)
+    positive, negative = oracles.masks(y, ry)
+    weights = ((x @ r.T > 0.4) & negative).double() - 2 * positive.double()
+    torch.testing.assert_close(gradient, weights @ r / 6)
+
+
+@pytest.mark.parametrize("positive", CASES)
+@pytest.mark.parametrize("negative", ["contrastive", "multi-similarity", "triplet", "circle", "SupCon"])
+def test_hybrid_takes_each_side_from_its_loss(positive, negative):
+    hybrid = ml.HybridLoss(CASES[positive][0], CASES[negative][0])
+    x, y, r, ry = (
+        unit(8, spread=2.0),
+        labels_of(8, 5),
+        unit(400, seed=2, spread=2.0),
+        labels_of(400, 30, seed=3),
+    )
+    wanted_positive = CASES[positive][0].pair_weights(x, y, r, ry)[0]
+    wanted_negative = CASES[negative][0].pair_weights(x, y, r, ry)[1]
+    assert_same(hybrid.pair_weights(x, y, r, ry), (wanted_positive, wanted_negative))
+    value, gradient = value_and_gradient(hybrid, x, y, r, ry)
+    similarity = x @ r.T
+    torch.testing.assert_close(gradient, (wanted_negative - wanted_positive) @ r / 8)
+    total = (wanted_positive * (1 - similarity)).sum() + (wanted_negative * similarity).sum()
+    torch.testing.assert_close(value, total / 8)

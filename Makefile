@@ -23,7 +23,8 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: install
-	$(BIN)/python experiments/demo.py
+	$(BIN)/python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml \
+		--picture runs/demo.png --output runs/demo.md
 
 test: install
 	$(BIN)/python -m pytest

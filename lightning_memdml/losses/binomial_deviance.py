@@ -46,13 +46,11 @@ class BinomialDevianceLoss(PairLoss):
         logits = self.beta * (similarity - self.base)
         return self.beta * torch.sigmoid(logits), softplus(logits)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives and take both means."""
         logits = self.alpha * (self.base - similarity)
         per_positive = 1 / mask.sum(dim=1, keepdim=True).clamp_min(1).to(similarity.dtype)
-        per_negative = 1 / negatives.count.clamp_min(1).to(similarity.dtype)
+        per_negative = 1 / negatives.number.clamp_min(1).to(similarity.dtype)
         positives = torch.where(mask, softplus(logits), 0.0).sum(dim=1) * per_positive[:, 0]
         weights = self.alpha * torch.sigmoid(logits) * per_positive
         return AnchorTerms(positives + per_negative * negatives.total, weights, per_negative)

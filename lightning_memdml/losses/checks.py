@@ -23,9 +23,7 @@ def check_pairs(
         raise ValueError(f"Expected `ref_embeddings` and `ref_labels` together but `{missing}` is missing.")
     if ref_embeddings is None or ref_labels is None:
         if ref_indices is not None:
-            raise ValueError(
-                "Expected `ref_indices` only with `ref_embeddings`; the batch itself takes `indices`."
-            )
+            raise ValueError("Expected `ref_indices` only with `ref_embeddings`; the batch itself takes `indices`.")
         return
     _check_side(ref_embeddings, ref_labels, ref_indices, "ref_")
     if ref_embeddings.shape[0] and ref_embeddings.shape[1] != embeddings.shape[1]:
@@ -46,9 +44,7 @@ def _check_side(embeddings: Tensor, labels: Tensor, indices: Tensor | None, pref
             f"Expected `{prefix}embeddings` of shape (B, D), one row per image, but got {tuple(embeddings.shape)}."
         )
     if not embeddings.is_floating_point():
-        raise TypeError(
-            f"Expected `{prefix}embeddings` of a floating-point dtype but got {embeddings.dtype}."
-        )
+        raise TypeError(f"Expected `{prefix}embeddings` of a floating-point dtype but got {embeddings.dtype}.")
     _check_ids(labels, f"{prefix}labels", embeddings.shape[0])
     if indices is not None:
         _check_ids(indices, f"{prefix}indices", embeddings.shape[0])

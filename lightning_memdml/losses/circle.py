@@ -50,9 +50,7 @@ class CircleLoss(PairLoss):
         factor = self.scale * (similarity + self.margin).clamp_min(0)
         return factor * (similarity - self.margin), factor
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Couple both sides."""
         factor = self.scale * (1 + self.margin - similarity).clamp_min(0)
         logits = -factor * (similarity - 1 + self.margin)

@@ -47,9 +47,7 @@ class ContrastiveLoss(PairLoss):
         """Weigh 1 above the margin."""
         return (similarity > self.margin).to(similarity.dtype), None
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives, each with weight 1."""
         weights = mask.to(similarity.dtype)
         value = (weights * (1 - similarity)).sum(dim=1) + negatives.weighted

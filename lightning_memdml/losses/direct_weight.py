@@ -66,9 +66,7 @@ class DirectWeightLoss(PairLoss):
         weights = self.negative(similarity)
         return weights, weights.clone() if self.normalize else None
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Apply the positive weight function, and the normalisation."""
         weights = torch.where(mask, self.positive(similarity), 0.0)
         scale = torch.ones_like(negatives.weighted)

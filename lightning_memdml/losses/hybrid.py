@@ -41,9 +41,7 @@ class HybridLoss(PairLoss):
         super().__init__()
         for name, loss in (("positive", positive), ("negative", negative)):
             if not isinstance(loss, PairLoss) or isinstance(loss, HybridLoss):
-                raise TypeError(
-                    f"Expected `{name}` to be a PairLoss other than HybridLoss but got {type(loss)}."
-                )
+                raise TypeError(f"Expected `{name}` to be a PairLoss other than HybridLoss but got {type(loss)}.")
         self.positive, self.negative = positive, negative
 
     @property
@@ -65,8 +63,6 @@ class HybridLoss(PairLoss):
         """Return the terms of the negative loss."""
         return self.negative.negative_terms(similarity, context)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Return the terms of the positive loss."""
         return self.positive.combine(similarity, mask, context, negatives)

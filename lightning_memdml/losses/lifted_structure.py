@@ -45,9 +45,7 @@ class LiftedStructureLoss(PairLoss):
         """Return the similarities as logits."""
         return similarity, None
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Close the hinge over both sides."""
         value = (self.margin + masked_logsumexp(-similarity, mask) + negatives.total).clamp_min(0)
         active = (value > 0).to(similarity.dtype)

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
 
-LEAST_SQUARED_DISTANCE = (
-    1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
-)
+LEAST_SQUARED_DISTANCE = 1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
 
 
 class MarginLoss(PairLoss):
@@ -60,9 +58,7 @@ class MarginLoss(PairLoss):
         excess = self.beta + self.margin - distance
         return torch.where(excess > 0, 1 / distance, 0.0), excess.clamp_min(0)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives outside the inner distance."""
         distance = _distance(similarity)
         excess = torch.where(mask, distance - self.beta + self.margin, 0.0).clamp_min(0)

@@ -45,9 +45,7 @@ class MultiSimilarityLoss(PairLoss):
     exponential = True
     needs_hardest = True
 
-    def __init__(
-        self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1
-    ) -> None:
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1) -> None:
         super().__init__()
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base, self.epsilon = base, epsilon
@@ -70,9 +68,7 @@ class MultiSimilarityLoss(PairLoss):
             logits.masked_fill_(similarity <= context[0][:, None], -torch.inf)
         return logits, None
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Mine and weigh the positives, and bound both sides."""
         if self.epsilon is not None:
             mask = mask & (similarity - self.epsilon < negatives.hardest[:, None])

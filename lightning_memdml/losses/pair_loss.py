@@ -96,17 +96,15 @@ class PairLoss(nn.Module, ABC):
         ``similarity`` is a scratch block: it may be overwritten.
         """
 
-    def per_positive_terms(self, similarity: Tensor, context: Context) -> Tensor | None:
+    def per_positive_terms(self, similarity: Tensor, context: Context) -> Tensor:
         """Return a sum over these negatives for every positive, ``(B, K)``, for losses that compare them one by one.
 
         ``similarity`` is ``-inf`` where a reference is no negative.
         """
-        return None
+        return similarity.new_zeros(similarity.shape[0], 0)
 
     @abstractmethod
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Return each anchor's value, its positives' weights and the factor of its negatives' weights.
 
         Args:
@@ -159,9 +157,7 @@ class PairLoss(nn.Module, ABC):
             if ref_embeddings is None or ref_labels is None:
                 if anchors.shape[0] == 0:
                     return anchors.sum() * 0.0
-                return self._dense(
-                    anchors, anchors, *pair_masks(labels, labels, indices, indices, in_batch=True)
-                )
+                return self._dense(anchors, anchors, *pair_masks(labels, labels, indices, indices, in_batch=True))
             if ref_embeddings.shape[0] == 0 or anchors.shape[0] == 0:
                 return anchors.sum() * 0.0
             if ref_embeddings.requires_grad:
@@ -216,9 +212,7 @@ class PairLoss(nn.Module, ABC):
         negative_weights = results[0][0] * terms.negative_scale[:, None]
         return terms.value, torch.where(positive, terms.positive_weights, 0.0), negative_weights
 
-    def _negative_row(
-        self, similarity: Tensor, mask: Tensor, context: Context
-    ) -> tuple[Tensor, NegativeTotals]:
+    def _negative_row(self, similarity: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, NegativeTotals]:
         """Return the negatives' weights, up to the anchor's factor, and their totals."""
         hidden = similarity.masked_fill(~mask, -torch.inf)
         per_positive = self.per_positive_terms(hidden, context)
@@ -230,11 +224,7 @@ class PairLoss(nn.Module, ABC):
             weights = weights if values is None else weights * values
         else:
             weights = torch.where(mask, weights, 0.0)
-            total = (
-                torch.zeros_like(similarity[:, 0])
-                if values is None
-                else torch.where(mask, values, 0.0).sum(dim=1)
-            )
+            total = torch.zeros_like(similarity[:, 0]) if values is None else torch.where(mask, values, 0.0).sum(dim=1)
         weighted = (weights * similarity).sum(dim=1)
         return weights, NegativeTotals(mask.sum(dim=1), total, weighted, row_max(hidden), per_positive)
 

@@ -51,9 +51,7 @@ class InfoNCELoss(_SoftmaxLoss):
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__(temperature)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Sum one cross-entropy per positive."""
         behind = negatives.total[:, None] - similarity / self.temperature
         miss = torch.where(mask, torch.sigmoid(behind), 0.0) / self.temperature  # (1 - q) / t
@@ -89,9 +87,7 @@ class SupConLoss(_SoftmaxLoss):
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__(temperature)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Compare the softmax with an even spread over the positives."""
         logits = similarity / self.temperature
         everyone = torch.logaddexp(masked_logsumexp(logits, mask), negatives.total)
@@ -132,9 +128,7 @@ class NCALoss(_SoftmaxLoss):
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__(temperature)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Compare the mass of the two sides."""
         logits = similarity / self.temperature
         behind = torch.where(mask.any(dim=1), negatives.total - masked_logsumexp(logits, mask), -torch.inf)

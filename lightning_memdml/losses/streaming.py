@@ -42,7 +42,7 @@ class NegativeTotals(NamedTuple):
     """What a loss is told about the negatives of each anchor, every field of shape ``(B,)`` unless said.
 
     Attributes:
-        count: Number of negatives.
+        number: Number of negatives.
         total: Sum of the values of the terms; for an exponential loss the log-sum-exp of the logits (``-inf``
             without negatives).
         weighted: Sum of weight times similarity; for an exponential loss with the softmax as weights.
@@ -51,11 +51,11 @@ class NegativeTotals(NamedTuple):
         per_positive: Sums for each positive, ``(B, K)``; only where the loss defines them.
     """
 
-    count: Tensor
+    number: Tensor
     total: Tensor
     weighted: Tensor
-    hardest: Tensor | None
-    per_positive: Tensor | None
+    hardest: Tensor
+    per_positive: Tensor
 
 
 class _Negatives:
@@ -67,20 +67,16 @@ class _Negatives:
         self.total = anchors.new_zeros(rows)
         self.shift = anchors.new_full((rows,), torch.finfo(anchors.dtype).min)  # largest logit so far
         self.gradient = torch.zeros_like(anchors)
-        self.hardest = anchors.new_full((rows,), -torch.inf) if loss.needs_hardest else None
-        self.per_positive: Tensor | None = None
+        self.hardest = anchors.new_full((rows,), -torch.inf)
+        self.per_positive = loss.per_positive_terms(anchors[:, :0], context)  # zeros, of the right shape
 
     def add(self, similarity: Tensor, references: Tensor, drop: Drop | None = None) -> None:
         """Add a block; ``similarity`` is overwritten. ``drop`` fills the pairs that are no negatives."""
         if drop is not None:
             drop(similarity, -torch.inf)
-        if self.hardest is not None:
+        if self.loss.needs_hardest:
             torch.maximum(self.hardest, row_max(similarity), out=self.hardest)
-        per_positive = self.loss.per_positive_terms(similarity, self.context)
-        if per_positive is not None:
-            self.per_positive = (
-                per_positive if self.per_positive is None else self.per_positive.add_(per_positive)
-            )
+        self.per_positive += self.loss.per_positive_terms(similarity, self.context)
         if drop is not None:  # a finite stand-in: a weight function need not bear -inf
             drop(similarity, -1.0)
         weights, values = self.loss.negative_terms(similarity, self.context)
@@ -89,9 +85,7 @@ class _Negatives:
         else:
             self._add_curve(weights, values, references, drop)
 
-    def _add_curve(
-        self, weights: Tensor, values: Tensor | None, references: Tensor, drop: Drop | None
-    ) -> None:
+    def _add_curve(self, weights: Tensor, values: Tensor | None, references: Tensor, drop: Drop | None) -> None:
         if drop is not None:
             drop(weights, 0.0)
         if values is not None:
@@ -100,28 +94,24 @@ class _Negatives:
             self.total.add_(values.sum(dim=1))
         self.gradient.addmm_(weights, references)
 
-    def _add_exponential(
-        self, logits: Tensor, factor: Tensor | None, references: Tensor, drop: Drop | None
-    ) -> None:
+    def _add_exponential(self, logits: Tensor, factor: Tensor | None, references: Tensor, drop: Drop | None) -> None:
         if drop is not None:
             drop(logits, -torch.inf)
         shift = torch.maximum(self.shift, row_max(logits))
         rescale = torch.exp(self.shift - shift)
         weights = logits.sub_(shift[:, None]).exp_()
         self.total.mul_(rescale).add_(weights.sum(dim=1))
-        self.gradient.mul_(rescale[:, None]).addmm_(
-            weights if factor is None else weights.mul_(factor), references
-        )
+        self.gradient.mul_(rescale[:, None]).addmm_(weights if factor is None else weights.mul_(factor), references)
         self.shift = shift
 
-    def totals(self, count: Tensor) -> NegativeTotals:
+    def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block; the gradient is normalised with them."""
         total = self.total
         if self.loss.exponential:
             self.gradient.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[:, None])
             total = torch.log(total) + self.shift
         weighted = (self.anchors * self.gradient).sum(dim=1)
-        return NegativeTotals(count, total, weighted, self.hardest, self.per_positive)
+        return NegativeTotals(number, total, weighted, self.hardest, self.per_positive)
 
 
 def evaluate(
@@ -145,13 +135,11 @@ def evaluate(
     for part in parts:
         part.add(similarity.clone(), near, lambda block, value: block.masked_fill_(~negative, value))
         _stream_plain_negatives(part, references, special)
-    count = negative.sum(dim=1) + (references.shape[0] - special.shape[0])
+    number = negative.sum(dim=1) + (references.shape[0] - special.shape[0])
 
-    terms = loss.finish(similarity, positive, contexts, [part.totals(count) for part in parts])
+    terms = loss.finish(similarity, positive, contexts, [part.totals(number) for part in parts])
     positive_weights = torch.where(positive, terms.positive_weights, 0.0)
-    gradient = (
-        parts[0].gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
-    )
+    gradient = parts[0].gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
     return terms.value, gradient
 
 
@@ -179,9 +167,7 @@ def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tenso
     cut = part.loss.negative_cut(part.context)
     width = max(256, BLOCK_ELEMENTS // anchors.shape[0])
     starts = range(0, references.shape[0], width)
-    bounds = torch.searchsorted(
-        special, torch.tensor([*starts, references.shape[0]], device=special.device)
-    ).tolist()
+    bounds = torch.searchsorted(special, torch.tensor([*starts, references.shape[0]], device=special.device)).tolist()
     scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
     for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
         block = references[start : start + width].to(anchors.dtype)

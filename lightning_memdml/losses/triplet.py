@@ -78,9 +78,7 @@ class TripletLoss(PairLoss):
             return torch.sigmoid(similarity - positive[:, None]).sum(dim=1)
         return (similarity > (positive - self.margin)[:, None]).sum(dim=1).to(similarity.dtype)
 
-    def combine(
-        self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals
-    ) -> AnchorTerms:
+    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Give each positive the number of negatives that offend it."""
         weights = torch.zeros_like(similarity).scatter(1, context[1], negatives.per_positive)
         return AnchorTerms(negatives.total, weights, torch.ones_like(negatives.total))

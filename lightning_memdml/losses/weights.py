@@ -123,9 +123,7 @@ class Power(WeightFunction):
     def __init__(self, threshold: float = 0.0, power: float = 1.0) -> None:
         super().__init__()
         if not -1 <= threshold < 1:
-            raise ValueError(
-                f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}."
-            )
+            raise ValueError(f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}.")
         if power <= 0:
             raise ValueError(f"Expected `power` above 0 but got {power}.")
         self.threshold, self.power = threshold, power
@@ -231,15 +229,13 @@ class Piecewise(WeightFunction):
             raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}.")
         if min(weights) < 0:
             raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}.")
-        self.register_buffer(
-            "similarities", torch.tensor(similarities, dtype=torch.float64), persistent=False
-        )
+        self.register_buffer("similarities", torch.tensor(similarities, dtype=torch.float64), persistent=False)
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
         self.cut = _last_zero(list(similarities), list(weights))
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        points, weights = self.similarities.to(similarity), self.weights.to(similarity)
+        points, weights = similarity.new_tensor(self.similarities), similarity.new_tensor(self.weights)
         right = torch.searchsorted(points, similarity.contiguous()).clamp(1, len(points) - 1)
         share = ((similarity - points[right - 1]) / (points[right] - points[right - 1])).clamp(0, 1)
         return torch.lerp(weights[right - 1], weights[right], share)

@@ -1,0 +1,155 @@
+"""Killed and resumed, a run equals the uninterrupted one bit for bit.
+
+This file is also the program that is killed: the tests start it on one and on two ranks, as torchrun would.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lightning_memdml.callbacks.memory import MemoryCallback
+from lightning_memdml.data.glyphs import GlyphDataModule
+from lightning_memdml.losses.contrastive import ContrastiveLoss
+
+BATCHES, EPOCHS, SAVE_EVERY = 6, 3, 3
+"""18 steps; a checkpoint may fall on the last batch of an epoch (steps 6 and 12) or into its middle."""
+
+
+class Learner(LightningModule):
+    """A small network with batch statistics, and its losses written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9 * 9, 16)
+        )
+        self.loss = ContrastiveLoss()
+        self.losses: dict[int, float] = {}
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels, indices = batch
+        embeddings = normalize(self.net(images))
+        loss = self.loss(embeddings, labels) + self.loss(embeddings, labels, *self.memory.read()[:2])
+        self.losses[self.global_step] = loss.item()
+        return {"loss": loss, "embeddings": embeddings, "labels": labels, "indices": indices}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Kill(Callback):
+    """SIGKILL of this process in the middle of step `step`, on one rank."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> dict[str, Any]:
+    ranks = int(os.environ["WORLD_SIZE"])
+    learner, memory = Learner(), MemoryCallback(size=50, start_step=2)
+    glyphs = GlyphDataModule(
+        num_classes=20, image_size=20, cache_dir=str(folder.parent / "glyphs"), num_workers=2,
+        batch_size=16 // ranks, images_per_class=2, batches_per_epoch=BATCHES, val_fraction=0,
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy="ddp", max_epochs=EPOCHS, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[memory, *callbacks],
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    )  # fmt: skip
+    trainer.fit(learner, glyphs, ckpt_path=checkpoint)
+    return {"losses": learner.losses, "weights": learner.state_dict(), "memory": memory.memory.state_dict()}
+
+
+def train_until_killed(folder: Path, step: int, rank: int) -> None:
+    saver = ModelCheckpoint(folder, "{step:02d}", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
+    fit(folder, saver, Kill(step, rank))
+
+
+def train_whole_and_resumed(folder: Path) -> None:
+    last = max(folder.glob("*.ckpt"))
+    results = {"whole": fit(folder), "resumed": fit(folder, checkpoint=last)}
+    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+
+
+def start(ranks: int, folder: Path, *arguments: int) -> list[int]:
+    """Run this file on `ranks` ranks, and return how each of them ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "MASTER_PORT": port}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    launch |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), *map(str, arguments)],
+            env={**os.environ, **{name: str(value) for name, value in launch.items()},
+                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"rank{rank}.log").open("a"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        return [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_a_random_step_and_resumed_equals_the_uninterrupted_one(
+    ranks: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Losses, weights and memory, with workers, augmentation and a schedule.
+
+    SIGKILL hits one rank, between backward and optimiser step. The run resumes from the last checkpoint, up
+    to two steps before; what was lost is computed again.
+    """
+    folder = tmp_path_factory.getbasetemp() / f"ranks{ranks}"
+    folder.mkdir()
+    step, rank = random.SystemRandom().randrange(SAVE_EVERY, BATCHES * EPOCHS), ranks - 1
+    codes = start(ranks, folder, step, rank)
+    logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
+    assert codes[rank] == -signal.SIGKILL, f"rank {rank} was to be killed at step {step}, but {logs}"
+    assert 0 not in codes
+    saved = len(list(folder.glob("*.ckpt")))
+    assert saved == step // SAVE_EVERY
+    assert start(ranks, folder) == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
+    for results in (torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)):
+        whole, resumed = results["whole"], results["resumed"]
+        assert list(resumed["losses"]) == list(range(saved * SAVE_EVERY, BATCHES * EPOCHS)), f"killed at {step}"
+        assert resumed["losses"].items() <= whole["losses"].items(), f"killed at step {step}"
+        for part in ("weights", "memory"):
+            for name, value in whole[part].items():
+                same = torch.equal(value, resumed[part][name]) if isinstance(value, Tensor) else None
+                assert same or value == resumed[part][name], f"{part} {name}, killed at step {step}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, *arguments = sys.argv[1:]
+    if arguments:
+        train_until_killed(Path(folder), *map(int, arguments))
+    else:
+        train_whole_and_resumed(Path(folder))

@@ -1,0 +1,298 @@
+"""What a data set says about an image (`Record`), and the map-style data sets made from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms.v2 import functional
+
+from lightning_memdml.data.transforms import SeededTransform
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in `typing` from Python 3.11
+
+Role = Literal["train", "val", "test", "query", "gallery"]
+ClassSplit = Literal["halves", "alternate"]
+
+
+class Record(NamedTuple):
+    """One image of a data set, as its list files describe it.
+
+    Attributes:
+        path: Where the image lies. It names the image in errors and galleries.
+        label: The class as the data set writes it; equal labels are one class, in every role.
+        role: `train`; `val` (only if the data set comes with its own validation classes); `test`, both
+            query and gallery; or `query` and `gallery` apart.
+        box: Left, upper, right, lower edge in pixels of the part that shows the object; `None` for all of it.
+    """
+
+    path: str
+    label: int | str
+    role: Role
+    box: tuple[float, float, float, float] | None = None
+
+
+class OpenFiles:
+    """Opens the image file of a record, cropped to its box.
+
+    Args:
+        records: The records; the image of row `i` is that of `records[i]`.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def __call__(self, row: int) -> Image.Image:
+        """Open the image of `records[row]`."""
+        record = self.records[row]
+        image = Image.open(record.path)  # Pillow closes the file when it has read the pixels
+        # Boxes are drawn on the picture as people see it, so it is turned upright before the cut.
+        return image if record.box is None else crop(upright(image), record.box)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return `image` in RGB and turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """Cut `box` out of `image`; what lies outside the image is left out.
+
+    Raises:
+        ValueError: If no pixel of the image lies inside the box.
+
+    Example:
+        >>> crop(Image.new("RGB", (10, 10)), (5, 5, 20, 8)).size
+        (5, 3)
+    """
+    left, upper, right, lower = box
+    inside = (
+        max(0, round(left)),
+        max(0, round(upper)),
+        min(image.width, round(right)),
+        min(image.height, round(lower)),
+    )
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise ValueError(f"Expected a box inside the {image.width} x {image.height} image but got {box}")
+    return image.crop(inside)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers from `seed` inside the block, and leave the global generator as it was.
+
+    Only the CPU generator is touched: `torch.manual_seed` would also reset the generators of all GPUs, and dropout
+    there would repeat. Transforms that draw from `random` or NumPy are not covered; torchvision's `v2` ones draw
+    from torch alone.
+
+    Example:
+        >>> with seeded(1):
+        ...     first = torch.rand(1)
+        >>> with seeded(1):
+        ...     again = torch.rand(1)
+        >>> bool(first == again)
+        True
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def draw_seeded(data_set: Dataset[Any], positions: Sequence[int], seeds: Sequence[int]) -> Any:
+    """Return the batch at `positions` of any map-style data set, where each sample draws from its own seed."""
+    samples = []
+    for position, seed in zip(positions, seeds, strict=True):
+        with seeded(seed):
+            samples.append(data_set[position])
+    return default_collate(samples)
+
+
+class ImageDataset(Dataset[tuple[Any, int, int]]):
+    """Images that are opened when they are asked for: `dataset[i]` is `(image, label, index)`.
+
+    Args:
+        open_image: Function of a position that returns its `PIL` image or a tensor `(C, H, W)`.
+        paths: Names of the images, one each.
+        labels: Classes `(N,)`, int64.
+        transform: What turns an opened image into the network's input; `None` returns the opened image.
+
+    Raises:
+        ValueError: If there is not one label per path.
+
+    Example:
+        >>> blank = ImageDataset(lambda position: Image.new("L", (8, 8)), ["a", "b"], torch.tensor([3, 4]))
+        >>> image, label, index = blank[1]
+        >>> image.mode, label, index
+        ('RGB', 4, 1)
+    """
+
+    def __init__(
+        self,
+        open_image: Callable[[int], Image.Image | Tensor],
+        paths: Sequence[str],
+        labels: Tensor,
+        transform: Callable[..., Any] | None = None,
+    ) -> None:
+        if len(paths) != len(labels):
+            raise ValueError(f"Expected one label per path but got {len(paths)} paths and {len(labels)} labels.")
+        self.open_image = open_image
+        self.paths = list(paths)
+        self.labels = labels
+        self.transform = transform
+        self.rows = torch.arange(len(self.paths))  # where `open_image` finds each image
+        self.indices = self.rows
+
+    def part(self, positions: Tensor, transform: Callable[..., Any] | None, indices: Tensor | None = None) -> Self:
+        """Return the images at `positions` as a data set of its own.
+
+        Args:
+            positions: Which images, `(M,)`.
+            transform: The transform of the part.
+            indices: The `index` returned with each image, by default its position in the part. It is the image's
+                identity: two parts that share images give them equal indices.
+        """
+        part = copy(self)
+        part.paths = [self.paths[position] for position in positions.tolist()]
+        part.labels, part.rows, part.transform = self.labels[positions], self.rows[positions], transform
+        part.indices = torch.arange(len(positions)) if indices is None else indices
+        return part
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, position: int) -> Image.Image | Tensor:
+        """Return the image at `position` before the transform: upright, RGB (a tensor is left as it is).
+
+        Raises:
+            OSError: If the image is missing or damaged; the message names it.
+        """
+        path = self.paths[position]
+        try:
+            image = self.open_image(int(self.rows[position]))
+            return image if isinstance(image, Tensor) else upright(image)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"The image {path} does not exist, though the data set lists it.") from error
+        except Exception as error:  # on damaged files Pillow raises nearly every type there is
+            raise OSError(
+                f"Cannot read the image {path} ({error}). Replace it or take it off the list; "
+                "`verify()` of the data module names all such images."
+            ) from error
+
+    def picture(self, position: int) -> Image.Image:
+        """Return the image at `position` before the transform as a `PIL` image, to be looked at."""
+        image = self.open(position)
+        return functional.to_pil_image(image) if isinstance(image, Tensor) else image
+
+    def __getitem__(self, position: int) -> tuple[Any, int, int]:
+        image = self.open(position)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(self.labels[position]), int(self.indices[position])
+
+
+class TensorImageDataset(ImageDataset):
+    """Images held in memory: small ones, where opening one at a time would cost more than the training step.
+
+    A `SeededTransform` is applied to a training batch as a whole.
+
+    Args:
+        images: The images `(N, C, H, W)`, uint8.
+        paths: Names of the images, one each.
+        labels: Classes `(N,)`, int64.
+        transform: As for `ImageDataset`; it gets a uint8 tensor.
+
+    Example:
+        >>> blank = TensorImageDataset(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), ["a", "b"], torch.tensor([3, 4]))
+        >>> images, labels, indices = blank.draw([1, 0], seeds=[7, 8])
+        >>> tuple(images.shape), labels.tolist(), indices.tolist()
+        ((2, 1, 8, 8), [4, 3], [1, 0])
+    """
+
+    def __init__(
+        self, images: Tensor, paths: Sequence[str], labels: Tensor, transform: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(images.__getitem__, paths, labels, transform)
+        self.images = images
+
+    def draw(self, positions: Sequence[int], seeds: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
+        """Return the batch at `positions`; one call of a `SeededTransform` serves all its images."""
+        if not isinstance(self.transform, SeededTransform):
+            return draw_seeded(self, positions, seeds)
+        at = torch.tensor(positions)
+        return self.transform(self.images[self.rows[at]], seeds), self.labels[at], self.indices[at]
+
+
+def split_classes(records: Sequence[Record], classes: Sequence[int | str], split_by: ClassSplit) -> list[Record]:
+    """Return `records` with the roles `train` and `test`, of a data set that has no split of its own.
+
+    Args:
+        records: The records; their roles do not matter.
+        classes: All labels, in the order to split them by.
+        split_by: `halves`: the first half of the classes trains (the smaller one of an odd number). `alternate`: the
+            first, third, fifth, ... class trains; for classes that are ordered by kind.
+
+    Raises:
+        ValueError: If `split_by` is neither.
+
+    Example:
+        >>> records = [Record(f"{label}.jpg", label, "test") for label in "abcde"]
+        >>> [record.role for record in split_classes(records, "abcde", "halves")]
+        ['train', 'train', 'test', 'test', 'test']
+        >>> [record.role for record in split_classes(records, "abcde", "alternate")]
+        ['train', 'test', 'train', 'test', 'train']
+    """
+    if split_by not in get_args(ClassSplit):
+        raise ValueError(f"Expected `split_by` to be one of {', '.join(get_args(ClassSplit))} but got {split_by!r}.")
+    train = set(classes[: len(classes) // 2] if split_by == "halves" else classes[::2])
+    return [record._replace(role="train" if record.label in train else "test") for record in records]
+
+
+def required_file(path: Path, data_set: str, hint: str) -> Path:
+    """Return `path` if it is a file.
+
+    Args:
+        path: The file looked for.
+        data_set: Name of the data set, for the message.
+        hint: Where the file comes from and which argument points to it, for the message.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{data_set} looked for the file {path}, which does not exist. {hint}")
+    return path
+
+
+def inside(root: Path, relative: str, where: str) -> str:
+    """Return the path of `relative` below `root`.
+
+    Args:
+        root: The folder that holds the images.
+        relative: A path as a list file writes it. List files are not trusted: they may not point out of `root`.
+        where: The place in the list file, for the message.
+
+    Raises:
+        ValueError: If `relative` is empty, absolute, or leaves `root` through `..`.
+
+    Example:
+        >>> inside(Path("images"), "a/1.jpg", "list.csv, row 1")
+        'images/a/1.jpg'
+        >>> inside(Path("images"), "../1.jpg", "list.csv, row 2")
+        Traceback (most recent call last):
+        ValueError: list.csv, row 2: expected a path below images but got '../1.jpg'.
+    """
+    path = PureWindowsPath(relative)  # takes both slashes, and knows what is absolute on either system
+    if path.anchor or not path.parts or ".." in path.parts or "\0" in relative:
+        raise ValueError(f"{where}: expected a path below {root} but got {relative!r}.")
+    return str(root.joinpath(*path.parts))

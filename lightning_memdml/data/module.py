@@ -1,0 +1,300 @@
+"""The base of every data module: from a list of records to data sets and loaders for training and retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple, get_args
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lightning_memdml.data import transforms
+from lightning_memdml.data.images import ImageDataset, OpenFiles, Record, Role, TensorImageDataset
+from lightning_memdml.data.loader import ClassBalancedLoader
+from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch
+
+
+class RetrievalDataModule(LightningDataModule):
+    """Makes data sets and loaders for metric learning out of the records of a data set.
+
+    A new data set is one class with one method, `records`, that yields a `Record` per image::
+
+        class Shoes(RetrievalDataModule):
+            def __init__(self, root: str, **kwargs: Any) -> None:
+                super().__init__(**kwargs)
+                self.root = Path(root)
+
+            def records(self) -> Iterator[Record]:
+                for role in ("train", "test"):
+                    for path in sorted(self.root.glob(f"{role}/*/*.jpg")):
+                        yield Record(str(path), label=path.parent.name, role=role)
+
+    After `setup()` there are
+
+    - `train_set`: the training classes less the validation classes; labels `0 ... C - 1`, indices `0 ... N - 1`;
+    - `val_set`: the validation classes;
+    - `query_set` and `gallery_set`: one and the same object if every test image is both. Equal indices are the same
+      image in both sets, so self pairs can be told by index;
+    - `classes`: what the data set calls the class of each label; a label is the same class in every set.
+
+    Each is a map-style data set of `(image, label, index)` with `labels` (1-D, int64) and `paths`; one without images
+    is empty. Every loader yields `(images, labels, indices)`. Under DDP, Lightning's sampler repeats a few images in
+    evaluation; tell them by their indices.
+
+    Args:
+        batch_size: Training images per batch on each rank; a multiple of `images_per_class`.
+        images_per_class: Images of each class in a training batch.
+        batches_per_epoch: Training batches per epoch; by default as many as it takes to visit every image. Shorter
+            epochs visit every image too, over several epochs.
+        eval_batch_size: Images per batch of validation, test and prediction on each rank.
+        num_workers: Processes per loader that open and transform images; 0 does it in the training process.
+        seed: Seed of batches and augmentation. The validation classes do not depend on it.
+        val_fraction: Share of the training classes that is held out for validation, evenly spread over their order: at
+            least 2 classes, at least 2 left to train. 0 trains on all and validates on nothing: the test
+            classes are never looked at before `test`. Without effect on a data set with its own validation classes.
+        image_size: Side of the network's input in pixels.
+        train_transform: Turns an opened image into the training input; by default the data set's own. Torch's random
+            numbers in it are seeded for every draw; those of `random` and NumPy are not.
+        test_transform: Turns an opened image into the input of validation, test and prediction; by default the
+            data set's own.
+
+    Raises:
+        ValueError: If an argument is out of range, or too few classes are left to train.
+    """
+
+    train_set: ImageDataset
+    val_set: ImageDataset
+    query_set: ImageDataset
+    gallery_set: ImageDataset
+    classes: list[int | str]
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        images_per_class: int = 4,
+        batches_per_epoch: int | None = None,
+        eval_batch_size: int = 128,
+        num_workers: int = 4,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        image_size: int = 224,
+        train_transform: Callable[[Any], Any] | None = None,
+        test_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_batch(batch_size, images_per_class, seed, batches_per_epoch)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(
+                f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}."
+            )
+        self.batch_size = batch_size
+        self.images_per_class = images_per_class
+        self.batches_per_epoch = batches_per_epoch
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.val_fraction = val_fraction
+        self.image_size = image_size
+        self.train_transform = train_transform
+        self.test_transform = test_transform
+
+    # What a data set says: `records`, and the other three only where it differs from files and photographs.
+
+    def records(self) -> Iterable[Record]:
+        """Return one record per image, in the same order at every call and on every rank."""
+        raise NotImplementedError
+
+    def images(self, records: Sequence[Record]) -> Tensor | Callable[[int], Image.Image | Tensor]:
+        """Return the pixels: all as one uint8 tensor `(N, C, H, W)`, or a function that opens those of `records[row]`.
+
+        The function is sent to worker processes, so it should hold what it needs and not this module.
+        """
+        return OpenFiles(records)
+
+    def default_train_transform(self) -> Callable[[Any], Any]:
+        """Return the training transform of this data set."""
+        return transforms.TrainingTransform(self.image_size)
+
+    def default_test_transform(self) -> Callable[[Any], Any]:
+        """Return the transform of this data set for validation, test and prediction."""
+        return transforms.EvaluationTransform(self.image_size)
+
+    # What Lightning asks.
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the records and make the data sets; once, however often it is called."""
+        if hasattr(self, "classes"):
+            return
+        records = list(self.records())
+        rows = split_rows(records, self.val_fraction)
+        classes = list(dict.fromkeys(records[row].label for part in rows for row in part.tolist()))
+        label_of = {name: label for label, name in enumerate(classes)}
+        labels = torch.tensor([label_of[record.label] for record in records], dtype=torch.long)
+        pixels, paths = self.images(records), [record.path for record in records]
+        if isinstance(pixels, Tensor):
+            self._all_images: ImageDataset = TensorImageDataset(pixels, paths, labels)
+        else:
+            self._all_images = ImageDataset(pixels, paths, labels)
+        self._make_sets(rows)
+        self._warn_of_odd_classes()
+        self.classes = classes
+
+    def _make_sets(self, rows: Rows) -> None:
+        """Give each role its part of the images."""
+        train_transform = self.default_train_transform() if self.train_transform is None else self.train_transform
+        test_transform = self.default_test_transform() if self.test_transform is None else self.test_transform
+        identity = torch.full((len(self._all_images),), -1)
+        tested = torch.cat([rows.query, rows.gallery]).unique()
+        identity[tested] = torch.arange(len(tested))
+        self.train_set = self._all_images.part(rows.train, train_transform)
+        self.val_set = self._all_images.part(rows.val, test_transform)
+        self.query_set = self._all_images.part(rows.query, test_transform, identity[rows.query])
+        self.gallery_set = self.query_set
+        if not rows.query.equal(rows.gallery):
+            self.gallery_set = self._all_images.part(rows.gallery, test_transform, identity[rows.gallery])
+
+    def _warn_of_odd_classes(self) -> None:
+        """Tell in one line each what may surprise in the results."""
+        classes, sizes = self.train_set.labels.unique(return_counts=True)
+        if single := int((sizes == 1).sum()):
+            rank_zero_warn(
+                f"Training classes with one image only: {single} of {len(classes)}. The image fills all places of its "
+                "class in a batch, and losses leave out pairs of an image with itself: no positive pair for these."
+            )
+        if shared := int(torch.isin(self.query_set.labels.unique(), classes).sum()):
+            rank_zero_warn(
+                f"Test classes that are training classes too: {shared}. The test is not on unseen classes only."
+            )
+
+    def train_dataloader(self) -> ClassBalancedLoader:
+        """Return the resumable loader of class-balanced training batches."""
+        self.setup()
+        self._require(self.train_set, "train")
+        sampler = ClassBalancedSampler(
+            self.train_set.labels, self.batch_size, self.images_per_class, self.seed, self.batches_per_epoch
+        )
+        return ClassBalancedLoader(self.train_set, sampler, self.num_workers, self._on_gpu())
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the loader of the validation classes; an empty list, which Lightning skips, if there are none."""
+        self.setup()
+        return self._eval_loader(self.val_set) if len(self.val_set) else []
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return one loader if every test image is both query and gallery, else that of the query, then the gallery."""
+        self.setup()
+        self._require(self.query_set, "query")
+        self._require(self.gallery_set, "gallery")
+        if self.gallery_set is self.query_set:
+            return self._eval_loader(self.query_set)
+        return [self._eval_loader(self.query_set), self._eval_loader(self.gallery_set)]
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the loaders of `test_dataloader`."""
+        return self.test_dataloader()
+
+    def _eval_loader(self, images: ImageDataset) -> DataLoader[Any]:
+        return DataLoader(
+            images,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self._on_gpu(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _require(self, images: ImageDataset, role: str) -> None:
+        if not len(images):
+            raise ValueError(f"{type(self).__name__} has no {role} images: no record has the role it takes.")
+
+    def _on_gpu(self) -> bool:
+        """Whether batches go to a GPU. Pinning memory for a run on the CPU would start one nobody asked for."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def verify(self) -> list[Problem]:
+        """Open every image of the data set, and return those that are missing or damaged.
+
+        It reads every file whole, with as many threads as there are `num_workers`; a large data set takes its time.
+        """
+        self.setup()
+        count = len(self._all_images)
+        with ThreadPool(max(1, self.num_workers)) as threads:
+            reasons = threads.imap(self._reason_not_to_open, range(count), chunksize=16)
+            shown = tqdm(reasons, f"{type(self).__name__}: opening images", count, delay=1, unit="image")
+            return [Problem(path, reason) for path, reason in zip(self._all_images.paths, shown, strict=True) if reason]
+
+    def _reason_not_to_open(self, position: int) -> str | None:
+        try:
+            self._all_images.open(position)
+        except OSError as error:
+            return str(error.__cause__ or error)
+        return None
+
+
+class Problem(NamedTuple):
+    """An image that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+class Rows(NamedTuple):
+    """Which records each set is made of: their rows, in order."""
+
+    train: Tensor
+    val: Tensor
+    query: Tensor
+    gallery: Tensor
+
+
+def split_rows(records: Sequence[Record], val_fraction: float) -> Rows:
+    """Sort records by role, and hold out validation classes unless the data set has its own.
+
+    Raises:
+        ValueError: If a role is not one of `Role`, or too few training classes are left.
+
+    Example:
+        >>> split_rows([Record("1", "a", "train"), Record("2", "b", "test"), Record("3", "b", "test")], 0).gallery
+        tensor([1, 2])
+    """
+    rows: dict[str, list[int]] = {role: [] for role in get_args(Role)}
+    for row, record in enumerate(records):
+        if record.role not in rows:
+            raise ValueError(f"{record.path}: expected a role of {', '.join(rows)} but got {record.role!r}.")
+        rows[record.role].append(row)
+    train, val = rows["train"], rows["val"]
+    if not val:
+        held_out = validation_classes([records[row].label for row in train], val_fraction)
+        val = [row for row in train if records[row].label in held_out]
+        train = [row for row in train if records[row].label not in held_out]
+    query, gallery = sorted(rows["test"] + rows["query"]), sorted(rows["test"] + rows["gallery"])
+    return Rows(*(torch.tensor(part, dtype=torch.long) for part in (train, val, query, gallery)))
+
+
+def validation_classes(labels: Sequence[int | str], fraction: float) -> set[int | str]:
+    """Return the share `fraction` of the classes, evenly spread over their order of appearance.
+
+    No chance is in it: runs with different seeds are validated on the same classes.
+
+    Raises:
+        ValueError: If less than two classes would be left to train.
+
+    Example:
+        >>> sorted(validation_classes(range(10), 0.2))
+        [2, 7]
+    """
+    classes = list(dict.fromkeys(labels))
+    if not classes or not fraction:
+        return set()
+    count = max(2, round(fraction * len(classes)))  # with a single class, every neighbour would be right
+    if len(classes) - count < 2:
+        raise ValueError(
+            f"Expected to keep at least 2 of the {len(classes)} training classes but val_fraction={fraction} holds out "
+            f"{count} for validation; pass val_fraction=0 to train on all and validate on none."
+        )
+    return {classes[int((i + 0.5) * len(classes) / count)] for i in range(count)}

@@ -1,0 +1,240 @@
+"""Batches of some classes times some images each: the same on any number of ranks, and resumable anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """One image of a batch.
+
+    Attributes:
+        position: Its place in the data set.
+        seed: What its augmentation draws from; every draw of a run has its own.
+    """
+
+    position: int
+    seed: int
+
+
+class ClassBalancedSampler:
+    """Draws batches of `batch_size / images_per_class` classes with `images_per_class` images each.
+
+    One **pass** visits every image of every class at least once. The images of a class are shuffled and cut into groups
+    of `images_per_class`; a last short group is filled with other images of the class, and a class with fewer images
+    than that repeats them evenly (then pairs of equal indices occur, which the losses leave out). A batch takes its
+    groups from distinct classes, each with a probability proportional to the groups it has left; where a class has so
+    many groups that the others run out, the others are drawn again. No class and no image is dropped.
+
+    The draws of batch `b` of epoch `e` are a function of `(seed, e, b)` and the global batch size alone. On `W` ranks
+    the global batch of `W * batch_size` images is the one that a single rank would draw with that batch size, and rank
+    `r` gets its `r`-th part. If it has more groups than there are classes, classes repeat in it as little as possible.
+
+    Args:
+        labels: Class of each image `(N,)`.
+        batch_size: Images per batch on each rank; a multiple of `images_per_class`.
+        images_per_class: Images of each class in a batch.
+        seed: Seed of all draws, 0 or more.
+        batches_per_epoch: Length of an epoch; by default one pass. Passes run on from epoch to epoch, so also short
+            epochs visit every image.
+        rank: Rank to draw for. By default rank and world size are asked from `torch.distributed` when a batch is drawn,
+            as the process group may not be there before.
+        world_size: Number of ranks; goes with `rank`.
+
+    Raises:
+        ValueError: If there is only one class, a batch asks for more classes than there are, or `batch_size` is
+            no multiple of `images_per_class`.
+
+    Example:
+        >>> sampler = ClassBalancedSampler(torch.tensor([0, 0, 0, 1, 1, 2]), batch_size=4, images_per_class=2)
+        >>> len(sampler)  # two groups of class 0, one of each other class
+        2
+        >>> len(sampler.batch(0)), sampler.batch(0) == sampler.batch(0)
+        (4, True)
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        batch_size: int,
+        images_per_class: int = 4,
+        seed: int = 0,
+        batches_per_epoch: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        check_batch(batch_size, images_per_class, seed, batches_per_epoch)
+        if (rank is None) != (world_size is None) or (rank is not None and not 0 <= rank < (world_size or 0)):
+            raise ValueError(f"Expected 0 <= `rank` < `world_size`, or neither, but got {rank} and {world_size}.")
+        _, sizes = torch.unique(labels, return_counts=True)
+        check_classes(len(sizes), batch_size, images_per_class)
+        self._images_of_class = [part.numpy() for part in torch.argsort(labels, stable=True).split(sizes.tolist())]
+        self._groups = -(-sizes.numpy() // images_per_class)
+        self.batch_size = batch_size
+        self.images_per_class = images_per_class
+        self.seed = seed
+        self.batches_per_epoch = batches_per_epoch
+        self.epoch = 0
+        self.first_batch = 0
+        self._placement = None if rank is None or world_size is None else (rank, world_size)
+        self._plan: tuple[tuple[int, int], np.ndarray] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank the batches are drawn for."""
+        return self._placement[0] if self._placement else _distributed()[0]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per batch over all ranks."""
+        return self.batch_size * (self._placement[1] if self._placement else _distributed()[1])
+
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches in which every image is visited."""
+        slots = self.global_batch_size // self.images_per_class
+        return count_batches(share_groups(self._groups, slots), slots)
+
+    def __len__(self) -> int:
+        return self.batches_per_pass if self.batches_per_epoch is None else self.batches_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of `epoch` from now on, from its first batch unless it is the epoch resumed into."""
+        if epoch != self.epoch:
+            self.epoch, self.first_batch = epoch, 0
+
+    def batch(self, number: int) -> list[Draw]:
+        """Return this rank's draws of batch `number` of the current epoch."""
+        step = self.epoch * len(self) + number
+        which_pass, row = divmod(step, self.batches_per_pass)
+        positions = self._pass(which_pass)[row]
+        seeds = np.random.default_rng((self.seed, step, 1)).integers(2**63 - 1, size=len(positions))
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [Draw(*draw) for draw in zip(positions[mine].tolist(), seeds[mine].tolist(), strict=True)]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first, self.first_batch = self.first_batch, 0
+        for number in range(first, len(self)):
+            yield self.batch(number)
+
+    def _pass(self, number: int) -> np.ndarray:
+        """Return the positions of the global batches of one pass; the latest is kept, as it takes a while to draw."""
+        key = (number, self.global_batch_size)
+        if self._plan is None or self._plan[0] != key:
+            generator = np.random.default_rng((self.seed, number, 0))
+            groups_per_batch = self.global_batch_size // self.images_per_class
+            self._plan = key, plan_pass(self._images_of_class, groups_per_batch, self.images_per_class, generator)
+        return self._plan[1]
+
+
+def check_batch(batch_size: int, images_per_class: int, seed: int, batches_per_epoch: int | None) -> None:
+    """Raise a `ValueError` unless a batch can be cut into groups of `images_per_class`."""
+    if images_per_class < 1 or batch_size < 1 or batch_size % images_per_class:
+        below = batch_size // max(1, images_per_class) * max(1, images_per_class)
+        near = " or ".join(str(size) for size in (below, below + max(1, images_per_class)) if size > 0)
+        raise ValueError(
+            "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got "
+            f"batch_size={batch_size} and images_per_class={images_per_class}; batch_size={near} would do."
+        )
+    if seed < 0:
+        raise ValueError(f"Expected `seed` to be 0 or more but got {seed}.")
+    if batches_per_epoch is not None and batches_per_epoch < 1:
+        raise ValueError(
+            f"Expected `batches_per_epoch` to be 1 or more, or None for one pass, but got {batches_per_epoch}."
+        )
+
+
+def check_classes(classes: int, batch_size: int, images_per_class: int) -> None:
+    """Raise a `ValueError` unless there are enough classes for one batch of distinct ones."""
+    if classes < 2:
+        raise ValueError(
+            f"Expected at least 2 training classes but got {classes}: without another class there is no negative."
+        )
+    if batch_size // images_per_class > classes:
+        raise ValueError(
+            f"Expected at most {classes} classes per batch, as there are no more, but got "
+            f"batch_size={batch_size} / images_per_class={images_per_class} = {batch_size // images_per_class}; "
+            f"pass batch_size={classes * images_per_class} or less, or more images per class."
+        )
+
+
+def share_groups(groups: np.ndarray, slots: int) -> np.ndarray:
+    """Share the groups of each class among its lanes, and return the groups of every lane.
+
+    A lane appears at most once in a batch. One lane per class makes the classes of a batch distinct; only if a batch
+    has more slots than there are classes, each class gets more.
+    """
+    lanes = -(-slots // len(groups))
+    return ((groups[:, None] + np.arange(lanes)) // lanes).ravel()
+
+
+def count_batches(groups: np.ndarray, slots: int) -> int:
+    """Return how many batches of `slots` distinct lanes hold `groups` of each lane."""
+    return max(-(-int(groups.sum()) // slots), int(groups.max()))
+
+
+def plan_pass(
+    images_of_class: Sequence[np.ndarray], slots: int, images_per_class: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the batches of one pass `(batches, slots * images_per_class)`: positions of images, group by group."""
+    needed = np.array([-(-len(images) // images_per_class) for images in images_of_class])
+    left = share_groups(needed, slots)
+    batches = count_batches(left, slots)
+    left = _fill(left, batches, batches * slots, generator)
+    drawn = left.reshape(len(needed), -1).sum(axis=1)
+    groups = np.concatenate(
+        [
+            _cut(images, count, extra, images_per_class, generator)
+            for images, count, extra in zip(images_of_class, needed, drawn - needed, strict=True)
+        ]
+    )
+    next_group = np.cumsum(left) - left
+    plan = np.empty((batches, slots), dtype=np.int64)
+    for batch in range(batches):
+        lanes = _choose(left, batches - batch, slots, generator)
+        plan[batch] = next_group[lanes]
+        next_group[lanes] += 1
+        left[lanes] -= 1
+    return groups[plan].reshape(batches, -1)
+
+
+def _fill(groups: np.ndarray, batches: int, total: int, generator: np.random.Generator) -> np.ndarray:
+    """Raise `groups` to the sum `total`: evenly, by random lanes, none above `batches`."""
+    groups = groups.copy()
+    while (missing := total - int(groups.sum())) > 0:
+        groups[generator.permutation(np.flatnonzero(groups < batches))[:missing]] += 1
+    return groups
+
+
+def _cut(images: np.ndarray, count: int, extra: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Return `count` groups with all `images` and `extra` further ones, `(count + extra, size)`.
+
+    Groups are cut from a shuffled cycle of the images, so a group repeats an image only if the class has fewer than
+    `size`, and then evenly.
+    """
+    cycles = [np.resize(generator.permutation(images), number * size) for number in (count, extra)]
+    return np.concatenate(cycles).reshape(-1, size)
+
+
+def _choose(left: np.ndarray, batches: int, slots: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw `slots` distinct lanes for the next of `batches` batches, in proportion to the groups they have `left`.
+
+    A lane with as many groups left as there are batches is always taken. So none ever has more groups than batches, and
+    as `left` sums to `batches * slots`, there are always enough lanes.
+    """
+    with np.errstate(divide="ignore"):  # log(0): an empty lane is never taken
+        keys = np.log(left) + generator.gumbel(size=len(left))  # the largest keys are a weighted draw without return
+    keys[left == batches] = np.inf
+    return generator.permutation(np.argpartition(-keys, slots - 1)[:slots])
+
+
+def _distributed() -> tuple[int, int]:
+    """Return rank and world size of the process group, or those of a single process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,129 @@
+"""The field's image transforms, and one for small drawings that transforms a whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class TrainingTransform(v2.Compose):
+    """The training transform of XBM and most of the field: a random part of the image, sometimes mirrored.
+
+    Shorter side to `256 / 224 * image_size`, a random crop of `min_scale` to 1 of the area resized to a square,
+    mirrored half of the time, normalised with the ImageNet statistics.
+
+    Args:
+        image_size: Side of the result in pixels.
+        min_scale: Smallest part of the area that a crop may keep, in (0, 1].
+
+    Example:
+        >>> from PIL import Image
+        >>> TrainingTransform(97)(Image.new("RGB", (300, 200))).shape
+        torch.Size([3, 97, 97])
+    """
+
+    def __init__(self, image_size: int = 224, min_scale: float = 0.2) -> None:
+        part = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), antialias=True)
+        super().__init__([_resize(image_size), part, v2.RandomHorizontalFlip(), *_normalise()])
+
+
+class EvaluationTransform(v2.Compose):
+    """The test transform: shorter side to `256 / 224 * image_size`, the centre square, ImageNet statistics.
+
+    Args:
+        image_size: Side of the result in pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> EvaluationTransform(129)(Image.new("RGB", (300, 200))).shape
+        torch.Size([3, 129, 129])
+    """
+
+    def __init__(self, image_size: int = 224) -> None:
+        super().__init__([_resize(image_size), v2.CenterCrop(image_size), *_normalise()])
+
+
+def _resize(image_size: int) -> v2.Resize:
+    return v2.Resize(round(image_size * 256 / 224), antialias=True)
+
+
+def _normalise() -> list[nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+
+
+class SeededTransform(nn.Module):
+    """A random transform of a whole batch, whose image `i` depends on `seeds[i]` and on nothing else.
+
+    So a batch comes out the same however it is shared among ranks and workers, and one call serves all its images.
+    """
+
+    def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Transform `images` `(B, C, H, W)`, or `(C, H, W)`; without `seeds` they are drawn from torch's generator."""
+        raise NotImplementedError
+
+
+class RandomAffine(SeededTransform):
+    r"""Turns, scales and shifts small images at random, and scales their values to [0, 1].
+
+    .. math:: \mathrm{out}(p) = \mathrm{in}(s R_\varphi p + t)
+
+    with bilinear interpolation and zeros outside; `p` in [-1, 1] on both axes. One `grid_sample` serves the batch.
+
+    Args:
+        rotation: Largest angle in radians; angles are uniform in [-rotation, rotation].
+        scale: Largest relative change of size; factors are uniform in [1 - scale, 1 + scale].
+        shift: Largest shift on each axis, as a part of half the image's side (0.12 of 28 pixels: 1.7 pixels).
+
+    Example:
+        >>> images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+        >>> RandomAffine()(images, seeds=[1, 2]).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(self, rotation: float = 0.2, scale: float = 0.15, shift: float = 0.12) -> None:
+        super().__init__()
+        self.rotation, self.scale, self.shift = rotation, scale, shift
+
+    def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Transform `images` `(B, C, H, W)`, or `(C, H, W)`; without `seeds` they are drawn from torch's generator."""
+        batch = v2.functional.to_dtype(images.reshape(-1, *images.shape[-3:]), torch.float32, scale=True)
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(batch),)).tolist()
+        grid = F.affine_grid(self.matrices(seeds), list(batch.shape), align_corners=False)
+        return F.grid_sample(batch, grid, align_corners=False).reshape(images.shape)
+
+    def matrices(self, seeds: Sequence[int]) -> Tensor:
+        """Return the maps from output to input coordinates `(B, 2, 3)` that the seeds draw."""
+        draws = torch.from_numpy(2 * uniform(seeds, 4) - 1).float()  # (B, 4) in [-1, 1)
+        angle, size, shift = self.rotation * draws[:, 0], 1 + self.scale * draws[:, 1], self.shift * draws[:, 2:]
+        cos, sin = size * angle.cos(), size * angle.sin()
+        return torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
+
+
+def uniform(seeds: Sequence[int], count: int) -> np.ndarray:
+    """Return `count` numbers in [0, 1) for each seed, `(B, count)` float64: a pure function of the seed.
+
+    SplitMix64 (Steele et al. 2014) with the seed as its state: a generator object per image would cost more than the
+    whole transform.
+
+    Example:
+        >>> bool((uniform([1, 2], 3)[1] == uniform([2], 3)[0]).all())
+        True
+    """
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64
+        state = np.asarray(seeds, dtype=np.uint64)[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)

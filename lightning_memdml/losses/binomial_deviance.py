@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import softplus
+from lightning_memdml.losses.rows import block_softplus, softplus
 
 
 class BinomialDevianceLoss(PairLoss):
@@ -43,8 +43,9 @@ class BinomialDevianceLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Return logistic weights and their integral."""
-        logits = self.beta * (similarity - self.base)
-        return self.beta * torch.sigmoid(logits), softplus(logits)
+        logits = similarity.sub_(self.base).mul_(self.beta)
+        values = block_softplus(logits)
+        return logits.sigmoid_().mul_(self.beta), values
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives and take both means."""

@@ -47,8 +47,8 @@ class CircleLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Return the logits of the negatives and the factor of their softmax."""
-        factor = self.scale * (similarity + self.margin).clamp_min(0)
-        return factor * (similarity - self.margin), factor
+        factor = (similarity + self.margin).clamp_min_(0).mul_(self.scale)
+        return similarity.sub_(self.margin).mul_(factor), factor
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Couple both sides."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_memdml.losses.checks import check_similarity
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import step_
 
 
 class ContrastiveLoss(PairLoss):
@@ -45,7 +46,7 @@ class ContrastiveLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
         """Weigh 1 above the margin."""
-        return (similarity > self.margin).to(similarity.dtype), None
+        return step_(similarity, self.margin), None
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives, each with weight 1."""

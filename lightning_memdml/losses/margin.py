@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import step_
 
 LEAST_SQUARED_DISTANCE = 1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
 
@@ -55,8 +56,8 @@ class MarginLoss(PairLoss):
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Return inverse distances inside the outer distance."""
         distance = _distance(similarity)
-        excess = self.beta + self.margin - distance
-        return torch.where(excess > 0, 1 / distance, 0.0), excess.clamp_min(0)
+        excess = (self.beta + self.margin - distance).clamp_min_(0)
+        return step_(excess.clone(), 0.0).div_(distance), excess
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives outside the inner distance."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_memdml.losses.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
@@ -55,7 +55,7 @@ class MultiSimilarityLoss(PairLoss):
         if self.epsilon is None:
             return ()
         least = -row_max((-similarity).masked_fill(~mask, -torch.inf))
-        return (least - self.epsilon,)
+        return ((least - self.epsilon).clamp_max(2.0),)  # 2: above every similarity, and finite
 
     def negative_cut(self, context: Context) -> Tensor | float:
         """Return the mining threshold."""
@@ -63,10 +63,11 @@ class MultiSimilarityLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
         """Return the logits of the negatives, ``-inf`` where not mined."""
-        logits = self.beta * (similarity - self.base)
-        if context:
-            logits.masked_fill_(similarity <= context[0][:, None], -torch.inf)
-        return logits, None
+        if not context:
+            return similarity.sub_(self.base).mul_(self.beta), None
+        cut = context[0][:, None]
+        above = nn.functional.threshold_(similarity.sub_(cut), 0.0, -torch.inf)
+        return above.add_(cut - self.base).mul_(self.beta), None
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Mine and weigh the positives, and bound both sides."""

@@ -21,7 +21,7 @@ class _SoftmaxLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
         """Return the logits of the negatives."""
-        return similarity / self.temperature, None
+        return similarity.div_(self.temperature), None
 
 
 class InfoNCELoss(_SoftmaxLoss):

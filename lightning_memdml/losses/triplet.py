@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import softplus
+from lightning_memdml.losses.rows import block_softplus, step_
 
 
 class TripletLoss(PairLoss):
@@ -57,9 +57,12 @@ class TripletLoss(PairLoss):
         """Return how many positives each negative offends, and by how much."""
         positives = context[0]
         if self.soft:
-            gaps = [similarity - positive[:, None] for positive in positives.unbind(dim=1)]
-            nothing = torch.zeros_like(similarity)
-            return sum(map(torch.sigmoid, gaps), nothing), sum(map(softplus, gaps), nothing)
+            weights, values = torch.zeros_like(similarity), torch.zeros_like(similarity)
+            for positive in positives.unbind(dim=1):
+                gap = similarity - positive[:, None]
+                values += block_softplus(gap)
+                weights += gap.sigmoid_()
+            return weights, values
         reach = similarity + self.margin
         offended = torch.searchsorted(positives, reach)
         below = torch.nn.functional.pad(positives.masked_fill(positives.isinf(), 0).cumsum(dim=1), (1, 0))
@@ -75,8 +78,8 @@ class TripletLoss(PairLoss):
 
     def _offence(self, similarity: Tensor, positive: Tensor) -> Tensor:
         if self.soft:
-            return torch.sigmoid(similarity - positive[:, None]).sum(dim=1)
-        return (similarity > (positive - self.margin)[:, None]).sum(dim=1).to(similarity.dtype)
+            return (similarity - positive[:, None]).sigmoid_().sum(dim=1)
+        return step_(similarity.clone(), (positive - self.margin)[:, None]).sum(dim=1)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Give each positive the number of negatives that offend it."""

@@ -76,8 +76,8 @@ class Threshold(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        counts = similarity > self.threshold if self.above else similarity < self.threshold
-        return counts.to(similarity.dtype)
+        compare = torch.gt if self.above else torch.lt
+        return compare(similarity, self.threshold, out=torch.empty_like(similarity))
 
 
 class Linear(WeightFunction):
@@ -103,7 +103,7 @@ class Linear(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        return (self.slope * similarity + self.intercept).clamp_min(0)
+        return (self.slope * similarity).add_(self.intercept).clamp_min_(0)
 
 
 class Power(WeightFunction):
@@ -131,7 +131,7 @@ class Power(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        return ((similarity - self.threshold).clamp_min(0) / (1 - self.threshold)) ** self.power
+        return (similarity - self.threshold).clamp_min_(0).div_(1 - self.threshold).pow_(self.power)
 
 
 class Exponential(WeightFunction):
@@ -154,7 +154,7 @@ class Exponential(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        return torch.exp(self.scale * (similarity - self.center))
+        return (similarity - self.center).mul_(self.scale).exp_()
 
 
 class Sigmoid(WeightFunction):
@@ -177,7 +177,7 @@ class Sigmoid(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""
-        return torch.sigmoid(self.scale * (similarity - self.threshold))
+        return (similarity - self.threshold).mul_(self.scale).sigmoid_()
 
 
 class Band(WeightFunction):

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.rows import row_max
@@ -157,8 +156,8 @@ def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
     # A wrong hit only moves a column to the masked part, so a table of hashes is exact enough and costs 2 gathers;
     # torch.isin costs 5 times as much, comparing with every member 20 times.
     table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
-    table[members & (HASH_SIZE - 1)] = True
-    return table[ids & (HASH_SIZE - 1)]
+    table[members.long() & (HASH_SIZE - 1)] = True
+    return table[ids.long() & (HASH_SIZE - 1)]
 
 
 def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tensor) -> None:
@@ -248,9 +247,13 @@ class Assigned(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        """Scale the gradient; its own derivative is refused, because the weights are held constant."""
+        """Scale the gradient; a derivative of it is refused rather than given without the weights' own."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A pair loss has no second derivative here: its weights are constants of the backward pass. "
+                "Call `backward()` or `torch.autograd.grad` without `create_graph=True`."
+            )
         (gradient,) = ctx.saved_tensors
         return grad_output * gradient, None, None
 

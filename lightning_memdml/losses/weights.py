@@ -229,9 +229,8 @@ class Piecewise(WeightFunction):
             raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}.")
         if min(weights) < 0:
             raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}.")
-        self.register_buffer("similarities", torch.tensor(similarities, dtype=torch.float64), persistent=False)
-        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
-        self.cut = _last_zero(list(similarities), list(weights))
+        self.similarities, self.weights = list(similarities), list(weights)
+        self.cut = _last_zero(self.similarities, self.weights)
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Weigh pairs of any shape."""

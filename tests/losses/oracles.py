@@ -88,9 +88,7 @@ def margin(m, beta):
     def distance(s):
         return (2 - 2 * s).clamp_min(1e-6).sqrt()
 
-    return lambda p, n: (
-        (distance(p) - beta + m).clamp_min(0).sum() + (beta + m - distance(n)).clamp_min(0).sum()
-    )
+    return lambda p, n: (distance(p) - beta + m).clamp_min(0).sum() + (beta + m - distance(n)).clamp_min(0).sum()
 
 
 def circle(m, gamma):

@@ -59,9 +59,7 @@ def _case(request):
 def unit(rows: int, dim: int = 8, seed: int = 0, spread: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(1, dim, generator=generator, dtype=torch.float64)
-    return F.normalize(
-        centre + spread * torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1
-    )
+    return F.normalize(centre + spread * torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
 
 
 def labels_of(rows: int, classes: int, seed: int = 1) -> Tensor:
@@ -153,9 +151,7 @@ def test_collapsed_and_duplicate_embeddings_follow_the_formula(case):
     x, y = unit(1).expand(6, -1), torch.tensor([0, 0, 1, 1, 2, 3])
     r, ry = unit(1).expand(9, -1), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8])
     actual, wanted = value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry)
-    if isinstance(
-        loss, ml.MarginLoss
-    ):  # identical pairs keep the bounded weight where the formula's clamp has none
+    if isinstance(loss, ml.MarginLoss):  # identical pairs keep the bounded weight where the formula's clamp has none
         actual, wanted = actual[:1], wanted[:1]
     assert_same(actual, wanted, 1e-7)
 

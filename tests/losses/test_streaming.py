@@ -1,0 +1,130 @@
+"""The streamed evaluation as a citizen of autograd, autocast and torch.compile, and what it allocates."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lightning_memdml as ml
+
+LOSSES = {
+    "contrastive": ml.ContrastiveLoss(),
+    "direct": ml.DirectWeightLoss(negative=ml.Exponential()),
+    "multi-similarity": ml.MultiSimilarityLoss(),
+    "triplet": ml.TripletLoss(),
+    "soft triplet": ml.TripletLoss(soft=True),
+    "circle": ml.CircleLoss(),
+    "SupCon": ml.SupConLoss(),
+    "hybrid": ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss()),
+}
+
+
+@pytest.fixture(params=LOSSES, name="loss")
+def _loss(request):
+    return LOSSES[request.param]
+
+
+def batch_and_memory(rows: int = 16, references: int = 2000, dim: int = 16, classes: int = 200):
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+    r = F.normalize(torch.randn(references, dim, generator=generator), dim=1)
+    y = torch.randint(0, classes, (rows,), generator=generator)
+    return x, y, r, torch.randint(0, classes, (references,), generator=generator)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_all_pairs_is_made(loss):
+    x, y, r, ry = batch_and_memory(rows=64, references=40_000, dim=4, classes=5000)
+    x.requires_grad_()
+    with LargestTensor() as largest:
+        loss(x, y, r, ry).backward()
+    assert largest.elements >= 64 * 1000  # the mode does see the blocks
+    assert largest.elements < 64 * 40_000 / 4
+
+
+def test_huge_labels_are_told_apart(loss):
+    x, y, r, ry = batch_and_memory()
+    wanted = loss(x, y, r, ry)
+    torch.testing.assert_close(loss(x, 2**63 - 1 - y, r, 2**63 - 1 - ry), wanted)
+    torch.testing.assert_close(loss(x, y * 2**16, r, ry * 2**16), wanted)  # one bucket of the hash table for all
+
+
+def test_gradients_accumulate_and_a_retained_graph_gives_them_again(loss):
+    x, y, r, ry = batch_and_memory()
+    x.requires_grad_()
+    value = loss(x, y, r, ry)
+    value.backward(retain_graph=True)
+    once = x.grad.clone()
+    (3 * value).backward()
+    torch.testing.assert_close(x.grad, 4 * once)
+
+
+@pytest.mark.parametrize("references", [(), ("memory",)])
+def test_a_second_derivative_is_refused(loss, references):
+    x, y, r, ry = batch_and_memory()
+    x.requires_grad_()
+    value = loss(x, y, r, ry) if references else loss(x, y)
+    with pytest.raises(RuntimeError, match="no second derivative.*without `create_graph=True`"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_references_get_no_gradient_and_are_not_kept(loss):
+    x, y, r, ry = batch_and_memory()
+    x.requires_grad_()
+    value = loss(x, y, r, ry)
+    r.zero_()  # a memory may be overwritten between forward and backward
+    value.backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_autocast_does_not_lower_the_precision_of_similarities(loss):
+    x, y, r, ry = batch_and_memory()
+    wanted = loss(x, y, r, ry), loss(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = loss(x, y, r, ry), loss(x, y)
+    assert [a.dtype for a in actual] == [torch.float32] * 2
+    torch.testing.assert_close(actual, wanted)
+
+
+def test_half_precision_anchors_and_references_are_evaluated_in_float32(loss):
+    x, y, r, ry = batch_and_memory()
+    half = loss(x.bfloat16(), y, r.half(), ry)
+    torch.testing.assert_close(half, loss(x.bfloat16().float(), y, r.half().float(), ry))
+
+
+def test_a_compiled_step_is_one_graph_that_a_growing_memory_does_not_recompile(loss):
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    head = torch.nn.Linear(16, 16)
+
+    def step(inputs, y, r, ry):
+        z = F.normalize(head(inputs), dim=1)
+        return loss(z, y, r, ry)
+
+    compiled = torch.compile(step, backend=frames, fullgraph=True)
+    x, y, r, ry = batch_and_memory()
+    for rows in (100, 150, 400, 900, 1300, 2000):
+        torch.testing.assert_close(compiled(x, y, r[:rows], ry[:rows]), step(x, y, r[:rows], ry[:rows]))
+    compiled(x, y, r, ry).backward()
+    assert head.weight.grad.abs().sum() > 0
+    assert frames.frame_count <= 2  # the first size, then any size
+
+
+def test_memory_equal_to_the_batch_is_the_in_batch_loss_by_index(loss):
+    x, y, _, _ = batch_and_memory(classes=5)
+    indices = torch.arange(len(x))
+    against_itself = loss(x, y, x.clone(), y, indices=indices, ref_indices=indices)
+    torch.testing.assert_close(against_itself, loss(x, y))

@@ -1,0 +1,66 @@
+"""Weight functions: their curves, their cuts, their refusals."""
+
+import math
+
+import pytest
+import torch
+
+import lightning_memdml as ml
+
+GRID = torch.linspace(-1, 1, 401, dtype=torch.float64)
+CURVES = [
+    (ml.Constant(2.0), lambda s: 2.0),
+    (ml.Threshold(0.25), lambda s: float(s > 0.25)),
+    (ml.Threshold(0.25, above=False), lambda s: float(s < 0.25)),
+    (ml.Linear(2.0, 0.5), lambda s: max(0.0, 2 * s + 0.5)),
+    (ml.Linear(-1.0, 1.0), lambda s: 1 - s),
+    (ml.Power(0.2, 2.0), lambda s: (max(0.0, s - 0.2) / 0.8) ** 2),
+    (ml.Exponential(10.0), lambda s: math.exp(10 * (s - 1))),
+    (ml.Exponential(-5.0, center=-1.0), lambda s: math.exp(-5 * (s + 1))),
+    (ml.Sigmoid(20.0, 0.3), lambda s: 1 / (1 + math.exp(-20 * (s - 0.3)))),
+    (ml.Band(0.1, 0.6), lambda s: float(0.1 < s < 0.6)),
+    (ml.Piecewise([-0.5, 0.0, 0.5], [0.0, 0.0, 3.0]), lambda s: min(3.0, max(0.0, 6 * s))),
+]
+
+
+@pytest.mark.parametrize(("weight", "formula"), CURVES, ids=lambda case: type(case).__name__)
+def test_the_curve_is_the_formula(weight, formula):
+    wanted = torch.tensor([formula(float(s)) for s in GRID], dtype=torch.float64)
+    before = GRID.clone()
+    torch.testing.assert_close(weight(GRID), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(before, GRID), "the argument was changed"
+
+
+@pytest.mark.parametrize(("weight", "formula"), CURVES, ids=lambda case: type(case).__name__)
+def test_nothing_at_or_below_the_cut_has_weight(weight, formula):
+    assert not weight(GRID[weight.cut >= GRID]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ml.Constant(-1.0), "`value` of at least 0 but got -1"),
+        (lambda: ml.Threshold(1.5), r"`threshold` to be a cosine similarity in \[-1, 1\] but got 1.5"),
+        (lambda: ml.Power(1.0), r"`threshold` to be a cosine similarity in \[-1, 1\)"),
+        (lambda: ml.Power(power=0.0), "`power` above 0 but got 0"),
+        (lambda: ml.Sigmoid(threshold=-2.0), "`threshold` to be a cosine similarity"),
+        (lambda: ml.Band(0.5, 0.5), "`low` below `high`"),
+        (lambda: ml.Piecewise([0.0], [1.0]), "at least two"),
+        (lambda: ml.Piecewise([0.0, 0.0], [1.0, 1.0]), "ascending"),
+        (lambda: ml.Piecewise([0.0, 1.0], [1.0, -1.0]), "at least 0"),
+        (lambda: ml.ContrastiveLoss(2.0), "`margin` to be a cosine similarity"),
+        (lambda: ml.MultiSimilarityLoss(beta=0.0), "`beta` above 0 but got 0"),
+        (lambda: ml.MarginLoss(beta=3.0), r"`beta` to be a distance in \(0, 2\)"),
+        (lambda: ml.InfoNCELoss(-0.1), "`temperature` above 0"),
+        (lambda: ml.DirectWeightLoss(normalize="mean"), "`normalize` to be None or"),
+    ],
+)
+def test_arguments_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_hybrid_of_hybrids_is_refused():
+    hybrid = ml.HybridLoss(ml.ContrastiveLoss(), ml.ContrastiveLoss())
+    with pytest.raises(TypeError, match="PairLoss other than HybridLoss"):
+        ml.HybridLoss(hybrid, ml.ContrastiveLoss())

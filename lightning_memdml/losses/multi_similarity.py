@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
@@ -66,7 +66,7 @@ class MultiSimilarityLoss(PairLoss):
         if not context:
             return similarity.sub_(self.base).mul_(self.beta), None
         cut = context[0][:, None]
-        above = nn.functional.threshold_(similarity.sub_(cut), 0.0, -torch.inf)
+        above = torch.threshold_(similarity.sub_(cut), 0.0, -torch.inf)
         return above.add_(cut - self.base).mul_(self.beta), None
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:

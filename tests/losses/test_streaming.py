@@ -77,7 +77,7 @@ def test_a_second_derivative_is_refused(loss, references):
     x, y, r, ry = batch_and_memory()
     x.requires_grad_()
     value = loss(x, y, r, ry) if references else loss(x, y)
-    with pytest.raises(RuntimeError, match="no second derivative.*without `create_graph=True`"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*without `create_graph=True`"):
         torch.autograd.grad(value, x, create_graph=True)
 
 

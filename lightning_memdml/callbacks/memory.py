@@ -120,7 +120,7 @@ class MemoryCallback(Callback):
         """Store the rows of all ranks."""
         if not outputs and pl_module.automatic_optimization:
             return  # training_step returned None, so Lightning skipped the batch (allowed on one rank only)
-        rows = as_rows(**_find_rows(pl_module, outputs))
+        rows = as_rows(**find_rows(type(self).__name__, pl_module, outputs))
         self._warn_if_unread(pl_module)
         if self._step < self.start_step:
             return
@@ -239,15 +239,15 @@ def _check_free(pl_module: LightningModule, memory: EmbeddingMemory) -> None:
         )
 
 
-def _find_rows(pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:
-    """What `training_step` returned, or else what `against_memory` was given."""
+def find_rows(callback: str, pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:
+    """What `training_step` returned, or else what `against_memory` was given; the error names the `callback`."""
     returned = outputs if isinstance(outputs, Mapping) else {}
     offered = pl_module.__dict__.get(_OFFER, {})
     rows = returned if "embeddings" in returned or not offered else offered
     missing = [f"`{name}`" for name in ("embeddings", "labels") if name not in rows]
     if missing:
         raise ValueError(
-            f"MemoryCallback needs the embeddings and labels of each training batch, but found no "
+            f"{callback} needs the embeddings and labels of each training batch, but found no "
             f"{' and no '.join(missing)} in what {type(pl_module).__name__}.training_step returned "
             f"({', '.join(map(str, returned)) or 'nothing'}). End it with "
             '`return {"loss": loss, "embeddings": z, "labels": y}`.'

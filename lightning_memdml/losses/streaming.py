@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Drop = Callable[[Tensor, float], Tensor]
 
-BLOCK_ELEMENTS = 1 << 19  # similarities per block: 2 MiB in fp32 stay in the second-level cache
+BLOCK_ELEMENTS = 1 << 19  # similarities per block on a CPU: 2 MiB in fp32 stay in the second-level cache
+GPU_BLOCK_ELEMENTS = 1 << 24  # on a GPU, where a block costs a dozen kernel launches
 HASH_SIZE = 1 << 16
 SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
 
@@ -164,7 +165,8 @@ def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tenso
     """Add every column outside ``special``, block by block."""
     anchors = part.anchors
     cut = part.loss.negative_cut(part.context)
-    width = max(256, BLOCK_ELEMENTS // anchors.shape[0])
+    elements = BLOCK_ELEMENTS if anchors.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    width = max(256, elements // anchors.shape[0])
     starts = range(0, references.shape[0], width)
     bounds = torch.searchsorted(special, torch.tensor([*starts, references.shape[0]], device=special.device)).tolist()
     scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
@@ -186,6 +188,8 @@ def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:
 
 def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor) -> Tensor | None:
     """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all."""
+    if similarity.device.type != "cpu":
+        return None  # counting the columns would stall the GPU at every block
     if isinstance(cut, Tensor):
         reached = (similarity - cut[:, None]).amax(dim=0) > 0
     elif cut > -1.0:

@@ -1,0 +1,245 @@
+"""Times the memory term of one training step, forward and backward, against the two bare matrix products.
+
+Every method runs on the same inputs, interleaved, on one thread, in one process; the time is CPU time, the least of
+the rounds. ``ratio`` is to the floor: similarities ``S = X M^T`` and gradient ``G = W M``, the better of the whole
+product and one in blocks. ``trained`` inputs have hard negatives in about 1 of 2,000 pairs, ``untrained`` ones share a
+direction, so that nearly all negatives are above the margin. Peak memory is measured in a process of its own.
+
+    python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lightning_memdml as ml
+
+OURS: dict[str, ml.PairLoss] = {
+    "contrastive": ml.ContrastiveLoss(0.5),
+    "direct, threshold": ml.DirectWeightLoss(negative=ml.Threshold(0.5)),
+    "direct, exponential": ml.DirectWeightLoss(negative=ml.Exponential(10)),
+    "multi-similarity, mined": ml.MultiSimilarityLoss(),
+    "multi-similarity": ml.MultiSimilarityLoss(epsilon=None),
+    "hybrid (contrastive, MS)": ml.HybridLoss(ml.ContrastiveLoss(), ml.MultiSimilarityLoss(epsilon=None)),
+    "binomial deviance": ml.BinomialDevianceLoss(),
+    "lifted structure": ml.LiftedStructureLoss(),
+    "triplet": ml.TripletLoss(),
+    "triplet, soft": ml.TripletLoss(soft=True),
+    "margin": ml.MarginLoss(),
+    "circle": ml.CircleLoss(),
+    "InfoNCE": ml.InfoNCELoss(),
+    "SupCon": ml.SupConLoss(),
+    "NCA": ml.NCALoss(),
+}
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Step = Callable[[], object]
+
+
+def make_inputs(regime: str, batch: int, memory: int, dim: int) -> Inputs:
+    """Return a batch of 4 images per class, and a memory with its classes among thousands of others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def directions(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+
+    classes = max(11_318, memory // 8)
+    kinds, class_kind = directions(400), torch.randint(0, 400, (classes,), generator=generator)
+    class_centre = directions(classes)
+
+    def embed(labels: Tensor) -> Tensor:
+        noise = directions(len(labels))
+        if regime == "untrained":
+            return F.normalize(0.8 * kinds[:1] + 0.6 * noise, dim=1)
+        return F.normalize(0.66 * kinds[class_kind[labels]] + 0.5 * class_centre[labels] + 0.56 * noise, dim=1)
+
+    labels = torch.randperm(classes, generator=generator)[: batch // 4].repeat_interleave(4)
+    ref_labels = torch.randint(0, classes, (memory,), generator=generator)
+    return embed(labels).requires_grad_(), labels, embed(ref_labels), ref_labels
+
+
+def floors(inputs: Inputs) -> list[Step]:
+    """Return the two bare products, whole and in blocks."""
+    x, m = inputs[0].detach(), inputs[2]
+    similarity, gradient = torch.empty(len(x), len(m)), torch.empty_like(x)
+    block = torch.empty(len(x), 8192)
+
+    def whole() -> None:
+        torch.mm(x, m.T, out=similarity)
+        torch.mm(similarity, m, out=gradient)
+
+    def blocks() -> None:
+        gradient.zero_()
+        for part in m.split(8192):
+            target = block if len(part) == 8192 else block.new_empty(len(x), len(part))
+            gradient.addmm_(torch.mm(x, part.T, out=target), part)
+
+    return [whole, blocks]
+
+
+def step(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+    """Return forward and backward of a loss called as this package's are."""
+
+    def run() -> None:
+        inputs[0].grad = None
+        loss(*inputs).backward()
+
+    return run
+
+
+def masked_contrastive(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
+    """Compute the contrastive loss as one would write it in a few lines of torch."""
+    s, same = x @ m.T, y[:, None] == my
+    return (((1 - s) * same).sum() + (s * (~same & (s > 0.5))).sum()) / len(x)
+
+
+def masked_multi_similarity(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
+    """Compute the mined multi-similarity loss as one would write it in a few lines of torch."""
+    s, same = x @ m.T, y[:, None] == my
+    with torch.no_grad():
+        least = s.masked_fill(~same, torch.inf).amin(1, keepdim=True)
+        most = s.masked_fill(same, -torch.inf).amax(1, keepdim=True)
+        positive, negative = same & (s - 0.1 < most), ~same & (s + 0.1 > least)
+    terms = torch.log1p((torch.exp(-2 * (s - 0.5)) * positive).sum(1)) / 2
+    return (terms + torch.log1p((torch.exp(50 * (s - 0.5)) * negative).sum(1)) / 50).mean()
+
+
+def peers(inputs: Inputs) -> dict[str, Step]:
+    """Return pytorch-metric-learning's CrossBatchMemory around its losses, with the same memory; none without it."""
+    try:
+        from pytorch_metric_learning import distances, losses, miners
+    except ImportError:
+        print("pytorch-metric-learning is not installed: its rows are left out", file=sys.stderr)
+        return {}
+    x, y, m, my = inputs
+    contrastive = losses.ContrastiveLoss(pos_margin=1, neg_margin=0.5, distance=distances.CosineSimilarity())
+    multi = losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
+    steps = {}
+    for name, loss, miner in (
+        ("contrastive (pytorch-metric-learning)", contrastive, None),
+        ("multi-similarity, mined (pytorch-metric-learning)", multi, miners.MultiSimilarityMiner(0.1)),
+    ):
+        memory = losses.CrossBatchMemory(loss, m.shape[1], memory_size=len(m), miner=miner)
+        memory.embedding_memory, memory.label_memory, memory.has_been_filled = m.clone(), my.clone(), True
+
+        def run(memory: torch.nn.Module = memory) -> None:
+            x.grad = None
+            memory(x, y).backward()
+
+        steps[name] = run
+    return steps
+
+
+def measure(steps: dict[str, Step], rounds: int, slow: int) -> dict[str, float]:
+    """Return the least CPU seconds of each step; the slow peers run ``slow`` rounds."""
+    best = dict.fromkeys(steps, float("inf"))
+    for k in range(rounds + 1):
+        for name, run in steps.items():
+            if k > slow and "(pytorch-metric-learning)" in name:
+                continue
+            start = time.process_time()
+            run()
+            if k:  # the first round warms up
+                best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def benchmark(regime: str, batch: int, memory: int, dim: int, options: argparse.Namespace) -> list[dict]:
+    """Measure one size, and return a row per method."""
+    inputs = make_inputs(regime, batch, memory, dim)
+    chosen = {name: loss for name, loss in OURS.items() if not options.losses or name in options.losses}
+    steps = {f"floor {k}": run for k, run in enumerate(floors(inputs))}
+    steps |= {name: step(loss, inputs) for name, loss in chosen.items()}
+    if not options.ours_only:
+        steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
+        steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
+        steps |= peers(inputs)
+    seconds = measure(steps, options.rounds, slow=1)
+    floor = min(value for name, value in seconds.items() if name.startswith("floor"))
+    size = {"regime": regime, "batch": batch, "memory": memory, "dim": dim, "floor_ms": round(1e3 * floor, 2)}
+    rows = [
+        {**size, "method": name, "ms": round(1e3 * value, 2), "ratio": round(value / floor, 2)}
+        for name, value in seconds.items()
+        if not name.startswith("floor")
+    ]
+    if options.peak:
+        for row in rows:
+            row["peak_mb"] = peak_megabytes(row)
+    return rows
+
+
+def peak_megabytes(row: dict) -> float:
+    """Return what a step adds to the resident memory, measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", json.dumps(row)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(row: dict) -> None:
+    """Run one method twice and print by how many megabytes the second call raised the peak (Linux)."""
+    inputs = make_inputs(row["regime"], row["batch"], row["memory"], row["dim"])
+    steps = {name: step(loss, inputs) for name, loss in OURS.items()} | peers(inputs)
+    steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
+    steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
+    small = make_inputs(row["regime"], row["batch"], 512, row["dim"])
+    (OURS["contrastive"](*small)).backward()  # loads the libraries
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    steps[row["method"]]()
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as Markdown."""
+    lines = ["| regime | B | M | D | method | ms | ratio | extra MB |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row[key] for key in ("regime", "batch", "memory", "dim", "method", "ms", "ratio")]
+        lines.append(f"| {' | '.join(map(str, cells))} | {round(row['peak_mb'], 1) if 'peak_mb' in row else '-'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--memory", type=int, nargs="+", default=[65_536])
+    parser.add_argument("--dim", type=int, nargs="+", default=[128])
+    parser.add_argument("--regime", nargs="+", choices=["trained", "untrained"], default=["trained", "untrained"])
+    parser.add_argument("--losses", nargs="+", help="only these of ours")
+    parser.add_argument("--ours-only", action="store_true", help="leave out the peers, which take minutes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak", action="store_true", help="also measure the peak extra memory (Linux)")
+    parser.add_argument("--json", type=Path, help="append a line per row to this file")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak_of:
+        print_peak(json.loads(options.peak_of))
+        return
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread\n")
+    rows = []
+    for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):
+        rows += benchmark(regime, batch, memory, dim, options)
+    print(table(rows))
+    if options.json:
+        with options.json.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

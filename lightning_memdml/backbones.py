@@ -1,0 +1,255 @@
+"""What turns images into features, and features into embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
+# Files of a whole classifier carry it under one of these names; auxiliary classifiers go as well.
+CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
+# Trunks that would return three outputs while training.
+AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+
+
+class SmallConvNet(nn.Module):
+    """A small convolutional network for images of 28 to 64 pixels: it trains from scratch on a CPU in seconds.
+
+    Four 3 x 3 convolutions with batch norm and ReLU, strides 2, 2, 2, 1; then an average over ``pool x pool``
+    fields.
+
+    Args:
+        in_channels: Channels of the image: 1 for glyphs, 3 for photographs.
+        width: Channels of the first layer; the others have twice as many.
+        pool: Side of the grid of features that is kept.
+
+    Example:
+        >>> SmallConvNet()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 1024])
+    """
+
+    def __init__(self, in_channels: int = 1, width: int = 32, pool: int = 4) -> None:
+        super().__init__()
+        channels = [in_channels, width, 2 * width, 2 * width, 2 * width]
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in zip(channels[:-1], channels[1:], (2, 2, 2, 1), strict=True):
+            convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(pool)
+        self.num_features = channels[-1] * pool**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to ``(B, num_features)``."""
+        return self.pool(self.layers(images)).flatten(1)
+
+
+class Embedder(nn.Module):
+    """A backbone, a linear head, and L2 normalisation in fp32 under any precision.
+
+    Args:
+        backbone: Maps images to features ``(B, num_features)``.
+        num_features: Width of the backbone's features.
+        embedding_dim: Width of the embedding.
+        freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics
+            stay,
+            their scale and shift still learn.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, num_features: int, embedding_dim: int, freeze_batch_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(num_features, embedding_dim)
+        self.freeze_batch_norm = freeze_batch_norm
+        self.train()  # Lightning trains in the mode it finds
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)`` in fp32."""
+        features = self.backbone(images)
+        if features.ndim != 2 or features.shape[1] != self.head.in_features:
+            raise ValueError(
+                f"Expected the backbone to return features of shape (B, {self.head.in_features}) but got "
+                f"{tuple(features.shape)}; pass the width as `num_features`, and pool images to one row each."
+            )
+        # bf16 leaves norms off by up to 4e-3, enough to move pairs over a margin.
+        return F.normalize(self.head(features).float(), dim=1)
+
+    def train(self, mode: bool = True) -> Embedder:
+        """Switch the mode; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def build_backbone(
+    backbone: nn.Module | str, weights: str | None = None, num_features: int | None = None
+) -> tuple[nn.Module, int]:
+    """Return a backbone without its classifier, and the width of its features.
+
+    Args:
+        backbone: The name of a torchvision classifier (``"resnet50"``), or any module that returns ``(B, F)``.
+        weights: A file with a state dict, or for a torchvision name one of its enums (``"IMAGENET1K_V2"``,
+            ``"DEFAULT"``).
+        num_features: The width F, for a module without the attribute ``num_features``.
+
+    Raises:
+        ValueError: If the name is unknown, the width is not given, or the weights do not fit.
+        FileNotFoundError: If ``weights`` names a file that is not there.
+        ConnectionError: If torchvision's weights have to be downloaded and cannot be.
+
+    Example:
+        >>> trunk, width = build_backbone("resnet18")
+        >>> width
+        512
+    """
+    path = _weights_file(weights)
+    if isinstance(backbone, str):
+        return _torchvision_trunk(backbone, weights, path)
+    width = num_features or getattr(backbone, "num_features", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"Expected the width of the features of {type(backbone).__name__} but it has no attribute "
+            "`num_features`; pass `num_features=`."
+        )
+    if path is not None:
+        _load(backbone, path)
+    elif weights is not None:
+        raise ValueError(f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}.")
+    return backbone, width
+
+
+def _torchvision_trunk(name: str, weights: str | None, path: Path | None) -> tuple[nn.Module, int]:
+    """Build one of torchvision's classifiers, and put an identity in the place of its last linear layer."""
+    _check_classifier(name)
+    options: dict[str, Any] = {}
+    if name in AUXILIARY_HEADS:
+        # The published weights of these two want their input scaled as TensorFlow did.
+        options = {"init_weights": True} if weights is None else {"transform_input": True}
+    try:
+        model = torchvision.models.get_model(name, weights=_enum(name, weights, path), **options)
+    except URLError as error:
+        raise ConnectionError(
+            f"Expected to download the weights {weights} of {name} but {error.reason}; pass a file as `weights`."
+        ) from error
+    for auxiliary in AUXILIARY_HEADS.get(name, ()):
+        model.aux_logits = False
+        setattr(model, auxiliary, None)
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"Expected a classifier that ends in a linear layer but torchvision's {name} has none.")
+    width = model.get_submodule(linear[-1]).in_features
+    model.set_submodule(linear[-1], nn.Identity())
+    if path is not None:
+        _load(model, path)
+    model.register_forward_pre_hook(_check_rgb)
+    return model, int(width)
+
+
+def _check_classifier(name: str) -> None:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name in names:
+        return
+    if name in torchvision.models.list_models():
+        raise ValueError(
+            f"Expected `backbone` to be one of torchvision's image classifiers but {name!r} is a model for "
+            "another task; its trunk may be among them, for example 'resnet50'."
+        )
+    raise ValueError(
+        "Expected `backbone` to be the name of a torchvision classifier, or a module (in YAML and on the command "
+        f"line the name of its class) but got {name!r}.{nearest(name, [*names, SmallConvNet.__name__])}"
+    )
+
+
+def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    images = inputs[0]
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"Expected RGB images of shape (B, 3, H, W) for torchvision's {type(model).__name__} but got "
+            f"{tuple(images.shape)}; give the images three channels, or take another backbone, for grey images "
+            "`SmallConvNet`."
+        )
+
+
+def _weights_file(weights: str | None) -> Path | None:
+    """Return the path if ``weights`` names a file, ``None`` if it is a torchvision enum."""
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
+        raise FileNotFoundError(f"Expected the backbone's weights in the file {weights} but it is not there.")
+    return None
+
+
+def _enum(name: str, weights: str | None, path: Path | None) -> Any:
+    """Return torchvision's enum of published weights."""
+    if weights is None or path is not None:
+        return None
+    published = torchvision.models.get_model_weights(name)
+    choices = dict(published.__members__)  # with the alias DEFAULT
+    chosen = weights.rpartition(".")[2]  # ResNet50_Weights.IMAGENET1K_V2 is the full name
+    if chosen not in choices:
+        raise ValueError(
+            f"Expected `weights` of {name} to be a file or one of {', '.join(choices)} but got {weights!r}, which "
+            f"is neither.{nearest(chosen, choices)}"
+        )
+    return choices[chosen]
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Load a state dict; only a classifier may be left over."""
+    state = _read_state(path)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # one line per shape that differs
+        first, *others = str(error).splitlines()[1:]
+        raise ValueError(
+            f"Expected weights of {type(model).__name__} in {path} but {first.strip()} And {len(others)} more."
+        ) from error
+    foreign = [key for key in unexpected if not key.startswith(CLASSIFIERS)]
+    if missing or foreign:
+        raise ValueError(
+            f"Expected weights of {type(model).__name__} in {path} but {len(missing)} entries are missing "
+            f"({', '.join(missing[:3]) or 'none'}) and {len(foreign)} are foreign ({', '.join(foreign[:3]) or 'none'})."
+        )
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"Expected weights in {path} but it cannot be read: it is damaged, or holds more than tensors, which "
+            "may be code and is not loaded. Save `model.state_dict()` alone."
+        ) from error
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"Expected a state dict in {path} but it holds a {type(state).__name__}.")
+    return state
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a sentence with the nearest right name, or nothing.
+
+    Example:
+        >>> nearest("resnet05", ["resnet50", "vit_b_16"])
+        " Did you mean 'resnet50'?"
+    """
+    close = get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

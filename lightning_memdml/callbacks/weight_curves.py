@@ -1,0 +1,124 @@
+"""The pair weights of a training, read at an interval: pictures, tables, and four numbers to follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from lightning_memdml.callbacks.memory import find_rows
+from lightning_memdml.curves import Pairs, Reading, read_weights, save_readings
+from lightning_memdml.losses import PairLoss
+from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.runs import run_folder
+
+
+class WeightCurveLogger(Callback):
+    """Reads which weights the training gives its pairs: of the batch, and of the batch against the memory.
+
+    Every so many optimiser steps it weighs the pairs of the current batch once more, with the losses of the module: in
+    the batch with `pl_module.loss`, against the rows of `pl_module.memory` (as they were when the step began) with
+    `pl_module.memory_loss`, or `pl_module.loss` if there is none. The training itself is not changed by it.
+
+    **Files.** `weights/batch_0000500.png` and `weights/memory_0000500.png` in the run's folder, each with a `.csv` of
+    curves and sampled pairs and a `_histogram.csv` of all pairs. W&B is given the pictures, if it logs the run.
+
+    **Numbers.** `weights/batch_positives`, `weights/batch_negatives`: pairs whose weight is not 0, per anchor.
+    `weights/batch_positive_mass`, `weights/batch_negative_mass`: the sum of weights, per anchor. The same with
+    `memory_`. They are those of the rank's own batch. A logger is given them if the step is one of
+    `Trainer(log_every_n_steps=)` too.
+
+    `training_step` returns embeddings and labels as for `MemoryCallback`, and the two callbacks may stand in either
+    order. Rows that are NaN, infinite or zero are left out, as they are of the memory.
+
+    Args:
+        every_n_steps: Optimiser steps from one reading to the next, at least 1. A reading takes about a second, most of
+            it for the pictures.
+        dirpath: Folder of the files; by default `weights` in the run's folder.
+        loss: The loss to read, in the batch and against the memory, for a module that does not hold it as `loss`.
+
+    Raises:
+        ValueError: If `every_n_steps` is below 1; in `fit`, if there is no `PairLoss` to read, or `training_step`
+            returned no embeddings and labels.
+
+    Example:
+        >>> WeightCurveLogger(every_n_steps=500).every_n_steps
+        500
+    """
+
+    def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None, loss: PairLoss | None = None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self.dirpath = dirpath
+        self.loss = loss
+        self._references: tuple[Tensor, Tensor, Tensor] | None = None
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module without a loss to read before hours have passed; a resumed run keeps its rhythm."""
+        self._losses(pl_module)
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the memory as the step finds it, if the step may be read: others write it before this callback ends."""
+        memory = getattr(pl_module, "memory", None)
+        self._references = None
+        if memory is not None and len(memory) and self._due(trainer.global_step + len(trainer.optimizers)):
+            embeddings, labels, indices = memory.read()
+            self._references = embeddings.clone(), labels.clone(), indices.clone()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the weights, if the optimiser stepped and it is time."""
+        if not self._due(trainer.global_step) or (not outputs and pl_module.automatic_optimization):
+            return
+        self._step = trainer.global_step
+        embeddings, labels, indices = as_rows(**find_rows(type(self).__name__, pl_module, outputs))
+        embeddings, usable = unit_rows(embeddings)  # weighed as the memory stores them, in fp32 under any precision
+        batch_rows = (embeddings[usable], labels[usable], indices[usable])
+        for term, reading in self._read(pl_module, *batch_rows).items():
+            pl_module.log_dict({f"weights/{term}_{name}": value for name, value in reading.per_anchor().items()})
+            self._save(trainer, term, reading)
+        self._references = None
+
+    def _due(self, step: int) -> bool:
+        return step // self.every_n_steps > self._step // self.every_n_steps
+
+    def _read(
+        self, pl_module: LightningModule, embeddings: Tensor, labels: Tensor, indices: Tensor
+    ) -> dict[str, Reading]:
+        pairs = {"batch": Pairs(embeddings, labels, indices=indices)}
+        if self._references is not None:
+            ref_embeddings, ref_labels, ref_indices = self._references
+            pairs["memory"] = Pairs(embeddings, labels, ref_embeddings, ref_labels, indices, ref_indices)
+        losses = self._losses(pl_module)
+        return {term: read_weights(losses[term], pairs[term]) for term in pairs if term in losses}
+
+    def _losses(self, pl_module: LightningModule) -> dict[str, PairLoss]:
+        """Return the loss of each term that can be read."""
+        batch = getattr(pl_module, "loss", None) if self.loss is None else self.loss
+        memory = getattr(pl_module, "memory_loss", None) if self.loss is None else self.loss
+        losses = {"batch": batch, "memory": batch if memory is None else memory}
+        readable = {term: loss for term, loss in losses.items() if isinstance(loss, PairLoss)}
+        if not readable:
+            raise ValueError(
+                f"WeightCurveLogger needs a PairLoss, which says how it weighs pairs, but found "
+                f"{type(batch).__name__} as `{type(pl_module).__name__}.loss`; pass the loss to read, "
+                "`WeightCurveLogger(loss=ContrastiveLoss())`."
+            )
+        return readable
+
+    def _save(self, trainer: Any, term: str, reading: Reading) -> None:
+        """Write the files, on rank 0: all ranks know their numbers, but none waits for another."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = run_folder(trainer) / "weights" if self.dirpath is None else Path(self.dirpath)
+        picture, *_ = save_readings([reading], folder, f"{term}_{trainer.global_step:07d}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"weights/{term}", [str(picture)], step=trainer.global_step)

@@ -1,0 +1,210 @@
+"""The command ``memdml``: Lightning's CLI around the learner and the data modules."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import Namespace, _typehints
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_memdml.cli_messages import COMMANDS, ArgumentParser
+from lightning_memdml.learner import MetricLearner
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint, run_folder
+from lightning_memdml.study.commands import weight_curves
+
+DESCRIPTION = """\
+Train an embedding with a memory, and measure how well it retrieves.
+
+  memdml fit --config experiments/glyphs_memory.yaml
+  memdml fit --model.backbone SmallConvNet --model.loss ContrastiveLoss --trainer.max_epochs 5
+  memdml test --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt
+  memdml weight-curves --loss ContrastiveLoss    draws the weights of a loss, or of a checkpoint; it has a --help too
+
+Wherever a class is asked for, give its name, then its options: `--data FolderDataModule --data.root DIR`.
+`--data.help FolderDataModule` after a command explains the options of one class."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: What follows ``memdml``; by default what the process was started with.
+
+    Raises:
+        SystemExit: With a sentence, if a name, an option, a file or a value is wrong.
+    """
+    # Lightning starts the other ranks with `sys.argv`, so that is where the arguments have to stand.
+    if arguments is not None:
+        sys.argv[1:] = arguments
+    try:
+        if sys.argv[1:2] == ["weight-curves"]:
+            weight_curves(sys.argv[2:])
+            return
+        sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
+        cli = MemdmlCLI()
+    except (ValueError, TypeError, OSError) as error:
+        sentence = _sentence_of_this_package(error)
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of this process would be logged into this one
+
+
+def _sentence_of_this_package(error: BaseException | None) -> str | None:
+    """Return what this package said to the user, if that is how it began; other errors need their traceback."""
+    while error is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+            return str(error)
+        error = error.__cause__  # jsonargparse wraps what a class says
+    return None
+
+
+class MemdmlCLI(LightningCLI):
+    """Lightning's CLI with this package's defaults: glyphs, and a CSV log under ``runs/``.
+
+    Args:
+        **options: Of `LightningCLI`: with ``args=[...], run=False`` it builds what the arguments say, and runs nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            MetricLearner,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # `--model.optimizer` it is, which knows the backbone's own rate
+            parser_class=ArgumentParser,
+            parser_kwargs={"description": DESCRIPTION},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            **options,
+        )
+
+    def setup_parser(self, add_subcommands: bool, *args: Any) -> None:
+        """Describe the commands in one line each."""
+        super().setup_parser(add_subcommands, *args)
+        commands: Any = self.parser._subcommands_action
+        for choice in commands._choices_actions if add_subcommands else ():
+            choice.help = COMMANDS[choice.dest]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; another class than that of the configuration starts from its own defaults."""
+        with mock.patch.object(_typehints, "discard_init_args_on_class_path_change", _forget_options_of_another_class):
+            super().parse_arguments(parser, args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set the defaults."""
+        groups: Any = parser.groups
+        groups["data"].title = "Where images come from"
+        parser.set_defaults(
+            {
+                "data": {"class_path": "lightning_memdml.data.GlyphDataModule"},
+                "trainer.logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": "runs", "name": "memdml"},
+                },
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: Lightning would put that of the checkpoint over what the user asks for."""
+
+    def before_instantiate_classes(self) -> None:
+        """Ask for no first weights where a checkpoint holds the trained ones."""
+        if self.subcommand in ("validate", "test", "predict") and self._get(self.config, "ckpt_path") is not None:
+            self._get(self.config, "model").weights = None
+
+    def after_fit(self) -> None:
+        """Save the trained state under a name that can be known beforehand."""
+        if self.trainer.checkpoint_callback is None or self.config.fit.trainer.fast_dev_run:
+            return
+        folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
+        rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}")
+
+    def after_predict(self) -> None:
+        """Write the embeddings, one file per loader: of all test images, or of queries and of the gallery."""
+        loaders: Any = self.trainer.predict_loop.predictions
+        if not loaders:
+            return  # with `--return_predictions false`
+        if isinstance(loaders[0], dict):
+            loaders = [loaders]
+        names = ["embeddings"] if len(loaders) == 1 else ["query_embeddings", "gallery_embeddings"]
+        folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        for name, batches in zip(names, loaders, strict=True):
+            arrays: Any = {key: torch.cat([batch[key] for batch in batches]).numpy() for key in batches[0]}
+            np.savez(folder / f"{name}{rank}.npz", **arrays)
+            rank_zero_info(f"{len(arrays['labels'])} rows of {', '.join(arrays)} in {folder / f'{name}{rank}.npz'}")
+
+
+def _forget_options_of_another_class(parser: Any, previous: Any, value: Any) -> None:
+    """Let a class that is put in the place of another not inherit the options of the other.
+
+    jsonargparse keeps those that both have, defaults included: SGD for AdamW would decay weights by 0.01, a
+    TripletLoss for a ContrastiveLoss would take its margin, and folders for glyphs would be read at 28 pixels.
+    """
+    if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        previous["init_args"] = Namespace()
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration in the run's own folder, in its checkpoints, and in the log of W&B and the like."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` beside the run's checkpoints; on rank 0 only."""
+        if not trainer.loggers:
+            return  # without a log there is no folder of this run alone
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.config_filename).write_text(self._text())
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
+                logger.log_hyperparams(yaml.safe_load(self._text()))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say how to build everything, wherever it is moved."""
+        checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
+
+    def _text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+
+def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
+    """Put the configuration a checkpoint was trained with before the other arguments, if it is given without one.
+
+    Raises:
+        ValueError: If the checkpoint is not there, or cannot be read.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("-c", "--config")
+    options.add_argument("--ckpt_path")
+    given, _ = options.parse_known_args(arguments)
+    # What does not look like a file may be one of Lightning's words (`last`), or lie elsewhere (`s3://...`).
+    local = given.ckpt_path is not None and given.ckpt_path.endswith(".ckpt") and "://" not in given.ckpt_path
+    if not local or Path(given.ckpt_path).is_dir():
+        return arguments
+    config = read_checkpoint(given.ckpt_path).get(CONFIG_IN_CHECKPOINT)
+    if given.config is not None or config is None:
+        return arguments
+    return [arguments[0], "--config", config, *arguments[1:]]
+
+
+if __name__ == "__main__":
+    main()

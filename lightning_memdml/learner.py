@@ -1,0 +1,243 @@
+"""The LightningModule: a backbone, a loss, a memory term, retrieval metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+
+from lightning_memdml.backbones import Embedder, build_backbone
+from lightning_memdml.losses import PairLoss
+from lightning_memdml.retrieval import RetrievalMetrics
+
+Batch = Sequence[Tensor]  # images, labels, and optionally the images' data-set indices
+Loss = PairLoss | Callable[..., Any]
+
+
+class MetricLearner(LightningModule):
+    r"""Trains an embedding: the loss in the batch, plus a weighted loss against the memory.
+
+    .. math:: L = L_\text{batch} + \text{memory\_weight} \cdot L_\text{memory}
+
+    Without a `MemoryCallback` it trains on the batch alone. Batches are ``(images, labels)`` or ``(images, labels,
+    indices)``, where equal indices are the same image. Validation and test report recall at K, MAP@R and R-precision;
+    two loaders there are queries and gallery, one is both.
+
+    A checkpoint of the command line rebuilds all of it: ``MetricLearner.load_from_checkpoint(path)``. One of a
+    program does not hold what was given as a module or function: pass ``backbone=`` and ``loss=`` again.
+
+    Args:
+        backbone: The name of a torchvision classifier (``resnet50``), whose last layer is removed, or any module that
+            maps images to features ``(B, F)``; `SmallConvNet` for small grey images.
+        loss: The loss in the batch: a `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and
+            labels.
+        memory_loss: The loss against the memory, by default that of the batch. Small networks that move fast want
+            a higher margin here.
+        memory_weight: Weight of the memory term, at least 0.
+        memory_includes_batch: Compare with the memory as it is after the batch has entered it, each image without
+            itself: the order in the code of XBM's authors. By default the batch enters after the step.
+        embedding_dim: Width D of the embedding.
+        weights: Weights of the backbone to start from: a file with a state dict, or the name of a torchvision enum
+            such as ``IMAGENET1K_V2``.
+        num_features: Width of the backbone's features, for a module that does not say it as ``num_features``.
+        freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training.
+        optimizer: Called with the parameters.
+        backbone_lr: Learning rate of the backbone; by default that of all.
+        lr_scheduler: Called with the optimizer.
+        lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
+        k: Recall levels.
+
+    Raises:
+        ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
+
+    Example:
+        >>> from lightning_memdml import ContrastiveLoss, SmallConvNet
+        >>> learner = MetricLearner(SmallConvNet(), ContrastiveLoss(), embedding_dim=64)
+        >>> learner(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | str,
+        loss: Loss,
+        memory_loss: Loss | None = None,
+        memory_weight: float = 1.0,
+        memory_includes_batch: bool = False,
+        embedding_dim: int = 128,
+        weights: str | None = None,
+        num_features: int | None = None,
+        freeze_batch_norm: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        backbone_lr: float | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        k: Sequence[int] = (1, 10, 100, 1000),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=_not_plain(locals()))
+        if memory_weight < 0:
+            raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}.")
+        if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
+            raise ValueError(
+                "Expected a PairLoss against the memory with `memory_includes_batch`, since it leaves out the pairs of "
+                f"an image with itself, but got {memory_loss or loss}."
+            )
+        self.model = Embedder(*build_backbone(backbone, weights, num_features), embedding_dim, freeze_batch_norm)
+        self.loss = loss
+        self.memory_loss = memory_loss
+        self.memory_weight = memory_weight
+        self.memory_includes_batch = memory_includes_batch
+        self.optimizer = optimizer
+        self.backbone_lr = backbone_lr
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.val_metrics = RetrievalMetrics(k=k)
+        self.test_metrics = RetrievalMetrics(k=k)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetricLearner:
+        """Rebuild a learner. The weights it started from are not read again: the checkpoint holds the trained ones."""
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights": None, **kwargs})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)``."""
+        return self.model(images)
+
+    # ------------------------------------------------------------------ training
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss, and what the memory callback stores."""
+        images, labels, indices = _unpack(batch)
+        embeddings = self(images)
+        loss = _apply(self.loss, embeddings, labels, indices=indices)
+        memory = self._memory()
+        if memory is not None:
+            self.log("train/batch_loss", loss)
+            memory_loss = self.memory_weight * self._against(memory, embeddings, labels, indices)
+            self.log("train/memory_loss", memory_loss)
+            loss = loss + memory_loss
+        self.log("train/loss", loss, prog_bar=True)
+        outputs = {"loss": loss, "embeddings": embeddings, "labels": labels}
+        return outputs if indices is None else {**outputs, "indices": indices}
+
+    def _memory(self) -> Any:
+        """Return what `MemoryCallback` put here for the time of the fit, or nothing."""
+        memory = getattr(self, "memory", None)
+        if memory is None and (self.memory_loss is not None or self.memory_includes_batch):
+            raise ValueError(
+                "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none; pass "
+                "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
+            )
+        return memory
+
+    def _against(self, memory: Any, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
+        """Return the loss against the memory; a differentiable 0 while it has no rows."""
+        references = memory.read()
+        if len(references[1]) == 0:
+            return embeddings[:0].sum()
+        if self.memory_includes_batch:
+            # Without indices, numbering the rows of the batch is enough to tell each from itself.
+            indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+            current = (embeddings.detach(), labels, indices)
+            references = _newest(memory.size, references, current)
+        loss = self.loss if self.memory_loss is None else self.memory_loss
+        return _apply(loss, embeddings, labels, *references[:2], indices=indices, ref_indices=references[2])
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer, with a parameter group of its own for the backbone if that has its own rate."""
+        optimizer = self.optimizer(self._parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        # A scheduler that reads a metric waits for the validation that gives it.
+        monitor = getattr(scheduler, "monitor", None)
+        interval = self.lr_scheduler_interval if monitor is None else "epoch"
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": monitor},
+        }
+
+    def _parameter_groups(self) -> list[Any]:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.backbone_lr is None:
+            return trained
+        backbone = set(self.model.backbone.parameters())
+        return [
+            {"params": [parameter for parameter in trained if parameter not in backbone]},
+            {"params": [parameter for parameter in trained if parameter in backbone], "lr": self.backbone_lr},
+        ]
+
+    # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect embeddings of the validation classes."""
+        self._collect(self.val_metrics, batch, dataloader_idx, len(self.trainer.num_val_batches))
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the scores of the validation classes."""
+        self._report("val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect embeddings of the test classes."""
+        self._collect(self.test_metrics, batch, dataloader_idx, len(self.trainer.num_test_batches))
+
+    def on_test_epoch_end(self) -> None:
+        """Report the scores of the test classes."""
+        self._report("test", self.test_metrics)
+
+    def _collect(self, metrics: RetrievalMetrics, batch: Batch, loader: int, loaders: int) -> None:
+        images, labels, indices = _unpack(batch)
+        if loaders > 2:
+            raise ValueError(f"Expected one loader, or one of queries and one of the gallery, but got {loaders}.")
+        role: Any = "both" if loaders == 1 else ("query", "gallery")[loader]
+        metrics.update(self(images), labels, indices, role=role)
+
+    def _report(self, stage: str, metrics: RetrievalMetrics) -> None:
+        # All ranks have the same scores; averaging them anyway makes them known to the checkpoint callback of each.
+        scores = {f"{stage}/{name}": score for name, score in metrics.compute().items()}
+        self.log_dict(scores, sync_dist=True)
+        metrics.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return embeddings with the labels and, if there are any, the indices of their images."""
+        images, labels, indices = _unpack(batch)
+        outputs = {"embeddings": self(images), "labels": labels}
+        return outputs if indices is None else {**outputs, "indices": indices}
+
+
+def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not isinstance(batch, Sequence) or len(batch) not in (2, 3):
+        raise ValueError(
+            "Expected a batch of (images, labels) or (images, labels, indices) but got a "
+            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sequence) else ''}."
+        )
+    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+
+
+def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, **indices: Any) -> Tensor:
+    """Call a loss of this package or, by the keywords it names references with, one of pytorch-metric-learning."""
+    if isinstance(loss, PairLoss):
+        return loss(embeddings, labels, *references, **indices)
+    # Similarities in bf16 would be off by up to 4e-3.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return loss(embeddings, labels, **dict(zip(("ref_emb", "ref_labels"), references, strict=False)))
+
+
+def _newest(size: int, stored: Sequence[Tensor], current: Sequence[Tensor]) -> list[Tensor]:
+    """Return the rows a memory of `size` rows would hold after the current ones have entered it."""
+    return [torch.cat([old, new.to(old.dtype)])[-size:] for old, new in zip(stored, current, strict=True)]
+
+
+def _not_plain(arguments: dict[str, Any]) -> list[str]:
+    """Name the arguments that are code, which a checkpoint must not hold.
+
+    Under the CLI Lightning saves the configuration in their place, from which a checkpoint rebuilds the learner by
+    itself. In a program, `load_from_checkpoint` asks for those without a default: it builds no other loss in silence.
+    """
+    if _given_hyperparameters.get() is not None:
+        return []
+    return [name for name, value in arguments.items() if isinstance(value, nn.Module) or callable(value)]

@@ -1,0 +1,101 @@
+"""Embeddings in the order of their classes, where the positives of a query are one run of the gallery."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.retrieval.tiles import split_rows
+
+FLOAT64_BUDGET = 2**20  # elements of a float64 temporary
+
+
+class ClassSortedEmbeddings:
+    """Embeddings in the order of their labels: unit rows in float32 for tiles, in float64 on demand.
+
+    Args:
+        embeddings: `(N, D)`, any floating type, any norm; kept by reference.
+        labels: `(N,)` integers.
+        keys: `(N,)` identity of the image behind each row, or None where no row can meet itself.
+        groups: `(N,)` group (camera) of each row, or None.
+    """
+
+    def __init__(
+        self, embeddings: Tensor, labels: Tensor, keys: Tensor | None = None, groups: Tensor | None = None
+    ) -> None:
+        self.order = labels.argsort(stable=True)
+        self.labels = labels[self.order]
+        self.keys = None if keys is None else keys[self.order]
+        self.groups = None if groups is None else groups[self.order]
+        self._embeddings = embeddings
+        self.unit = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
+        for rows in split_rows(len(labels), max(1, FLOAT64_BUDGET // max(1, embeddings.shape[1]))):
+            self.unit[rows] = self.exact(rows).float()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def exact(self, rows: Tensor | slice) -> Tensor:
+        """Unit rows in float64, divided by their own float64 norm; a zero embedding stays zero."""
+        raw = self._embeddings[self.order[rows]].double()
+        return raw / raw.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def positive_similarities(
+    queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Similarities of each query's positives, descending, padded with -inf to 2^m - 1, and their number."""
+    labels = queries.labels[rows]
+    start = torch.searchsorted(gallery.labels, labels)
+    end = torch.searchsorted(gallery.labels, labels, right=True)
+    largest = int((end - start).max())
+    positives = start.new_full((len(labels), padded_width(largest)), -torch.inf, dtype=torch.float64)
+    relevant = torch.zeros_like(start)
+    chunks = list(split_rows(len(labels), max(1, min(128, FLOAT64_BUDGET // max(1, largest)))))
+    lows = start[[chunk.start for chunk in chunks]].tolist()
+    highs = end[[chunk.stop - 1 for chunk in chunks]].tolist()
+    for chunk, low, high in zip(chunks, lows, highs, strict=True):
+        if low == high:
+            continue
+        query = slice(rows.start + chunk.start, rows.start + chunk.stop)
+        reference = start[chunk, None] + torch.arange(largest, device=start.device)
+        inside = reference < end[chunk, None]
+        reference = reference.clamp_(max=high - 1)
+        similarity = exact_similarities(queries, query, gallery, slice(low, high)).gather(1, reference - low)
+        counted = inside & ~_ignored(queries, query, gallery, reference)
+        similarity.masked_fill_(~counted, -torch.inf)
+        positives[chunk, :largest] = similarity.sort(dim=1, descending=True).values
+        relevant[chunk] = counted.sum(1)
+    return positives, relevant
+
+
+def _ignored(queries: ClassSortedEmbeddings, rows: slice, gallery: ClassSortedEmbeddings, reference: Tensor) -> Tensor:
+    """Which same-class references of `rows` are the query's own image or come from its group."""
+    ignored = torch.zeros_like(reference, dtype=torch.bool)
+    if queries.keys is not None and gallery.keys is not None:
+        ignored |= queries.keys[rows, None] == gallery.keys[reference]
+    if queries.groups is not None and gallery.groups is not None:
+        ignored |= queries.groups[rows, None] == gallery.groups[reference]
+    return ignored
+
+
+def exact_similarities(
+    queries: ClassSortedEmbeddings, rows: slice, gallery: ClassSortedEmbeddings, columns: slice
+) -> Tensor:
+    """Float64 similarities of a block, built so that no float64 copy of a whole large class is ever held."""
+    query = queries.exact(rows)
+    size = max(1, FLOAT64_BUDGET // max(1, query.shape[1]))
+    parts = split_rows(columns.stop - columns.start, size)
+    references = (slice(columns.start + part.start, columns.start + part.stop) for part in parts)
+    return torch.cat([query @ gallery.exact(part).T for part in references], dim=1)
+
+
+def largest_class(queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings) -> int:
+    """The most references any query shares its label with."""
+    start = torch.searchsorted(gallery.labels, queries.labels)
+    return int((torch.searchsorted(gallery.labels, queries.labels, right=True) - start).max())
+
+
+def padded_width(largest: int) -> int:
+    """The next 2^m - 1, at least 1: a row length the binary search needs no bounds check for."""
+    return 2 ** max(1, largest.bit_length()) - 1

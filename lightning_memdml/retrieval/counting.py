@@ -1,0 +1,271 @@
+"""Ranks by counting the negatives that stand above each positive, without sorting, without neighbour lists.
+
+Both sets are ordered by class, so the positives of a query are one run of the gallery; their similarities are
+computed first, in float64. Then float32 similarity tiles pass by. A tile is only looked into where its
+maximum reaches a query's *live threshold*, the lowest positive whose rank can still change a score: positives
+that can no longer enter the top R leave, the best one leaves once `depth` negatives beat it. What remains are
+a few hits per query, each counted against the positives it beats.
+
+Float32 decides nothing it cannot decide: a hit that lies within the rounding bound of a positive is computed
+again in float64. Ranks are therefore those of float64 arithmetic, whatever order a matrix product sums in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.retrieval.class_sorted import (
+    FLOAT64_BUDGET,
+    ClassSortedEmbeddings,
+    exact_similarities,
+    largest_class,
+    padded_width,
+    positive_similarities,
+)
+from lightning_memdml.retrieval.tiles import full_precision_products, ramped_tiles, split_rows
+
+TIE = 1e-12
+"""Float64 similarities closer than this are tied; above the rounding of dot products of up to 8,000 terms."""
+
+_SEGMENT = 128  # columns that share one maximum when a tile is searched
+_BATCH = 2**16  # hits counted together
+_HIT_BUDGET = 2**20  # elements of a tile searched at a time; bounds the index tensors to about 60 MB
+_STATE_BUDGET = 2**23  # (query, positive) entries of one counter, 12 bytes each
+
+
+class RankStatistics(NamedTuple):
+    """Per query, all `(Q,)`: the number of matches, the best one's rank, and the scores, NaN without a match."""
+
+    relevant: Tensor
+    best_rank: Tensor  # at most depth + 1
+    r_precision: Tensor
+    average_precision_at_r: Tensor
+    average_precision: Tensor  # of meaning only if every positive was followed
+
+
+class RankCounter:
+    """Counts, for a run of class-sorted queries, the negatives at or above each of their positives.
+
+    Args:
+        queries: The query set.
+        gallery: The gallery set; the same object in self-retrieval.
+        rows: The run of queries this counter is responsible for.
+        depth: Best-positive ranks are exact up to here; at least the largest K of a recall.
+        every_positive: Follow all positives to their exact rank (full average precision) instead of dropping
+            those that have left the top R.
+    """
+
+    def __init__(
+        self,
+        queries: ClassSortedEmbeddings,
+        gallery: ClassSortedEmbeddings,
+        rows: slice,
+        *,
+        depth: int,
+        every_positive: bool = False,
+    ) -> None:
+        self.queries, self.gallery, self.rows = queries, gallery, rows
+        self.depth, self.every_positive = depth, every_positive
+        # Unit rows are rounded once (2u), a D-term float32 sum errs by at most D u, the threshold by u.
+        self.error = (queries.unit.shape[1] + 8) * 2.0**-24
+        self.positives, self.relevant = positive_similarities(queries, gallery, rows)
+        self.width = self.positives.shape[1]
+        self.counts = torch.zeros(len(self.positives), self.width + 1, dtype=torch.int32, device=queries.unit.device)
+        self._places = torch.arange(1, self.width + 1, device=queries.unit.device)
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.threshold = torch.empty(len(self.positives), device=queries.unit.device)
+        for part in split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width)):
+            self._update_threshold(torch.arange(part.start, part.stop, device=queries.unit.device))
+
+    def observe(self, tile: Tensor, first_query: int, first_reference: int) -> None:
+        """Count a tile of similarities `(queries, references)`, -inf where a reference is no negative."""
+        start = first_query - self.rows.start
+        threshold = self.threshold[start : start + tile.shape[0]]
+        segment = _SEGMENT if tile.shape[1] % _SEGMENT == 0 else tile.shape[1]
+        segments = tile.unflatten(1, (-1, segment))
+        reached = (_segment_maxima(tile, segment) >= threshold[:, None]).nonzero()
+        for part in reached.split(max(1, _HIT_BUDGET // segment)):
+            row, place = part.unbind(1)
+            searched = segments[row, place]
+            hit, column = (searched >= threshold[row, None]).nonzero().unbind(1)
+            reference = place[hit].mul_(segment).add_(column).add_(first_reference)
+            self._collect(row[hit].add_(start), reference, searched[hit, column])
+
+    def _collect(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:
+        """Count hits at once if they are many, else when enough have come together to be worth the calls."""
+        if len(row) >= _BATCH:
+            self._count(row, reference, similarity)
+            return
+        self._pending.append((row, reference, similarity))
+        if sum(len(hits[0]) for hits in self._pending) >= _BATCH:
+            self._count_pending()
+
+    def _count_pending(self) -> None:
+        if self._pending:
+            row, reference, similarity = (torch.cat(column) for column in zip(*self._pending, strict=True))
+            self._pending.clear()
+            self._count(row, reference, similarity)
+
+    def _count(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:
+        similarity = similarity.double()
+        beaten_from = self._positives_above(row, similarity - self.error)
+        nearest = self.positives.take(row * self.width + (beaten_from - 1).clamp_min(0))
+        close = ((beaten_from > 0) & (nearest <= similarity + self.error)).nonzero().squeeze(1)
+        if len(close):
+            exact = self._exact_similarity(row[close], reference[close])
+            beaten_from[close] = self._positives_above(row[close], exact + TIE)
+        cell = row * (self.width + 1) + beaten_from
+        self.counts.view(-1).index_add_(0, cell, self.counts.new_ones(()).expand(len(cell)))
+        self._update_threshold(row.unique())
+
+    def _positives_above(self, row: Tensor, value: Tensor) -> Tensor:
+        """Number of a row's positives greater than the value: a binary search over 2^m - 1 entries."""
+        found = torch.zeros_like(row)
+        base = row * self.width - 1
+        step = (self.width + 1) // 2
+        while step:
+            higher = self.positives.take(base + found + step) > value
+            found += higher * step
+            step //= 2
+        return found
+
+    def _exact_similarity(self, row: Tensor, reference: Tensor) -> Tensor:
+        """Float64 cosine of each (query, reference) pair."""
+        query = row + self.rows.start
+        first, last, low, high = torch.stack([query.min(), query.max(), reference.min(), reference.max()]).tolist()
+        last, high = last + 1, high + 1
+        # A pair gathered and multiplied alone costs about 32 times its share of a float64 matrix product,
+        # which is what a collapsed model or binary codes, where everything is close, must use.
+        if len(query) * 32 > (last - first) * (high - low):
+            return exact_similarities(self.queries, slice(first, last), self.gallery, slice(low, high)).flatten()[
+                (query - first) * (high - low) + (reference - low)
+            ]
+        size = max(1, FLOAT64_BUDGET // self.queries.unit.shape[1])
+        return torch.cat(
+            [
+                (self.queries.exact(q) * self.gallery.exact(r)).sum(1)
+                for q, r in zip(query.split(size), reference.split(size), strict=True)
+            ]
+        )
+
+    def _ranks(self, row: Tensor | slice) -> Tensor:
+        """Rank of each positive, 1-based: its place among the positives plus the negatives at or above it."""
+        return self.counts[row, : self.width].cumsum(1) + self._places
+
+    def _update_threshold(self, row: Tensor) -> None:
+        relevant = self.relevant[row, None]
+        if self.every_positive:
+            alive = self._places <= relevant
+        else:
+            rank = self._ranks(row)
+            alive = rank <= relevant
+            alive[:, 0] |= (rank[:, 0] <= self.depth) & (relevant[:, 0] > 0)
+        last = alive.sum(1)  # the living are a prefix: rank grows with place
+        lowest = self.positives.take(row * self.width + (last - 1).clamp_min(0)) - self.error
+        self.threshold[row] = torch.where(last > 0, lowest, torch.inf).float()
+
+    def statistics(self) -> RankStatistics:
+        """What was counted, for each query of `rows`."""
+        self._count_pending()
+        parts = split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width))
+        return _concatenated([self._statistics(part) for part in parts])
+
+    def _statistics(self, rows: slice) -> RankStatistics:
+        rank = self._ranks(rows)
+        relevant = self.relevant[rows]
+        precision = self._places / rank.double()
+        within = rank <= relevant[:, None]
+        valid = self._places <= relevant[:, None]
+        return RankStatistics(
+            relevant,
+            rank[:, 0].clamp_max(self.depth + 1),
+            within.sum(1) / relevant.double(),
+            (precision * within).sum(1) / relevant,
+            (precision * valid).sum(1) / relevant,
+        )
+
+
+def count_ranks(
+    queries: ClassSortedEmbeddings,
+    gallery: ClassSortedEmbeddings,
+    *,
+    depth: int,
+    every_positive: bool = False,
+    tile_size: int | None = None,
+) -> RankStatistics:
+    """Count the ranks of all queries, in sorted order.
+
+    Self-retrieval (one object given twice) computes each tile once and counts it in both directions, so it costs half
+    a matrix product. Between two sets, and where classes are so large that the state of all queries would not fit the
+    memory bound, queries go block by block.
+    """
+    size = tile_size or (4096 if queries.unit.is_cuda else 1024)
+    width = padded_width(largest_class(queries, gallery))
+    with full_precision_products(queries.unit.device):
+        if queries is gallery and len(queries) * width <= _STATE_BUDGET:
+            return _count_symmetric(queries, size, depth, every_positive).statistics()
+        block = max(1, min(size, _STATE_BUDGET // 4 // width))
+        counters = _count_blocks(queries, gallery, block, size, depth, every_positive)
+        return _concatenated([counter.statistics() for counter in counters])
+
+
+def _concatenated(parts: list[RankStatistics]) -> RankStatistics:
+    return RankStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _count_symmetric(samples: ClassSortedEmbeddings, size: int, depth: int, every_positive: bool) -> RankCounter:
+    counter = RankCounter(samples, samples, slice(0, len(samples)), depth=depth, every_positive=every_positive)
+    buffer = torch.empty(min(size, len(samples)) ** 2, device=samples.unit.device)
+    tiles = list(ramped_tiles(len(samples), size))
+    for position, rows in enumerate(tiles):
+        for columns in tiles[position:]:
+            tile = _negatives_tile(samples, rows, samples, columns, buffer)
+            counter.observe(tile, rows.start, columns.start)
+            if columns.start != rows.start:
+                counter.observe(tile.T, columns.start, rows.start)
+    return counter
+
+
+def _count_blocks(
+    queries: ClassSortedEmbeddings,
+    gallery: ClassSortedEmbeddings,
+    block: int,
+    size: int,
+    depth: int,
+    every_positive: bool,
+) -> Iterator[RankCounter]:
+    buffer = torch.empty(min(block, len(queries)) * min(size, len(gallery)), device=queries.unit.device)
+    tiles = list(ramped_tiles(len(gallery), size))
+    for rows in split_rows(len(queries), block):
+        counter = RankCounter(queries, gallery, rows, depth=depth, every_positive=every_positive)
+        for columns in tiles:
+            counter.observe(_negatives_tile(queries, rows, gallery, columns, buffer), rows.start, columns.start)
+        yield counter
+
+
+def _negatives_tile(
+    queries: ClassSortedEmbeddings,
+    rows: slice,
+    gallery: ClassSortedEmbeddings,
+    columns: slice,
+    buffer: Tensor,
+) -> Tensor:
+    """Float32 similarities of a tile, pairs of one class at minus infinity."""
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    tile = buffer[: height * width].view(height, width)
+    torch.mm(queries.unit[rows], gallery.unit[columns].T, out=tile)
+    anchor, reference = queries.labels[rows], gallery.labels[columns]
+    if anchor[0] <= reference[-1] and reference[0] <= anchor[-1]:
+        tile.masked_fill_(anchor[:, None] == reference, -torch.inf)
+    return tile
+
+
+def _segment_maxima(tile: Tensor, segment: int) -> Tensor:
+    """Maxima of runs of columns, `(queries, runs)`. A transposed tile is reduced as it lies: 6 times faster."""
+    if tile.stride(1) == 1:
+        return tile.unflatten(1, (-1, segment)).amax(2)
+    return tile.T.unflatten(0, (-1, segment)).amax(1).T

@@ -1,0 +1,131 @@
+"""Queries worth looking at, each with what it found and what it should have found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.retrieval.neighbours import nearest_neighbours
+from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
+
+Order = Literal["hardest", "random"]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A reference: position in the gallery, label, cosine similarity, whether it has the query's label."""
+
+    position: int
+    label: int
+    similarity: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """One query and its nearest references.
+
+    Attributes:
+        position: Position of the query in its embeddings.
+        label: Its label.
+        neighbours: Nearest references, most similar first.
+        best_match: The most similar right reference, or None if there is none at all.
+        best_rank: 1-based rank of that match, ties counted against it; beyond `depth` it is `depth + 1`.
+        depth: Largest rank that is told apart.
+    """
+
+    position: int
+    label: int
+    neighbours: tuple[Neighbour, ...]
+    best_match: Neighbour | None
+    best_rank: int
+    depth: int
+
+
+def retrieval_examples(
+    embeddings: Tensor,
+    labels: Tensor,
+    gallery_embeddings: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    *,
+    count: int = 8,
+    neighbours: int = 8,
+    order: Order = "hardest",
+    queries: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[RetrievalExample]:
+    """Choose queries and find their nearest neighbours, exactly, by cosine similarity.
+
+    Args:
+        embeddings: `(N, D)` queries; without a gallery they are searched among each other, nobody finding
+            itself.
+        labels: `(N,)` integers.
+        gallery_embeddings: `(M, D)`.
+        gallery_labels: `(M,)`.
+        count: Number of queries.
+        neighbours: Number of neighbours of each.
+        order: `"hardest"`: the deeper the first right reference the earlier, among equals the lower the
+            average precision at R; `"random"`: a draw. Queries without any match are not drawn.
+        queries: Positions of the queries instead, shown in this order.
+        seed: Seed of the draw.
+
+    Raises:
+        TypeError: If an embedding or label argument has the wrong type.
+        ValueError: If shapes disagree, values are not finite, or `order` is unknown.
+
+    Example:
+        >>> embeddings, labels = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1])
+        >>> examples = retrieval_examples(embeddings, labels, neighbours=1)
+        >>> [(example.position, example.best_rank) for example in examples]
+        [(2, 3), (3, 3), (0, 1), (1, 1)]
+    """
+    if order not in ("hardest", "random"):
+        raise ValueError(f"Expected `order` to be 'hardest' or 'random', got {order!r}.")
+    ranks = rank_queries(embeddings, labels, gallery_embeddings, gallery_labels)
+    chosen = _choose(ranks, count, order, seed) if queries is None else torch.as_tensor(list(queries)).to(ranks.rows)
+    if gallery_embeddings is None or gallery_labels is None:
+        gallery_embeddings, gallery_labels, gallery_keys = embeddings, labels, ranks.rows
+    else:
+        gallery_keys = torch.full_like(gallery_labels, -1)  # no query is in the gallery
+    similarity, position = nearest_neighbours(
+        embeddings,
+        gallery_embeddings,
+        k=neighbours,
+        queries=chosen,
+        indices=ranks.rows,
+        gallery_indices=gallery_keys,
+    )
+    examples = []
+    for row, query in enumerate(chosen.tolist()):
+        label = int(labels[query])
+        found = _neighbours(similarity[row], position[row], gallery_labels, label)
+        right = (gallery_labels == label).nonzero().squeeze(1)
+        best = nearest_neighbours(
+            embeddings[query, None],
+            gallery_embeddings[right],
+            k=1,
+            indices=ranks.rows[query, None],
+            gallery_indices=gallery_keys[right],
+        )
+        best_match = _neighbours(best[0][0], torch.where(best[1][0] < 0, -1, right[best[1][0]]), gallery_labels, label)
+        rank = int(ranks.best_rank[query])
+        examples.append(RetrievalExample(query, label, found, best_match[0] if best_match else None, rank, ranks.depth))
+    return examples
+
+
+def _choose(ranks: QueryRanks, count: int, order: Order, seed: int) -> Tensor:
+    candidates = (ranks.relevant > 0).nonzero().squeeze(1)
+    if order == "random":
+        drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
+        return candidates[drawn.to(candidates.device)]
+    candidates = candidates[ranks.average_precision_at_r[candidates].argsort(stable=True)]
+    return candidates[ranks.best_rank[candidates].argsort(descending=True, stable=True)][:count]
+
+
+def _neighbours(similarity: Tensor, position: Tensor, labels: Tensor, label: int) -> tuple[Neighbour, ...]:
+    found = zip(similarity.tolist(), position.tolist(), labels[position].tolist(), strict=True)
+    return tuple(Neighbour(at, other, value, other == label) for value, at, other in found if at >= 0)

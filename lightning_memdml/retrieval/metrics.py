@@ -1,0 +1,219 @@
+"""`RetrievalMetrics`: the exact scores as a torchmetrics metric, the same on one rank and on many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torchmetrics import Metric
+
+from lightning_memdml.retrieval.checks import (
+    check_embeddings,
+    check_finite,
+    check_integers,
+    check_non_negative,
+    check_recall_levels,
+    first_of_each,
+)
+from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
+
+Role = Literal["both", "query", "gallery"]
+Column = TypeVar("Column", Tensor, Tensor | None)
+_ROLES: tuple[Role, ...] = ("both", "query", "gallery")
+_ABSENT = -1  # stands for an index or a group that was not given
+
+
+class RetrievalMetrics(Metric):
+    """Exact recall at K, MAP@R and R-precision of a whole evaluation set; formulas: see `retrieval_scores`.
+
+    Each rank keeps what it has seen. At `compute` the ranks exchange their rows, each scores its share of the
+    queries against the whole gallery, and they exchange the ranks found, so all return the values one process
+    would return. Embeddings are kept in float32 under any precision.
+
+    Args:
+        k: Recall levels, distinct positive integers.
+        mean_average_precision: Also follow every match to its rank, however deep; several times slower.
+        **kwargs: Of `torchmetrics.Metric`. `compute_on_cpu=True` keeps the rows, and does the scoring, on the
+            CPU: it frees `4 * N * D` bytes of GPU memory between updates.
+
+    Raises:
+        TypeError: If `k` holds anything but integers.
+        ValueError: If `k` is empty, repeats or is below 1.
+
+    Example:
+        >>> metrics = RetrievalMetrics(k=(1,))
+        >>> metrics.update(torch.eye(3)[[0, 0]], torch.tensor([4, 4]), torch.tensor([0, 1]))
+        >>> metrics.update(torch.eye(3)[[1, 2]], torch.tensor([5, 5]), torch.tensor([2, 3]))
+        >>> metrics.compute()["recall_at_1"]
+        tensor(0.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    embeddings: list[Tensor]
+    labels: list[Tensor]
+    indices: list[Tensor]
+    groups: list[Tensor]
+    roles: list[Tensor]
+
+    def __init__(
+        self, k: Sequence[int] = (1, 10, 100, 1000), mean_average_precision: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**{"dist_sync_fn": gather_rows, **kwargs})
+        self.k = check_recall_levels(k)
+        self.mean_average_precision = mean_average_precision
+        for state in ("embeddings", "labels", "indices", "groups", "roles"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def update(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        *,
+        role: Role = "both",
+        groups: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            embeddings: `(B, D)`, any norm.
+            labels: `(B,)` integers.
+            indices: `(B,)` number of each image in its data set. With them, images that a distributed sampler
+                repeated to pad are counted once; without, such a copy finds itself and inflates the scores.
+            role: `"both"` for self-retrieval; `"query"` or `"gallery"` where these are two sets, whose
+                indices then count each on their own. Roles may be mixed: a query that is in the gallery too
+                is `"both"`.
+            groups: `(B,)` non-negative group, such as the camera: references of the query's label **and**
+                group are left out.
+
+        Raises:
+            TypeError: If something is no tensor or has the wrong dtype.
+            ValueError: If shapes disagree, `role` is unknown, or `indices` or `groups` are negative.
+        """
+        if role not in _ROLES:
+            raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))}, got {role!r}.")
+        check_embeddings(embeddings, "embeddings")
+        self.embeddings.append(embeddings.detach().float())
+        self.labels.append(check_integers(labels, "labels", embeddings))
+        self.indices.append(_optional_numbers(indices, "indices", embeddings))
+        self.groups.append(_optional_numbers(groups, "groups", embeddings))
+        self.roles.append(torch.full_like(self.labels[-1], _ROLES.index(role)))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return each score as a float32 scalar; NaN if no query has a match, as in a short sanity check.
+
+        Raises:
+            ValueError: If embeddings are not finite (naming the images), or `indices` or `groups` were given
+                in some updates and not in others.
+        """
+        scores = self._rank().scores(self.k)
+        return {name: torch.tensor(float(value), device=self.device) for name, value in scores.items()}
+
+    def _rank(self) -> QueryRanks:
+        labels, roles = _rows(self.labels), _rows(self.roles)
+        indices, groups = _all_or_none(_rows(self.indices), "indices"), _all_or_none(_rows(self.groups), "groups")
+        embeddings = _rows(self.embeddings) if len(labels) else torch.zeros(0, 1, device=labels.device)
+        check_finite(embeddings, "embeddings", indices)
+        ranked = partial(rank_queries, depth=max(self.k), mean_average_precision=self.mean_average_precision)
+        kept = torch.arange(len(labels), device=labels.device)
+        if indices is not None:
+            kept = _first_of_each_within_role(indices, labels, roles)
+        query = kept[roles[kept] != _ROLES.index("gallery")]
+        gallery = kept[roles[kept] != _ROLES.index("query")]
+        if not self._is_synced and len(query) == len(gallery) == len(kept):
+            # Compared with itself, one set costs half of what two sets cost.
+            return ranked(_at(embeddings, kept), _at(labels, kept), groups=_at(groups, kept))
+        rank, world = 0, 1
+        if self._is_synced:
+            rank, world = distributed.get_rank(self.process_group), distributed.get_world_size(self.process_group)
+        share = query[rank::world]
+        # Repeats are gone, so a row's position is its identity, and keeps a query from meeting itself.
+        ranks = ranked(
+            _at(embeddings, share),
+            _at(labels, share),
+            _at(embeddings, gallery),
+            _at(labels, gallery),
+            indices=share,
+            gallery_indices=gallery,
+            groups=_at(groups, share),
+            gallery_groups=_at(groups, gallery),
+        )
+        return _joined(ranks, labels[query], self.process_group) if self._is_synced else ranks
+
+
+def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather the rows of every rank, in rank order; ranks may hold different numbers of them, or none.
+
+    Unlike the default of torchmetrics it lets a rank be empty, whose tensor does not know the others' shape,
+    and carries CPU tensors over a GPU-only backend by way of the GPU.
+    """
+    world = distributed.get_world_size(group)
+    described: list[Any] = [None] * world
+    distributed.all_gather_object(described, (tuple(rows.shape), rows.dtype), group=group)
+    lengths = [shape[0] for shape, _ in described]
+    shape, dtype = described[lengths.index(max(lengths))]
+    device = torch.device("cuda") if distributed.get_backend(group) == "nccl" else rows.device
+    sent = torch.zeros(shape, dtype=dtype, device=device)
+    if len(rows):
+        sent[: len(rows)] = rows
+    received = [torch.empty_like(sent) for _ in range(world)]
+    distributed.all_gather(received, sent, group=group)
+    return [part[:length].to(rows.device) for part, length in zip(received, lengths, strict=True)]
+
+
+def _joined(part: QueryRanks, labels: Tensor, group: Any) -> QueryRanks:
+    """The ranks of all queries from every rank's share, `rank::world` of them."""
+    full = part.r_precision if part.average_precision is None else part.average_precision
+    columns = (part.relevant, part.best_rank, part.r_precision, part.average_precision_at_r, full)
+    shares = gather_rows(torch.stack([column.double() for column in columns], dim=1), group)
+    table = shares[0].new_empty(len(labels), len(columns))
+    for rank, share in enumerate(shares):
+        table[rank :: len(shares)] = share
+    relevant, best, r_precision, at_r, full = table.unbind(1)
+    average_precision = None if part.average_precision is None else full
+    rows = torch.arange(len(labels), device=labels.device)
+    return QueryRanks(rows, labels, relevant.long(), best.long(), r_precision, at_r, average_precision, part.depth)
+
+
+def _rows(state: list[Tensor] | Tensor) -> Tensor:
+    """A list state as one tensor: batches before ranks have exchanged theirs, one tensor after."""
+    if isinstance(state, Tensor):
+        return state
+    return torch.cat(state) if state else torch.zeros(0, dtype=torch.int64)
+
+
+def _optional_numbers(numbers: Tensor | None, name: str, embeddings: Tensor) -> Tensor:
+    if numbers is None:
+        return torch.full((len(embeddings),), _ABSENT, device=embeddings.device)
+    checked = check_integers(numbers, name, embeddings)
+    check_non_negative(checked, name)
+    return checked
+
+
+def _all_or_none(numbers: Tensor, name: str) -> Tensor | None:
+    absent = numbers == _ABSENT
+    if absent.all():
+        return None
+    if absent.any():
+        raise ValueError(f"`{name}` were given for {int((~absent).sum())} of {len(numbers)} samples; give all or none.")
+    return numbers
+
+
+def _first_of_each_within_role(indices: Tensor, labels: Tensor, roles: Tensor) -> Tensor:
+    """Positions to keep: an index counts within its role, query 5 and gallery 5 are two images."""
+    kept = []
+    for role in range(len(_ROLES)):
+        rows = (roles == role).nonzero().squeeze(1)
+        kept.append(rows[first_of_each(indices[rows], labels[rows])])
+    return torch.cat(kept).sort().values
+
+
+def _at(column: Column, rows: Tensor) -> Column:
+    """The column at ascending, unique rows; as many rows as it has are all of them, and need no copy."""
+    return column if column is None or len(rows) == len(column) else column[rows]

@@ -1,0 +1,1 @@
+"""What weighting does: commands that read the weights of losses and of trained checkpoints."""

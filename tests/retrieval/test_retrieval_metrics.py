@@ -1,0 +1,228 @@
+"""RetrievalMetrics against `retrieval_scores` on the whole set, on one process and on two real ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DistributedSampler
+
+from lightning_memdml.retrieval import RetrievalMetrics, retrieval_scores
+
+K = (1, 2, 5)
+
+
+def sample(count: int, classes: int, seed: int, dim: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    centres = torch.randn(classes, dim, generator=generator)
+    return centres[labels] + torch.randn(count, dim, generator=generator), labels
+
+
+def as_floats(scores: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in scores.items()}
+
+
+def close_to(scores: dict) -> object:
+    return pytest.approx(as_floats(scores), abs=1e-6, nan_ok=True)
+
+
+def fill(metrics: RetrievalMetrics, embeddings: Tensor, labels: Tensor, rows: list[int], **kwargs: object) -> None:
+    for batch in torch.tensor(rows, dtype=torch.long).split(4):
+        metrics.update(embeddings[batch], labels[batch], batch, **kwargs)
+
+
+def test_batches_of_self_retrieval_equal_the_whole_set() -> None:
+    embeddings, labels = sample(50, 12, seed=0)
+    metrics = RetrievalMetrics(k=K, mean_average_precision=True)
+    fill(metrics, embeddings, labels, list(range(50)))
+    scores = metrics.compute()
+    assert all(value.dtype == torch.float32 and value.ndim == 0 for value in scores.values())
+    assert as_floats(scores) == close_to(retrieval_scores(embeddings, labels, k=K, mean_average_precision=True))
+
+
+def test_images_that_a_sampler_repeats_count_once() -> None:
+    embeddings, labels = sample(30, 12, seed=1)
+    metrics = RetrievalMetrics(k=K)
+    fill(metrics, embeddings, labels, [*range(30), 0, 1, 29])
+    assert as_floats(metrics.compute()) == close_to(retrieval_scores(embeddings, labels, k=K))
+
+
+def test_queries_and_gallery_are_numbered_each_on_their_own() -> None:
+    embeddings, labels = sample(60, 12, seed=2)
+    expected = retrieval_scores(embeddings[:20], labels[:20], embeddings[20:], labels[20:], k=K)
+    metrics = RetrievalMetrics(k=K)
+    fill(metrics, embeddings[:20], labels[:20], [*range(20), 3], role="query")
+    fill(metrics, embeddings[20:], labels[20:], [*range(40), 39], role="gallery")
+    assert as_floats(metrics.compute()) == close_to(expected)
+
+
+def test_queries_that_are_in_the_gallery_too_do_not_find_themselves() -> None:
+    embeddings, labels = sample(60, 12, seed=3)
+    metrics = RetrievalMetrics(k=K)
+    metrics.update(embeddings[:20], labels[:20], role="both")
+    metrics.update(embeddings[20:], labels[20:], role="gallery")
+    expected = retrieval_scores(
+        embeddings[:20],
+        labels[:20],
+        embeddings,
+        labels,
+        k=K,
+        indices=torch.arange(20),
+        gallery_indices=torch.arange(60),
+    )
+    assert as_floats(metrics.compute()) == close_to(expected)
+
+
+def test_groups_are_ignored_as_in_the_whole_set() -> None:
+    embeddings, labels = sample(50, 6, seed=4)
+    groups = torch.arange(50) % 4
+    metrics = RetrievalMetrics(k=K)
+    for rows in torch.arange(50).split(7):
+        metrics.update(embeddings[rows], labels[rows], rows, groups=groups[rows])
+    assert as_floats(metrics.compute()) == close_to(retrieval_scores(embeddings, labels, k=K, groups=groups))
+
+
+def test_rows_stay_float32_and_off_the_graph_under_bfloat16() -> None:
+    embeddings, labels = sample(20, 4, seed=5)
+    metrics = RetrievalMetrics(k=K).bfloat16()
+    metrics.update(embeddings.bfloat16().requires_grad_(), labels)
+    assert metrics.embeddings[0].dtype == torch.float32
+    assert not metrics.embeddings[0].requires_grad
+    assert as_floats(metrics.compute()) == close_to(retrieval_scores(embeddings.bfloat16(), labels, k=K))
+
+
+def test_too_few_samples_give_nan_and_reset_forgets() -> None:
+    embeddings, labels = sample(10, 2, seed=6)
+    metrics = RetrievalMetrics(k=K)
+    metrics.update(embeddings, labels)
+    assert metrics.compute()["queries"] == 10
+    metrics.reset()
+    metrics.update(embeddings[:2], torch.tensor([0, 1]))
+    scores = metrics.compute()
+    assert math.isnan(scores["recall_at_1"])
+    assert math.isnan(scores["map_at_r"])
+    assert scores["excluded"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_no_samples_at_all_give_nan() -> None:
+    scores = RetrievalMetrics(k=K).compute()
+    assert math.isnan(scores["recall_at_5"])
+    assert scores["queries"] == 0
+
+
+def test_nothing_is_saved_in_a_checkpoint() -> None:
+    metrics = RetrievalMetrics(k=K)
+    metrics.update(*sample(10, 2, seed=7))
+    assert metrics.state_dict() == {}
+
+
+def test_images_that_are_not_finite_are_named_by_their_number() -> None:
+    metrics = RetrievalMetrics(k=K)
+    embeddings = torch.ones(3, 2)
+    embeddings[1] = math.nan
+    metrics.update(embeddings, torch.zeros(3, dtype=torch.long), torch.tensor([100, 207, 300]))
+    with pytest.raises(ValueError, match="image numbers: 207"):
+        metrics.compute()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"role": "querry"}, "Expected `role` to be one of 'both', 'query', 'gallery', got 'querry'"),
+        ({"indices": torch.tensor([0, -1])}, "`indices` to be non-negative"),
+        ({"groups": torch.tensor([[0, 1]])}, r"`groups` of shape \(2,\) but got \(1, 2\)"),
+    ],
+)
+def test_wrong_updates_are_explained(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RetrievalMetrics().update(torch.ones(2, 2), torch.tensor([0, 0]), **kwargs)
+
+
+def test_indices_in_some_updates_only_are_refused() -> None:
+    metrics = RetrievalMetrics(k=K)
+    metrics.update(torch.ones(2, 2), torch.tensor([0, 0]))
+    metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="`indices` were given for 2 of 4 samples"):
+        metrics.compute()
+
+
+# Two ranks
+
+
+def scored_by_rank(rank: int) -> dict[str, dict[str, float]]:
+    """What one of two ranks computes, by case; the single-process values are computed by the test."""
+    cases = {}
+
+    embeddings, labels = sample(31, 8, seed=10)  # 31 on 2 ranks: the sampler repeats image 0
+    metrics = RetrievalMetrics(k=K, mean_average_precision=True)
+    sampler = DistributedSampler(range(31), num_replicas=2, rank=rank, shuffle=False)
+    assert len(list(sampler)) == 16
+    fill(metrics, embeddings, labels, list(sampler))
+    cases["padded"] = as_floats(metrics.compute())
+    assert sum(map(len, metrics.labels)) == 16  # back to this rank's own rows
+
+    metrics = RetrievalMetrics(k=K, compute_on_cpu=True)
+    fill(metrics, embeddings[:12], labels[:12], list(range(rank, 12, 2)), role="query")
+    fill(
+        metrics,
+        embeddings[12:],
+        labels[12:],
+        list(range(19))[: 14 if rank == 0 else None][rank * 14 :],
+        role="gallery",
+    )
+    cases["uneven query and gallery"] = as_floats(metrics.compute())
+
+    metrics = RetrievalMetrics(k=K)
+    if rank == 0:
+        fill(metrics, embeddings, labels, list(range(31)))
+    cases["an empty rank"] = as_floats(metrics.compute())
+
+    metrics = RetrievalMetrics(k=K)
+    metrics.update(embeddings[:1], labels[:1], torch.tensor([0]))
+    cases["no match"] = as_floats(metrics.compute())
+    return cases
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        torch.save(scored_by_rank(rank), folder / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    embeddings, labels = sample(31, 8, seed=10)
+    expected = {
+        "padded": retrieval_scores(embeddings, labels, k=K, mean_average_precision=True),
+        "uneven query and gallery": retrieval_scores(embeddings[:12], labels[:12], embeddings[12:], labels[12:], k=K),
+        "an empty rank": retrieval_scores(embeddings, labels, k=K),
+        "no match": retrieval_scores(embeddings[:1], labels[:1], k=K),
+    }
+    assert expected["padded"]["recall_at_1"] not in (0, 1)
+    for case, scores in expected.items():
+        assert first[case] == close_to(scores), case
+        assert second[case] == close_to(scores), case
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,118 @@
+"""Imports point one way, and the package needs none of its optional libraries to import and train."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_memdml
+
+PACKAGE = Path(lightning_memdml.__file__).parent
+OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn"}
+
+ROOMS = {"losses", "memory", "data", "retrieval", "backbones", "curves", "callbacks", "learner"}
+# What each room may import of the package, beside itself. A new room says here on what it stands.
+MAY_IMPORT: dict[str, set[str]] = {
+    "losses": set(),
+    "memory": set(),
+    "data": set(),
+    "retrieval": set(),
+    "backbones": set(),
+    "curves": {"losses"},
+    "callbacks": {"memory", "losses", "retrieval", "curves", "runs"},
+    "learner": {"losses", "retrieval", "backbones"},
+    "runs": set(),
+    "cli_messages": {"losses", "callbacks", "data", "backbones"},
+    "study": {*ROOMS, "runs", "cli_messages"},
+    "cli": {*ROOMS, "runs", "cli_messages", "study"},
+    "__main__": {"cli"},
+    "__init__": ROOMS,
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(tree: ast.AST, file: Path) -> Iterator[str]:
+    """The full names of all modules that are imported anywhere below a node; relative ones are resolved."""
+    package = ["lightning_memdml", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported_at_once(file: Path) -> Iterator[str]:
+    """What importing the module imports: not what its functions do, nor what only a type checker sees."""
+    body = ast.parse(file.read_text()).body
+    for statement in body:
+        lazy = isinstance(statement, ast.FunctionDef | ast.ClassDef)
+        if not lazy and not (isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test)):
+            yield from imports(statement, file)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_rooms_it_stands_on(file: Path) -> None:
+    room = room_of(file)
+    assert room in MAY_IMPORT, f"say in MAY_IMPORT what {room} stands on"
+    found = {
+        name.split(".")[1]
+        for name in imports(ast.parse(file.read_text()), file)
+        if name.startswith("lightning_memdml.")
+    }
+    names = set(lightning_memdml.__all__)  # `from lightning_memdml import X` would reach every room
+    assert not found & names, f"{file.name} imports from the package itself: import from the room"
+    assert found <= MAY_IMPORT[room] | {room}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_optional_libraries_are_imported_where_they_are_used(file: Path) -> None:
+    assert not {name.split(".")[0] for name in imported_at_once(file)} & OPTIONAL
+
+
+def test_the_rules_are_read_from_the_imports() -> None:
+    """The reader above finds what it must: nested, relative and aliased imports."""
+    file = PACKAGE / "losses" / "example.py"
+    tree = ast.parse(
+        "from ..memory import x\nfrom . import y\ndef f():\n    import lightning_memdml.data.glyphs as g\n"
+    )
+    expected = {"lightning_memdml.memory.x", "lightning_memdml.losses.y", "lightning_memdml.data.glyphs"}
+    assert set(imports(tree, file)) == expected
+
+
+WITHOUT_OPTIONAL_LIBRARIES = """
+import sys
+for name in ("wandb", "faiss", "timm", "pytorch_metric_learning"):
+    sys.modules[name] = None  # importing it fails, as if it were not installed
+import torch
+from lightning.pytorch import Trainer
+from lightning_memdml import ContrastiveLoss, GlyphDataModule, MemoryCallback, MetricLearner, SmallConvNet
+import lightning_memdml.cli
+learner = MetricLearner(SmallConvNet(width=4), ContrastiveLoss(), embedding_dim=8)
+glyphs = GlyphDataModule(num_classes=20, batch_size=8, images_per_class=2, cache_dir=sys.argv[1])
+trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  callbacks=[MemoryCallback(size=32)])
+trainer.fit(learner, glyphs)
+trainer.test(learner, glyphs)
+print("trained", trainer.global_step)
+"""
+
+
+def test_package_imports_and_trains_without_its_optional_libraries(glyph_cache: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OPTIONAL_LIBRARIES, glyph_cache],
+        capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trained 2" in done.stdout

@@ -1,0 +1,455 @@
+"""The command line: what it runs, what a run leaves behind, and how it answers what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner
+from lightning_memdml.cli import MemdmlCLI, main
+from lightning_memdml.cli_messages import COMMANDS, readable
+
+NET = "--model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8"
+LOSS = "--model.loss=ContrastiveLoss --model.memory_loss=ContrastiveLoss --model.memory_loss.margin=0.7"
+MEMORY = "--trainer.callbacks+=MemoryCallback --trainer.callbacks.size=40"
+DATA = "--data.num_classes=20 --data.batch_size=8 --data.images_per_class=2 --data.batches_per_epoch=3"
+QUIET = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false --trainer.log_every_n_steps=1"
+TINY = f"fit {NET} {LOSS} {MEMORY} {DATA} {QUIET} --trainer.max_epochs=1 --seed_everything=3"
+RUN = Path("runs/memdml/version_0")
+LAST = RUN / "checkpoints/last.ckpt"
+
+Command = Callable[[str], None]
+
+
+@pytest.fixture
+def memdml(tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # which a run sets, and which would last longer than the test
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    return lambda line: main(line.split())
+
+
+@pytest.fixture
+def build(memdml: Command) -> Callable[[str], MemdmlCLI]:
+    """Builds what a command line says, and runs nothing."""
+    return lambda line: MemdmlCLI(args=line.split(), run=False)
+
+
+def answer(memdml: Command, line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says to something wrong."""
+    with pytest.raises(SystemExit) as stop:
+        memdml(line)
+    said = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said if isinstance(stop.value.code, int) else str(stop.value.code)
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------ what a run leaves behind
+
+
+def test_fit_leaves_configuration_log_and_checkpoint_in_a_folder_of_its_own(
+    memdml: Command, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        assert memdml(TINY) is None  # a console script exits with what `main` returns
+    assert not [str(warning.message) for warning in recwarn if "args" in str(warning.message)]
+    for version in (0, 1):
+        folder = RUN.with_name(f"version_{version}")
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["model"]["memory_loss"]["init_args"]["margin"] == 0.7
+        assert config["data"]["init_args"]["num_classes"] == 20
+        assert (folder / "checkpoints/last.ckpt").is_file()
+        rows = logged(folder)
+        assert [row["step"] for row in rows if row["train/memory_loss"]] == ["0", "1", "2"]
+        assert 0 <= float(rows[-1]["val/map_at_r"]) <= 1
+    assert f"memdml test --ckpt_path {LAST}" in caplog.text
+
+
+def test_rerun_from_the_saved_configuration_is_the_same_run(memdml: Command) -> None:
+    memdml(TINY)
+    memdml(f"fit --config {RUN}/config.yaml")
+    again = RUN.with_name("version_1")
+    assert logged(RUN) == logged(again)
+    first, second = weights_of(LAST), weights_of(again / "checkpoints/last.ckpt")
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert (RUN / "config.yaml").read_text() == (again / "config.yaml").read_text()
+
+
+def test_checkpoint_alone_is_enough_to_test_validate_and_predict(
+    memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], glyph_cache: str
+) -> None:
+    """Also after it was moved away from its run."""
+    memdml(TINY)
+    moved = tmp_path / "elsewhere.ckpt"
+    LAST.rename(moved)
+    (RUN / "config.yaml").unlink()
+    learner = MetricLearner.load_from_checkpoint(moved)
+    glyphs = GlyphDataModule(num_classes=20, cache_dir=glyph_cache)
+    quiet = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (expected,) = quiet.test(learner, glyphs, verbose=False)
+    capsys.readouterr()
+
+    memdml(f"test --ckpt_path {moved}")
+    table = capsys.readouterr().out
+    for name in ("recall_at_1", "recall_at_10", "map_at_r", "r_precision"):
+        assert f"test/{name}" in table
+        assert str(expected[f"test/{name}"])[:8] in table
+    memdml(f"validate --ckpt_path={moved}")
+    assert "val/map_at_r" in capsys.readouterr().out
+    memdml(f"predict --ckpt_path {moved}")
+    written = np.load(RUN.with_name("version_3") / "embeddings.npz")
+    batches = quiet.predict(learner, glyphs)
+    for name in ("embeddings", "labels", "indices"):
+        assert np.array_equal(written[name], torch.cat([batch[name] for batch in batches]))
+
+
+def test_command_line_wins_over_the_configuration_in_the_checkpoint(
+    memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memdml(TINY)
+    capsys.readouterr()
+    memdml(f"test --ckpt_path {LAST} --model.k=[3] --data.train_fraction=0.5")
+    table = capsys.readouterr().out
+    assert "test/recall_at_3" in table
+    assert "test/recall_at_1 " not in table
+    assert f"{0.5 * 20 * 12}" in table  # queries: half of the characters, 12 pictures each
+
+
+def test_checkpoint_alone_is_enough_to_go_on_training(memdml: Command) -> None:
+    memdml(TINY)
+    memdml(f"fit --ckpt_path {LAST} --trainer.max_epochs 2")
+    memdml(TINY.replace("max_epochs=1", "max_epochs=2"))
+    resumed, whole = (RUN.with_name(f"version_{version}") for version in (1, 2))
+    assert logged(resumed) == logged(whole)[-len(logged(resumed)) :]
+    one, other = weights_of(resumed / "checkpoints/last.ckpt"), weights_of(whole / "checkpoints/last.ckpt")
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_checkpoint_rebuilds_nested_losses_without_code(memdml: Command) -> None:
+    memdml(TINY)
+    torch.load(LAST, weights_only=True)
+    learner = MetricLearner.load_from_checkpoint(LAST, weights_only=True)
+    assert learner.memory_loss.margin == 0.7
+    assert learner.loss.margin == 0.5
+    assert all(torch.equal(value, weights_of(LAST)[key]) for key, value in learner.state_dict().items())
+
+
+def test_weights_a_training_started_from_are_not_needed_to_test_it(memdml: Command, tmp_path: Path) -> None:
+    backbone = MemdmlCLI(args=f"{NET} --model.loss=ContrastiveLoss".split(), run=False).model.model.backbone
+    torch.save(backbone.state_dict(), tmp_path / "first.pth")
+    memdml(f"{TINY} --model.weights {tmp_path / 'first.pth'}")
+    (tmp_path / "first.pth").unlink()
+    memdml(f"test --ckpt_path {LAST}")
+    assert MetricLearner.load_from_checkpoint(LAST).model.backbone.num_features == backbone.num_features
+
+
+def test_runs_of_wandb_keep_their_configurations_apart(memdml: Command) -> None:
+    pytest.importorskip("wandb", reason="an optional logger")
+    for margin in (0.61, 0.62):
+        memdml(
+            f"{TINY} --trainer.logger WandbLogger --trainer.logger.offline true --trainer.logger.save_dir runs "
+            f"--trainer.logger.project tiny --model.loss.margin {margin}"
+        )
+    configs = [yaml.safe_load(file.read_text()) for file in Path("runs/tiny").glob("*/config.yaml")]
+    assert sorted(config["model"]["loss"]["init_args"]["margin"] for config in configs) == [0.61, 0.62]
+    assert len(list(Path("runs/tiny").glob("*/checkpoints/last.ckpt"))) == 2
+    records = [file.read_bytes() for file in Path("runs/wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(records) == 2
+    for record in records:  # metrics and the whole configuration, data included
+        assert all(name in record for name in (b"train/memory_loss", b"val/map_at_r", b"num_classes"))
+    assert sorted((b'"margin":0.61' in record) - (b'"margin":0.62' in record) for record in records) == [-1, 1]
+
+
+def test_without_a_logger_no_file_of_the_user_is_overwritten(memdml: Command) -> None:
+    Path("config.yaml").write_text("mine")
+    memdml(f"{TINY} --trainer.logger false")
+    assert Path("config.yaml").read_text() == "mine"
+    memdml("test --ckpt_path checkpoints/last.ckpt")
+
+
+def test_nothing_is_written_where_checkpoints_are_turned_off(memdml: Command) -> None:
+    memdml(f"{TINY} --trainer.enable_checkpointing false")
+    assert not list(Path("runs").rglob("*.ckpt"))
+    memdml(f"{TINY} --trainer.fast_dev_run true")
+    assert not list(Path().rglob("*.ckpt"))
+
+
+# ------------------------------------------------------------------ what can be said on the command line and in YAML
+
+
+def picture_folder(root: Path, classes: int = 8, images: int = 3) -> None:
+    for index in range(classes * images):
+        file = root / f"class{index % classes}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 20), (30 * (index % classes), 10 * index, 90)).save(file)
+
+
+def test_folder_of_images_from_the_command_line_alone(memdml: Command) -> None:
+    picture_folder(Path("pictures"))
+    memdml(
+        "fit --data FolderDataModule --data.root pictures --data.image_size 16 --data.num_workers 0 "
+        "--data.val_fraction 0 --data.batch_size 4 --data.images_per_class 2 --model.backbone SmallConvNet "
+        "--model.backbone.in_channels 3 "
+        f"--model.backbone.width 4 --model.loss MultiSimilarityLoss --trainer.max_steps 2 {QUIET}"
+    )
+    assert LAST.is_file()
+
+
+def test_yaml_names_the_class_and_the_command_line_the_file(build: Callable[[str], MemdmlCLI]) -> None:
+    Path("table.yaml").write_text(
+        "data: {class_path: TableDataModule, init_args: {path: of_the_author.npz, image_size: 33}}\n"
+        "model: {backbone: SmallConvNet, loss: {class_path: ContrastiveLoss, init_args: {margin: 0.3}}}\n"
+    )
+    cli = build("--config table.yaml --data.path mine.npz --data.num_workers 3")
+    assert (str(cli.datamodule.path), cli.datamodule.image_size, cli.datamodule.num_workers) == ("mine.npz", 33, 3)
+    assert cli.model.loss.margin == 0.3
+
+
+def test_nested_classes_are_built_from_short_names(build: Callable[[str], MemdmlCLI]) -> None:
+    cli = build(
+        f"{NET} --model.loss HybridLoss --model.loss.positive ContrastiveLoss "
+        "--model.loss.negative MultiSimilarityLoss --model.loss.negative.beta 40 "
+        "--model.memory_loss DirectWeightLoss --model.memory_loss.positive Constant "
+        "--model.memory_loss.negative Power --model.memory_loss.negative.power 3 --trainer.callbacks+=MemoryCallback "
+        "--trainer.callbacks.size=512 --trainer.callbacks+=LearningRateMonitor"
+    )
+    assert cli.model.loss.negative.beta == 40
+    assert isinstance(cli.model.memory_loss, DirectWeightLoss)
+    assert cli.model.memory_loss.negative.power == 3
+    assert [type(callback).__name__ for callback in cli.trainer.callbacks[:2]] == [
+        "MemoryCallback",
+        "LearningRateMonitor",
+    ]
+    assert cli.trainer.callbacks[0].memory.size == 512
+
+
+def test_optimizer_and_scheduler_come_from_the_command_line(build: Callable[[str], MemdmlCLI]) -> None:
+    cli = build(
+        f"{NET} {LOSS} --model.optimizer SGD --model.optimizer.lr 0.3 --model.optimizer.momentum 0.8 "
+        "--model.backbone_lr 0.03 --model.lr_scheduler CosineAnnealingLR --model.lr_scheduler.T_max 10 "
+        "--model.lr_scheduler_interval epoch"
+    )
+    configured = cli.model.configure_optimizers()
+    assert [group["lr"] for group in configured["optimizer"].param_groups] == [0.3, 0.03]
+    assert configured["optimizer"].defaults["momentum"] == 0.8
+    assert configured["lr_scheduler"]["scheduler"].T_max == 10
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+
+
+def test_another_class_starts_from_its_own_defaults(build: Callable[[str], MemdmlCLI]) -> None:
+    """By itself jsonargparse would hand on the options that both classes have."""
+    Path("base.yaml").write_text(
+        "model: {backbone: SmallConvNet, loss: {class_path: ContrastiveLoss, init_args: {margin: 0.77}},\n"
+        "        memory_loss: {class_path: DirectWeightLoss, init_args: {negative: {class_path: Threshold, init_args: "
+        "{threshold: 0.77}}}}}\n"
+    )
+    cli = build("--config base.yaml --model.loss TripletLoss --model.memory_loss.negative Power --model.optimizer SGD")
+    assert cli.model.loss.margin != 0.77
+    assert cli.model.memory_loss.negative.threshold == 0.0
+    assert cli.model.configure_optimizers().defaults["weight_decay"] == 0.0  # AdamW's is 0.01
+    cli = build("--config base.yaml --data FolderDataModule --data.root x --model.loss ContrastiveLoss")
+    assert cli.datamodule.image_size == 224  # that of the glyphs is 28
+    assert cli.model.loss.margin == 0.77  # the same class keeps its options
+
+
+def test_losses_of_pytorch_metric_learning_and_short_names_live_together(build: Callable[[str], MemdmlCLI]) -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="its losses are accepted, not needed")
+    from pytorch_metric_learning import losses  # whose names are the same
+
+    cli = build(
+        f"{NET} --model.loss ContrastiveLoss --model.memory_loss pytorch_metric_learning.losses.ContrastiveLoss"
+    )
+    assert type(cli.model.loss) is ContrastiveLoss
+    assert type(cli.model.memory_loss) is losses.ContrastiveLoss
+
+
+def test_torchvision_and_timm_backbones_are_named(build: Callable[[str], MemdmlCLI]) -> None:
+    pytest.importorskip("timm", reason="timm is an optional source of backbones")
+    cli = build("--model.backbone resnet18 --model.loss ContrastiveLoss")
+    assert cli.model.model.head.in_features == 512
+    Path("timm.yaml").write_text(
+        "model: {loss: ContrastiveLoss, backbone: {class_path: timm.create_model, "
+        "init_args: {model_name: test_resnet}, dict_kwargs: {num_classes: 0}}}\n"
+    )
+    cli = build("--config timm.yaml")
+    assert cli.model(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+
+
+# ------------------------------------------------------------------ what is wrong is answered by what is right
+
+WRONG_ON_THE_COMMAND_LINE = {
+    "--model.loss Contrastve": "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?",
+    "--model.loss lightning_memdml.ContrastivLoss": "Did you mean 'lightning_memdml.ContrastiveLoss'?",
+    "--model.loss no_such_package.Loss": "No module named 'no_such_package'",
+    "--model.loss SmallConvNet": "model.loss: The class 'SmallConvNet' does not belong here.",
+    "--model.loss ContrastiveLoss --model.loss.margn 1": "There is no option 'margn'. Did you mean 'margin'?",
+    "--model.loss ContrastiveLoss --model.loss.margin wide": "model.loss.margin: Expected float but got 'wide'.",
+    "--model.loss DirectWeightLoss --model.loss.positive Expnential": "Did you mean 'Exponential'?",
+    "--model.loss DirectWeightLoss --model.loss.positive Threshold --model.loss.positive.treshold 1": "'threshold'?",
+    "--model.optimizer Adamm": "model.optimizer: There is no class 'Adamm'. Did you mean 'Adam'?",
+    "--model.lr_scheduler CosineAnealingLR": "Did you mean 'CosineAnnealingLR'?",
+    "--model.lr_scheduler_interval steps": "Expected Literal['step', 'epoch'] but got 'steps'.",
+    "--model.lss ContrastiveLoss": "There is no option '--model.lss'. Did you mean '--model.loss'?",
+    "--model.backbon resnet18": "Did you mean '--model.backbone'?",
+    "--optimizer SGD": "Did you mean '--model.optimizer'?",
+    "--trainr.max_steps 3": "Did you mean '--trainer.max_steps'?",
+    "--trainer.max_steps many": "trainer.max_steps: Expected int but got 'many'.",
+    "--trainer.callbacks+=MemoryCalback": "trainer.callbacks: There is no class 'MemoryCalback'. Did you mean 'MemoryC",
+    "--trainer.callbacks+=MemoryCallback --trainer.callbacks.siz=5": "There is no option 'siz'. Did you mean 'size'?",
+    "--data GlyfDataModule": "data: There is no class 'GlyfDataModule'. Did you mean 'GlyphDataModule'?",
+    "--data.num_clases 20": "data: There is no option 'num_clases'. Did you mean 'num_classes'?",
+    "--data FolderDataModule": "Expected root",
+    "--config nowhere.yaml": "File does not exist",
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), WRONG_ON_THE_COMMAND_LINE.items())
+def test_wrong_name_on_the_command_line(
+    options: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = answer(memdml, f"fit {NET} --model.loss ContrastiveLoss {options}", capsys)
+    assert expected in said
+    assert len(said.splitlines()) < 8
+
+
+WRONG_IN_YAML = {
+    "model.loss: {class_path: Contrastve}": "Did you mean 'ContrastiveLoss'?",
+    "model.loss: {class_path: ContrastiveLoss, init_args: {margn: 1}}": "Did you mean 'margin'?",
+    "model.backbone: {class_path: SmalConvNet}": "model.backbone: There is no class 'SmalConvNet'. Did you mean",
+    "model.loss: {class_path: DirectWeightLoss, init_args: {negative: Powr}}": "model.loss.negative: There is no class",
+    "model.embeding_dim: 3": "Did you mean '--model.embedding_dim'?",
+    "model.optimizer: {class_path: torch.optim.Adamm}": "Did you mean 'torch.optim.Adam'?",
+    "data: {class_path: GlyfDataModule}": "Did you mean 'GlyphDataModule'?",
+    "data: {class_path: GlyphDataModule, init_args: {sed: 1}}": "Did you mean 'seed'?",
+    "trainer.max_step: 3": "Did you mean '--trainer.max_steps'?",
+    "trainer.callbacks: [{class_path: MemoryCalback}]": "Did you mean 'MemoryCallback'?",
+    "trainer.callbacks: [{class_path: MemoryCallback, init_args: {siz: 3}}]": "Did you mean 'size'?",
+    "model.backbone: null": "Expected --model.backbone, on the command line or in a file",
+    "model: [": "Problems parsing config",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), WRONG_IN_YAML.items())
+def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wrong.yaml").write_text(f"model.backbone: SmallConvNet\nmodel.loss: ContrastiveLoss\n{text}\n")
+    said = answer(memdml, "fit --config wrong.yaml", capsys)
+    assert expected in said
+    assert len(said.splitlines()) < 8
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fti", "There is no command 'fti'. Did you mean 'fit'?"),
+        ("weight-curve", "There is no command 'weight-curve'. Did you mean 'weight-curves'?"),
+        ("fit --model.loss ContrastiveLoss --model.backbone SmalConvNet", "Did you mean 'SmallConvNet'?"),
+        ("fit --model.loss ContrastiveLoss --model.backbone resnet05", "Did you mean 'resnet50'?"),
+        (f"{TINY} --model.memory_weight -1", "Expected `memory_weight` of at least 0 but got -1.0"),
+        (f"{TINY} --model.weights no.pth", "Expected the backbone's weights in the file no.pth but it is not there"),
+        (f"{TINY} --trainer.callbacks null", r"Expected a memory"),
+        (f"{TINY} --data.batch_size 7", "Expected `batch_size` to be a multiple of `images_per_class`"),
+        (f"fit {NET} {LOSS} {QUIET} --data TableDataModule --data.path no.csv", "no.csv"),
+        (f"fit {LOSS} {MEMORY} {DATA} {QUIET} --model.backbone resnet18", "Expected RGB images"),
+        ("test --ckpt_path nowhere.ckpt", "nowhere.ckpt: there is no such file"),
+        ("test --ckpt_path damaged.ckpt", "damaged.ckpt: it is damaged"),
+    ],
+)
+def test_wrong_value_is_answered_by_the_sentence_alone(
+    line: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.ckpt").write_bytes(b"PK\x03\x04 half a file")
+    assert expected in answer(memdml, line, capsys)
+
+
+def test_error_from_elsewhere_keeps_its_traceback(memdml: Command) -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        memdml(f"{TINY} --model.optimizer.lr -1")
+
+
+def test_message_that_is_not_understood_is_handed_on() -> None:
+    assert readable("Something unheard of\n\nhappened") == "Something unheard of\nhappened"
+
+
+# ------------------------------------------------------------------ help, and real processes
+
+
+def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (
+        "--help",
+        "fit --help",
+        "fit --model.loss.help MultiSimilarityLoss",
+        "fit --data.help FolderDataModule",
+    ):
+        with pytest.raises(SystemExit) as stop:
+            memdml(line)
+        assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for sentence in (
+        *(COMMANDS[name] for name in ("fit", "validate", "test", "predict")),
+        "memdml weight-curves",
+        "memdml test --ckpt_path",
+        "Weight of the memory term, at least 0.",  # MetricLearner
+        "lightning_memdml.MultiSimilarityLoss",
+        "--model.loss.beta BETA",
+        "Which classes train if there are no `train` and `test` folders",  # FolderDataModule
+    ):
+        assert sentence in said
+    assert "torch.nn.Conv2d" not in said  # hundreds of modules would be backbones
+
+
+def test_console_script_is_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="memdml")
+    assert script.load() is main
+
+
+def test_two_ranks_from_one_command(tmp_path: Path, glyph_cache: str) -> None:
+    """Lightning starts the second process from the arguments of the first; both end with code 0.
+
+    The callbacks of each rank must know the metric they monitor.
+    """
+    env = {**os.environ, "LIGHTNING_MEMDML_CACHE": glyph_cache, "OMP_NUM_THREADS": "1"}
+    best = "--trainer.callbacks.monitor=val/map_at_r --trainer.callbacks.mode=max"
+    both = f"--trainer.callbacks+=ModelCheckpoint {best} --trainer.callbacks+=EarlyStopping {best}"
+    line = f"{TINY} --trainer.devices=2 --trainer.strategy=ddp {both}"
+    command = [sys.executable, "-m", "lightning_memdml", *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / RUN
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "hparams.yaml",
+        "metrics.csv",
+    ]
+    assert [row["step"] for row in logged(folder) if row["val/map_at_r"]] == ["2"]
+    saved: dict[str, Any] = torch.load(tmp_path / LAST, weights_only=True)
+    assert saved["global_step"] == 3
+    assert len(saved["callbacks"]["MemoryCallback"]["memory"]["labels"]) == 40  # 3 steps of 2 ranks of 8 rows, cut

@@ -1,0 +1,437 @@
+"""MetricLearner: what it trains on against loops written from the formulas, and what it does inside a Trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_memdml import ContrastiveLoss, MemoryCallback, MetricLearner, MultiSimilarityLoss, SmallConvNet
+
+IMAGES, BATCH, SIZE, DIM = 14, 4, 20, 6
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Flat(nn.Module):
+    """Images of 2 x 2 pixels to 5 features."""
+
+    num_features = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, self.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.flatten(1)).tanh()
+
+
+class Record(Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.outputs: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.outputs.append(outputs)
+
+
+def data(with_indices: bool = True, repeat: bool = False) -> TensorDataset:
+    """14 images of 3 classes; with `repeat` the fourth is the first, seen otherwise."""
+    generator = torch.Generator().manual_seed(3)
+    images, indices = torch.randn(IMAGES, 1, 2, 2, generator=generator), torch.arange(IMAGES)
+    if repeat:
+        indices[3] = 0
+    return TensorDataset(images, torch.arange(IMAGES) % 3, *([indices] if with_indices else []))
+
+
+def loader(with_indices: bool = True, repeat: bool = False) -> DataLoader:
+    return DataLoader(data(with_indices, repeat), batch_size=BATCH)
+
+
+def learner(**options: Any) -> MetricLearner:
+    torch.manual_seed(0)
+    settings = {"backbone": Flat(), "loss": ContrastiveLoss(margin=0.4), "embedding_dim": DIM, "optimizer": SGD}
+    return MetricLearner(**{**settings, "k": (1, 2), **options})
+
+
+def trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)}
+    return Trainer(**{**settings, **quiet, **options})
+
+
+# ------------------------------------------------------------------ what it trains on
+
+
+Row = tuple[Tensor, int, int]  # embedding, label, image (-1: unknown)
+
+
+def pairs(anchor: Row, references: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+    """Similarities of an anchor to its positives and to its negatives, without itself and without its own image."""
+    others = [row for row in references if row[0] is not anchor[0] and not (row[2] == anchor[2] != -1)]
+    similarity = {id(row): anchor[0] @ row[0] for row in others}
+    positives = [similarity[id(row)] for row in others if row[1] == anchor[1]]
+    return positives, [similarity[id(row)] for row in others if row[1] != anchor[1]]
+
+
+def contrastive(anchors: Sequence[Row], references: Sequence[Row]) -> Tensor:
+    """sum_P (1 - s) + sum_{N, s > 0.4} s, mean over anchors."""
+    total = 0 * sum(row[0].sum() for row in anchors)
+    for anchor in anchors:
+        positives, negatives = pairs(anchor, references)
+        total = total + sum(1 - s for s in positives) + sum(s for s in negatives if s > 0.4)
+    return total / len(anchors)
+
+
+def multi_similarity(anchor: Row, references: Sequence[Row]) -> Tensor:
+    """log(1 + sum_P exp(-2 (s - 0.5))) / 2 + log(1 + sum_N exp(5 (s - 0.5))) / 5: all pairs of a row matter to each."""
+    positives, negatives = pairs(anchor, references)
+    positive = 1 + sum(torch.exp(-2 * (s - 0.5)) for s in positives)
+    negative = 1 + sum(torch.exp(5 * (s - 0.5)) for s in negatives)
+    return torch.as_tensor(positive).log() / 2 + torch.as_tensor(negative).log() / 5
+
+
+def train_by_hand(order: str, epochs: int, with_indices: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """SGD in a loop, with 0.7 times the multi-similarity loss against a memory of the last SIZE rows."""
+    net = learner().model
+    memory: list[Row] = []
+    losses = []
+    for _ in range(epochs):
+        for images, labels, *indices in loader(with_indices, repeat=True):
+            features = net.head(net.backbone(images))
+            embeddings = features / features.pow(2).sum(1, keepdim=True).sqrt()
+            known = indices[0].tolist() if with_indices else [-1] * len(labels)
+            batch = list(zip(embeddings, labels.tolist(), known, strict=True))
+            loss = contrastive(batch, batch)
+            entered = (memory + [(row.detach(), label, image) for row, label, image in batch])[-SIZE:]
+            for i, row in enumerate(batch):
+                own = len(entered) - len(batch) + i
+                held = {"none": [], "after": memory, "before": entered[:own] + entered[own + 1 :]}[order]
+                if memory and held:
+                    loss = loss + 0.7 * multi_similarity(row, held) / len(batch)
+            memory = entered
+            loss.backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+            losses.append(loss.item())
+    return losses, net.state_dict()
+
+
+@pytest.mark.parametrize("with_indices", [True, False], ids=["indices", "no indices"])
+@pytest.mark.parametrize("order", ["none", "after", "before"])
+def test_training_equals_the_loop(order: str, with_indices: bool) -> None:
+    """No memory; the memory read before the batch enters; and after it (XBM's own code), each row without itself.
+
+    14 images in batches of 4, 4, 4 and 2 against 20 rows: the memory goes round, the last batch is smaller, images
+    meet their own earlier embeddings, and one image is twice in a batch.
+    """
+    expected, weights = train_by_hand(order, 3, with_indices)
+    options: dict[str, Any] = {"memory_includes_batch": order == "before"}
+    if order != "none":
+        loss = MultiSimilarityLoss(alpha=2, beta=5, base=0.5, epsilon=None)
+        options |= {"memory_loss": loss, "memory_weight": 0.7}
+    model, record = learner(**options), Record()
+    callbacks = [record] if order == "none" else [MemoryCallback(size=SIZE), record]
+    trainer(*callbacks, max_epochs=3).fit(model, loader(with_indices, repeat=True))
+    torch.testing.assert_close(torch.tensor(record.losses), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.model.state_dict(), weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ways_differ() -> None:
+    """Otherwise the test above would not tell them apart."""
+    ways = [(order, known) for order in ("none", "after", "before") for known in (True, False)]
+    totals = sorted(sum(train_by_hand(order, 2, known)[0]) for order, known in ways)
+    assert all(b - a > 1e-2 for a, b in pairwise(totals))
+
+
+def test_memory_term_takes_the_loss_of_the_batch_unless_it_has_its_own() -> None:
+    records = [Record(), Record()]
+    for record, options in zip(records, ({}, {"memory_loss": ContrastiveLoss(margin=0.4)}), strict=True):
+        trainer(MemoryCallback(size=SIZE), record).fit(learner(**options), loader())
+    assert records[0].losses == records[1].losses
+
+
+def test_logged_terms_add_up_to_the_loss() -> None:
+    record = Record()
+    fitted = trainer(MemoryCallback(size=SIZE), record)
+    fitted.fit(learner(memory_weight=0.3), loader())
+    logged = fitted.logged_metrics
+    assert logged["train/loss"].item() == pytest.approx(record.losses[-1])
+    assert (logged["train/batch_loss"] + logged["train/memory_loss"]).item() == pytest.approx(record.losses[-1])
+    assert logged["train/memory_loss"] > 0
+
+
+@pytest.mark.parametrize("with_indices", [True, False])
+def test_step_returns_what_the_memory_stores(with_indices: bool) -> None:
+    record = Record()
+    trainer(record).fit(learner(), loader(with_indices))
+    assert set(record.outputs[0]) == {"loss", "embeddings", "labels"} | ({"indices"} if with_indices else set())
+    assert torch.equal(record.outputs[1]["labels"], data()[4:8][1])
+
+
+@pytest.mark.parametrize("batch", [[torch.zeros(2, 1, 2, 2)], {"image": torch.zeros(2, 1, 2, 2)}, torch.zeros(2, 4)])
+def test_batch_of_another_form_is_refused(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected a batch of \(images, labels\) or \(images, labels, indices\)"):
+        learner().training_step(batch, 0)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def test_losses_of_pytorch_metric_learning_serve_batch_and_memory() -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="its losses are accepted, not needed")
+    from pytorch_metric_learning import distances, losses
+
+    loss = losses.ContrastiveLoss(pos_margin=1, neg_margin=0.4, distance=distances.CosineSimilarity())
+    seen = []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+            embeddings, labels = outputs["embeddings"], outputs["labels"]
+            expected = loss(embeddings, labels)
+            if len(pl_module.memory):
+                references, ref_labels, _ = pl_module.memory.read()
+                expected = expected + 0.5 * loss(embeddings, labels, ref_emb=references, ref_labels=ref_labels)
+            seen.append((outputs["loss"].item(), expected.item()))
+
+    # Before the memory callback, so that the memory is still what the step read.
+    trainer(Compare(), MemoryCallback(size=SIZE)).fit(learner(loss=loss, memory_weight=0.5), loader())
+    assert len(seen) == 4
+    assert [got for got, _ in seen] == pytest.approx([expected for _, expected in seen])
+
+
+def test_similarities_of_any_loss_are_taken_in_full_precision() -> None:
+    dtypes = []
+
+    def loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+        dtypes.append((embeddings @ embeddings.T).dtype)
+        return (embeddings @ embeddings.T).mean()
+
+    trainer(precision="bf16-mixed").fit(learner(loss=loss), loader())
+    assert set(dtypes) == {torch.float32}
+
+
+def test_order_of_the_authors_needs_a_loss_that_can_leave_pairs_out() -> None:
+    with pytest.raises(ValueError, match="Expected a PairLoss against the memory with `memory_includes_batch`"):
+        learner(loss=lambda z, y: z.sum(), memory_includes_batch=True)
+    learner(loss=lambda z, y: z.sum(), memory_loss=ContrastiveLoss(), memory_includes_batch=True)
+
+
+@pytest.mark.parametrize("option", [{"memory_loss": ContrastiveLoss()}, {"memory_includes_batch": True}])
+def test_memory_term_without_a_memory_names_the_callback(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"Expected a memory, .* pass `Trainer\(callbacks=\[MemoryCallback\(size=8192"):
+        trainer().fit(learner(**option), loader())
+
+
+def test_negative_memory_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected `memory_weight` of at least 0 but got -0\.1"):
+        learner(memory_weight=-0.1)
+
+
+# ------------------------------------------------------------------ optimiser and scheduler
+
+
+class Proxies(nn.Module):
+    """A loss with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxies = nn.Parameter(torch.ones(3, DIM))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return -(embeddings * self.proxies[labels]).sum(1).mean()
+
+
+def test_backbone_has_its_own_rate_and_all_else_the_other() -> None:
+    model = learner(loss=Proxies(), backbone_lr=0.01)
+    head, backbone = model.configure_optimizers().param_groups
+    assert (head["lr"], backbone["lr"]) == (0.1, 0.01)
+    assert {id(p) for p in backbone["params"]} == {id(p) for p in model.model.backbone.parameters()}
+    assert {id(p) for p in head["params"]} == {id(p) for p in (*model.model.head.parameters(), model.loss.proxies)}
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
+    model = learner()
+    model.model.backbone.requires_grad_(False)
+    (group,) = model.configure_optimizers().param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.model.head.parameters()}
+
+
+@pytest.mark.parametrize(("interval", "halvings"), [("step", 4), ("epoch", 2)])
+def test_scheduler_steps_per_optimizer_step_or_per_epoch(interval: Any, halvings: int) -> None:
+    halve = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    model = learner(lr_scheduler=halve, lr_scheduler_interval=interval)
+    fitted = trainer(max_epochs=2, accumulate_grad_batches=2)  # 4 batches, 2 optimiser steps an epoch
+    fitted.fit(model, loader())
+    assert fitted.global_step == 4
+    assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**halvings)
+
+
+def test_scheduler_that_reads_a_metric_waits_for_the_validation() -> None:
+    plateau = partial(ReduceLROnPlateau, monitor="val/recall_at_1", mode="max", patience=0, factor=0.5, threshold=10)
+    fitted = trainer(max_epochs=3)
+    fitted.fit(learner(lr_scheduler=plateau), loader(), loader())
+    assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # the first is the best so far
+
+
+def test_frozen_batch_norm_keeps_its_statistics_through_a_fit_with_validation() -> None:
+    for freeze in (True, False):
+        model = learner(backbone=SmallConvNet(width=4, pool=1), freeze_batch_norm=freeze)
+        norm = model.model.backbone.layers[1]
+        images = TensorDataset(torch.randn(8, 1, 28, 28), torch.arange(8) % 2)
+        loaders = DataLoader(images, 4), DataLoader(images, 4)
+        trainer(max_epochs=2).fit(model, *loaders)
+        assert (norm.running_mean.abs().sum() == 0).item() is freeze
+        assert model.model.head.training
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def recall(queries: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, k: int, same: bool) -> float:
+    """The share of queries with a match among the k nearest, one by one."""
+    hits = []
+    for i, query in enumerate(queries):
+        order = sorted(
+            (j for j in range(len(gallery)) if not (same and j == i)), key=lambda j: -(query @ gallery[j]).item()
+        )
+        hits.append(any(gallery_labels[j] == labels[i] for j in order[:k]))
+    return sum(hits) / len(hits)
+
+
+def embed(model: MetricLearner) -> tuple[Tensor, Tensor]:
+    images, labels, _ = data()[:]
+    with torch.no_grad():
+        return model.eval()(images).double(), labels
+
+
+@pytest.mark.parametrize("with_indices", [True, False])
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_one_loader_is_queries_and_gallery(stage: str, with_indices: bool) -> None:
+    model, run = learner(), trainer()
+    (run.validate if stage == "val" else run.test)(model, loader(with_indices), verbose=False)
+    embeddings, labels = embed(model)
+    for k in (1, 2):
+        expected = recall(embeddings, labels, embeddings, labels, k, same=True)
+        assert run.callback_metrics[f"{stage}/recall_at_{k}"].item() == pytest.approx(expected)
+    assert {f"{stage}/map_at_r", f"{stage}/r_precision"} <= set(run.callback_metrics)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_two_loaders_are_queries_and_gallery(stage: str) -> None:
+    model, run = learner(), trainer()
+    queries = TensorDataset(*data()[:5][:2])
+    gallery = TensorDataset(*data()[5:][:2])
+    loaders = [DataLoader(queries, 2), DataLoader(gallery, 3)]
+    (run.validate if stage == "val" else run.test)(model, loaders, verbose=False)
+    embeddings, labels = embed(model)
+    for k in (1, 2):
+        expected = recall(embeddings[:5], labels[:5], embeddings[5:], labels[5:], k, same=False)
+        assert run.callback_metrics[f"{stage}/recall_at_{k}"].item() == pytest.approx(expected)
+    assert run.callback_metrics[f"{stage}/queries"] == 5
+
+
+def test_three_loaders_are_refused() -> None:
+    with pytest.raises(ValueError, match="Expected one loader, or one of queries and one of the gallery, but got 3"):
+        trainer().test(learner(), [loader()] * 3)
+
+
+def test_scores_after_an_epoch_hold_nothing_of_the_sanity_check_or_the_epoch_before() -> None:
+    model, run = learner(), trainer(max_epochs=2)
+    run.fit(model, loader(), loader())
+    embeddings, labels = embed(model)
+    assert run.callback_metrics["val/queries"] == IMAGES
+    assert run.callback_metrics["val/recall_at_1"].item() == pytest.approx(
+        recall(embeddings, labels, embeddings, labels, 1, same=True)
+    )
+
+
+@pytest.mark.parametrize("with_indices", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_predict_returns_unit_embeddings_with_labels_and_indices(precision: Any, with_indices: bool) -> None:
+    batches = trainer(precision=precision).predict(learner(), loader(with_indices))
+    assert set(batches[0]) == {"embeddings", "labels"} | ({"indices"} if with_indices else set())
+    embeddings = torch.cat([batch["embeddings"] for batch in batches])
+    assert embeddings.shape == (IMAGES, DIM)
+    assert embeddings.dtype == torch.float32
+    assert (embeddings.double().norm(dim=1) - 1).abs().max() < 1e-6
+    if with_indices:
+        assert torch.cat([batch["indices"] for batch in batches]).tolist() == list(range(IMAGES))
+
+
+# ------------------------------------------------------------------ copies and checkpoints
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_deep_copy_is_a_learner_of_its_own(fitted: bool) -> None:
+    model = learner(memory_loss=ContrastiveLoss(margin=0.2))
+    if fitted:
+        trainer(MemoryCallback(size=SIZE)).fit(model, loader())
+    before = copy.deepcopy(model.state_dict())
+    other = copy.deepcopy(model)
+    trainer(MemoryCallback(size=SIZE)).fit(other, loader())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(other.model.head.weight, model.model.head.weight)
+
+
+def checkpoint_of_a_program(path: Path, **options: Any) -> MetricLearner:
+    model = learner(memory_loss=ContrastiveLoss(margin=0.2), memory_weight=0.7, **options)
+    run = trainer(MemoryCallback(size=SIZE))
+    run.fit(model, loader())
+    run.save_checkpoint(path)
+    return model
+
+
+def test_checkpoint_of_a_program_holds_no_code_and_asks_for_backbone_and_loss(tmp_path: Path) -> None:
+    model = checkpoint_of_a_program(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["embedding_dim"] == DIM
+    assert saved["memory_weight"] == 0.7
+    assert not {"backbone", "loss", "memory_loss", "optimizer"} & set(saved)
+    with pytest.raises(TypeError, match="'backbone' and 'loss'"):
+        MetricLearner.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(TypeError, match="'loss'"):
+        MetricLearner.load_from_checkpoint(tmp_path / "a.ckpt", backbone=Flat())
+    loaded = MetricLearner.load_from_checkpoint(
+        tmp_path / "a.ckpt", backbone=Flat(), loss=ContrastiveLoss(margin=0.4), weights_only=True
+    )
+    assert torch.equal(embed(loaded)[0], embed(model)[0])
+    assert loaded.memory_weight == 0.7
+
+
+def test_training_goes_on_from_the_checkpoint_of_a_program(tmp_path: Path) -> None:
+    checkpoint_of_a_program(tmp_path / "a.ckpt")
+    records, options = [Record(), Record()], {"memory_loss": ContrastiveLoss(margin=0.2), "memory_weight": 0.7}
+    for record, path in zip(records, (None, tmp_path / "a.ckpt"), strict=True):
+        run = trainer(MemoryCallback(size=SIZE), record, max_epochs=2)
+        run.fit(learner(**options), loader(), ckpt_path=path, weights_only=True)
+    assert records[1].losses == records[0].losses[4:]
+
+
+def test_first_weights_are_not_read_again_from_a_checkpoint(tmp_path: Path) -> None:
+    torch.save(Flat().state_dict(), tmp_path / "first.pth")
+    model = checkpoint_of_a_program(tmp_path / "a.ckpt", weights=str(tmp_path / "first.pth"))
+    (tmp_path / "first.pth").unlink()
+    loaded = MetricLearner.load_from_checkpoint(tmp_path / "a.ckpt", backbone=Flat(), loss=ContrastiveLoss())
+    assert torch.equal(embed(loaded)[0], embed(model)[0])
+
+
+def test_memory_is_no_part_of_the_module() -> None:
+    model = learner()
+    trainer(MemoryCallback(size=SIZE)).fit(model, loader())
+    assert not hasattr(model, "memory")
+    assert all(key.startswith("model.") for key in model.state_dict())

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pydoc import locate
 from typing import Any, NoReturn
@@ -110,7 +111,8 @@ def _wrong_parameters(message: str) -> Iterator[str]:
 def _parameters(found: Any) -> Iterator[str]:
     """Yield the parameters of a function, or of a class and those it passes others on to."""
     for part in inspect.getmro(found) if inspect.isclass(found) else (found,):
-        yield from inspect.signature(part).parameters
+        with suppress(ValueError):  # builtins have no signature
+            yield from inspect.signature(part).parameters
 
 
 def _wrong_values(message: str) -> Iterator[str]:

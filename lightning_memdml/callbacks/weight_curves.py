@@ -21,7 +21,8 @@ class WeightCurveLogger(Callback):
 
     Every so many optimiser steps it weighs the pairs of the current batch once more, with the losses of the module: in
     the batch with `pl_module.loss`, against the rows of `pl_module.memory` (as they were when the step began) with
-    `pl_module.memory_loss`, or `pl_module.loss` if there is none. The training itself is not changed by it.
+    `pl_module.memory_loss`, or `pl_module.loss` if there is none. Weights are those of the loss of one anchor: before a
+    `memory_weight`, and before the mean over the batch. The training itself is not changed by it.
 
     **Files.** `weights/batch_0000500.png` and `weights/memory_0000500.png` in the run's folder, each with a `.csv` of
     curves and sampled pairs and a `_histogram.csv` of all pairs. W&B is given the pictures, if it logs the run.

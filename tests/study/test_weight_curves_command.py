@@ -46,7 +46,7 @@ NET = "--model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_
 LOSS = "--model.loss=DirectWeightLoss --model.loss.positive=my_weights.typed --model.memory_loss=MultiSimilarityLoss"
 DATA = "--data.num_classes=12 --data.batch_size=8 --data.images_per_class=2 --data.val_fraction=0"
 RUN = "--trainer.accelerator=cpu --trainer.max_steps=4 --trainer.enable_progress_bar=false"
-MEMORY = "--trainer.callbacks+=MemoryCallback --trainer.callbacks.size=24"
+MEMORY = "--trainer.callbacks+=MemoryCallback --trainer.callbacks.size=40"
 CURVES = "--trainer.callbacks+=WeightCurveLogger --trainer.callbacks.every_n_steps=4"
 
 Command = Callable[[str], None]
@@ -146,6 +146,8 @@ def test_a_checkpoint_is_read_on_its_own_batch_and_memory(memdml: Command, capsy
         embeddings, labels, state["embeddings"], state["labels"], indices=indices, ref_indices=state["indices"]
     )
     histogram = pd.read_csv("out/memory_histogram.csv")
+    assert torch.isin(indices, state["indices"]).all(), "the batch's own images are in the memory, and left out"
+    assert histogram.pairs.sum() == 8 * len(state["labels"]) - int((indices[:, None] == state["indices"]).sum())
     for side, weights in zip(("positive", "negative"), expected, strict=True):
         assert histogram.weight[histogram.side == side].sum() == pytest.approx(float(weights.sum()), rel=1e-4)
     # Another loss, on the same pairs.

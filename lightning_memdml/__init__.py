@@ -1,7 +1,7 @@
 """Memory-based deep metric learning on PyTorch Lightning."""
 
 from lightning_memdml.backbones import SmallConvNet
-from lightning_memdml.callbacks import MemoryCallback, against_memory
+from lightning_memdml.callbacks import MemoryCallback, WeightCurveLogger, against_memory
 from lightning_memdml.data import FolderDataModule, GlyphDataModule, RetrievalDataModule, TableDataModule
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.losses import *  # noqa: F403
@@ -20,6 +20,7 @@ __all__ = [
     "RetrievalMetrics",
     "SmallConvNet",
     "TableDataModule",
+    "WeightCurveLogger",
     "against_memory",
     *_losses,
 ]

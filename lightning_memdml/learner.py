@@ -40,7 +40,8 @@ class MetricLearner(LightningModule):
             a higher margin here.
         memory_weight: Weight of the memory term, at least 0.
         memory_includes_batch: Compare with the memory as it is after the batch has entered it, each image without
-            itself: the order in the code of XBM's authors. By default the batch enters after the step.
+            itself: the order in the code of XBM's authors. By default the batch enters after the step. Either way an
+            empty memory gives no term, and under DDP the batch is that of the rank.
         embedding_dim: Width D of the embedding.
         weights: Weights of the backbone to start from: a file with a state dict, or the name of a torchvision enum
             such as ``IMAGENET1K_V2``.
@@ -222,9 +223,12 @@ def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, 
     """Call a loss of this package or, by the keywords it names references with, one of pytorch-metric-learning."""
     if isinstance(loss, PairLoss):
         return loss(embeddings, labels, *references, **indices)
+    named = {}
+    if references:
+        named = {"ref_emb": references[0].to(embeddings.dtype), "ref_labels": references[1]}
     # Similarities in bf16 would be off by up to 4e-3.
     with torch.autocast(embeddings.device.type, enabled=False):
-        return loss(embeddings, labels, **dict(zip(("ref_emb", "ref_labels"), references, strict=False)))
+        return loss(embeddings, labels, **named)
 
 
 def _newest(size: int, stored: Sequence[Tensor], current: Sequence[Tensor]) -> list[Tensor]:

@@ -192,7 +192,8 @@ def test_batch_of_another_form_is_refused(batch: Any) -> None:
 # ------------------------------------------------------------------ losses
 
 
-def test_losses_of_pytorch_metric_learning_serve_batch_and_memory() -> None:
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_losses_of_pytorch_metric_learning_serve_batch_and_memory(stored: Any) -> None:
     pytest.importorskip("pytorch_metric_learning", reason="its losses are accepted, not needed")
     from pytorch_metric_learning import distances, losses
 
@@ -205,11 +206,12 @@ def test_losses_of_pytorch_metric_learning_serve_batch_and_memory() -> None:
             expected = loss(embeddings, labels)
             if len(pl_module.memory):
                 references, ref_labels, _ = pl_module.memory.read()
-                expected = expected + 0.5 * loss(embeddings, labels, ref_emb=references, ref_labels=ref_labels)
+                expected = expected + 0.5 * loss(embeddings, labels, ref_emb=references.float(), ref_labels=ref_labels)
             seen.append((outputs["loss"].item(), expected.item()))
 
     # Before the memory callback, so that the memory is still what the step read.
-    trainer(Compare(), MemoryCallback(size=SIZE)).fit(learner(loss=loss, memory_weight=0.5), loader())
+    callbacks = Compare(), MemoryCallback(size=SIZE, dtype=stored)
+    trainer(*callbacks).fit(learner(loss=loss, memory_weight=0.5), loader())
     assert len(seen) == 4
     assert [got for got, _ in seen] == pytest.approx([expected for _, expected in seen])
 

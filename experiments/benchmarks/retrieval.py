@@ -1,18 +1,17 @@
 """Exact retrieval evaluation against its peers: time, extra memory, and agreement with float64.
 
 Every method gets the same unit embeddings (classes of 2 to 12 images, as in Stanford Online Products) and one
-thread. Times are CPU seconds, the minimum over rounds in which the methods take turns, and are given as
-ratios to the floor: one bare float32 product of all queries with the whole gallery, in tiles that are
-overwritten. The slow peers run on the first `--queries` samples and are extrapolated in proportion; the table
-says so. Extra memory is the growth of the peak resident set of a process of its own, which has made the
-inputs and warmed up before.
+thread. Times are CPU seconds, the minimum over rounds in which the methods take turns, and are given as ratios to
+the floor: one bare float32 product of all queries with the whole gallery, in tiles that are overwritten. The peers
+may be run on the first `--queries` samples and are then extrapolated in proportion; the table says so. Extra memory
+is the growth of the peak resident set of a process of its own, which has made the inputs and warmed up before.
 
-    python experiments/benchmarks/retrieval.py --queries 8192 --check 2000 --output retrieval.jsonl
-    python experiments/benchmarks/retrieval.py --samples 500000 --classes 93500 --dims 128 --queries 8192
-    --part
+    python experiments/benchmarks/retrieval.py --rounds 2 --check 2000 --output retrieval.jsonl
+    python experiments/benchmarks/retrieval.py --queries 2048
+    python experiments/benchmarks/retrieval.py --samples 500000 --classes 93500 --dims 128 --queries 4096 --part
 
-`--part` is for sets too large to run: the floor and our method, too, run on `--queries` queries only. Ours
-then compares two sets, which costs twice as much per query as self-retrieval.
+`--part` is for sets too large to run: the floor and our method, too, run on `--queries` queries only. Ours then
+compares two sets, which costs twice as much per query as self-retrieval.
 """
 
 from __future__ import annotations
@@ -35,10 +34,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memdml.retrieval import rank_queries
-
-Run = Callable[[], dict[str, float]]
-OURS = "rank counting (this package)"
-FLOOR = "one matrix product (floor)"
 
 
 def make_samples(samples: int, classes: int, dim: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -123,27 +118,29 @@ def scores_of_neighbours(found: Tensor, labels: Tensor, queries: int) -> dict[st
     """R@K and MAP@R from the neighbours a top-k search found, at least as many as the largest class."""
     match = labels[found] == labels[:queries, None]
     relevant = torch.bincount(labels)[labels[:queries]] - 1
-    place = torch.arange(1, found.shape[1] + 1)
-    within = match & (place <= relevant[:, None])
-    precision = match.cumsum(1) / place
+    place = torch.arange(1, int(relevant.max()) + 1)
+    first = match[:, : len(place)]
+    within = first & (place <= relevant[:, None])
+    precision = first.cumsum(1) / place
     scores = {f"recall_at_{k}": match[:, :k].any(1).double().mean().item() for k in (1, 10, 100, 1000)}
     scores["map_at_r"] = ((precision * within).sum(1) / relevant).double().mean().item()
     return scores
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, int], dict[str, float]]] = {
-    FLOOR: floor,
-    OURS: ours,
-    "pytorch-metric-learning AccuracyCalculator": metric_learning,
-    "faiss IndexFlatIP, k = 1001": faiss_flat,
-    "matmul + topk(1000)": matmul_topk,
+    "floor": floor,
+    "ours": ours,
+    "pml": metric_learning,
+    "faiss": faiss_flat,
+    "topk": matmul_topk,
 }
-
-
-def timed(run: Run) -> tuple[float, dict[str, float]]:
-    start = time.process_time()
-    scores = run()
-    return time.process_time() - start, scores
+TITLES = {
+    "floor": "one matrix product (floor)",
+    "ours": "rank counting (this package)",
+    "pml": "pytorch-metric-learning AccuracyCalculator",
+    "faiss": "faiss IndexFlatIP, k = 1001",
+    "topk": "matmul + topk(1000)",
+}
 
 
 def peak_kilobytes() -> int:
@@ -183,41 +180,37 @@ def memory_of(name: str, arguments: argparse.Namespace, dim: int) -> float | Non
 
 
 def queries_of(name: str, arguments: argparse.Namespace) -> int:
-    """How many queries a method runs: all for the floor and ours, unless only a part is asked for."""
-    whole = name in (FLOOR, OURS) and not arguments.part
-    return arguments.samples if whole else min(arguments.queries, arguments.samples)
+    """How many queries a method runs: all, unless `--queries` limits the peers, and with `--part` everyone."""
+    some = arguments.queries and (arguments.part or name not in ("floor", "ours"))
+    return min(arguments.queries, arguments.samples) if some else arguments.samples
 
 
 def measure(dim: int, arguments: argparse.Namespace) -> list[dict]:
-    """Time all methods in turns, then their memory; one record each."""
+    """Time the methods in turns, then their memory; one record each. One that cannot run says why."""
     embeddings, labels = make_samples(arguments.samples, arguments.classes, dim, arguments.noise)
-    records: list[dict] = []
-    for name, method in METHODS.items():
-        record = {
-            "method": name,
-            "dim": dim,
-            "samples": arguments.samples,
-            "queries": queries_of(name, arguments),
-        }
-        try:
-            method(embeddings[:2000], labels[:2000].unique(return_inverse=True)[1], 200)
-        except ImportError as error:
-            record["missing"] = str(error)
-        records.append(record)
+    records = [
+        {"method": name, "dim": dim, "samples": arguments.samples, "queries": queries_of(name, arguments)}
+        for name in ("floor", *(name for name in arguments.methods if name != "floor"))
+    ]
+    small = make_samples(3000, 450, dim, arguments.noise)
     for _ in range(arguments.rounds):
         for record in records:
-            if "missing" not in record:
-                method = METHODS[record["method"]]
-                seconds, scores = timed(lambda: method(embeddings, labels, record["queries"]))  # noqa: B023
+            method = METHODS[record["method"]]
+            try:
+                method(*small, 500)  # warm up
+                start = time.process_time()
+                record["scores"] = method(embeddings, labels, record["queries"])
+                seconds = time.process_time() - start
+            except (ImportError, MemoryError, RuntimeError) as error:
+                record["failed"] = str(error).splitlines()[0][:200]
+            else:
                 record["measured_s"] = min(seconds, record.get("measured_s", float("inf")))
-                record["scores"] = scores
     base = records[0]["measured_s"] / records[0]["queries"]
     for record in records:
-        if "missing" not in record:
+        if "failed" not in record:
             record["full_s"] = record["measured_s"] / record["queries"] * arguments.samples
             record["ratio"] = record["measured_s"] / record["queries"] / base
-            if arguments.memory:
-                record["extra_mb"] = memory_of(record["method"], arguments, dim)
+            record["extra_mb"] = memory_of(record["method"], arguments, dim) if arguments.memory else None
     return records
 
 
@@ -256,13 +249,14 @@ def as_table(records: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
-        if "missing" in record:
-            lines.append(f"| {record['method']} | not run: {record['missing']} | | | | | | |")
+        title = TITLES[record["method"]]
+        if "failed" in record:
+            lines.append(f"| {title} | {record['queries']:,} | not run: {record['failed']} | | | | | |")
             continue
         scores, memory = record["scores"], record.get("extra_mb")
         note = "" if record["queries"] == record["samples"] else " (extrapolated)"
         cells = [
-            record["method"],
+            title,
             f"{record['queries']:,}",
             f"{record['measured_s']:.2f}",
             f"{record['full_s']:.1f}{note}",
@@ -298,7 +292,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=11316, help="classes of 2 to 12 images")
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--noise", type=float, default=1.25, help="1.25 gives R@1 about 0.8 at the default size")
-    parser.add_argument("--queries", type=int, default=2048, help="queries the slow peers run")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--queries", type=int, default=0, help="queries the peers run; 0 for all")
     parser.add_argument("--part", action="store_true", help="the floor and our method run --queries queries, too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=0, help="queries compared with a float64 sort")

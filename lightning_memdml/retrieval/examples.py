@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_memdml.retrieval.neighbours import nearest_neighbours
 from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
@@ -88,33 +89,37 @@ def retrieval_examples(
     ranks = rank_queries(embeddings, labels, gallery_embeddings, gallery_labels)
     chosen = _choose(ranks, count, order, seed) if queries is None else torch.as_tensor(list(queries)).to(ranks.rows)
     if gallery_embeddings is None or gallery_labels is None:
-        gallery_embeddings, gallery_labels, gallery_keys = embeddings, labels, ranks.rows
+        gallery_embeddings, gallery_labels, own_position = embeddings, ranks.labels, ranks.rows
     else:
-        gallery_keys = torch.full_like(gallery_labels, -1)  # no query is in the gallery
-    similarity, position = nearest_neighbours(
+        gallery_labels = gallery_labels.to(ranks.labels)
+        own_position = torch.full_like(gallery_labels, -1)  # no query is in the gallery
+
+    nearest = nearest_neighbours(
         embeddings,
         gallery_embeddings,
         k=neighbours,
         queries=chosen,
         indices=ranks.rows,
-        gallery_indices=gallery_keys,
+        gallery_indices=own_position,
     )
     examples = []
-    for row, query in enumerate(chosen.tolist()):
-        label = int(labels[query])
-        found = _neighbours(similarity[row], position[row], gallery_labels, label)
-        right = (gallery_labels == label).nonzero().squeeze(1)
-        best = nearest_neighbours(
-            embeddings[query, None],
-            gallery_embeddings[right],
-            k=1,
-            indices=ranks.rows[query, None],
-            gallery_indices=gallery_keys[right],
-        )
-        best_match = _neighbours(best[0][0], torch.where(best[1][0] < 0, -1, right[best[1][0]]), gallery_labels, label)
+    for query, similarity, position in zip(chosen.tolist(), *nearest, strict=True):
+        label = int(ranks.labels[query])
+        found = zip(position.tolist(), gallery_labels[position].tolist(), similarity.tolist(), strict=True)
+        listed = tuple(Neighbour(at, other, value, other == label) for at, other, value in found if at >= 0)
+        right = ((gallery_labels == label) & (own_position != query)).nonzero().squeeze(1)
+        best_match = _best_match(embeddings[query], gallery_embeddings, right, label)
         rank = int(ranks.best_rank[query])
-        examples.append(RetrievalExample(query, label, found, best_match[0] if best_match else None, rank, ranks.depth))
+        examples.append(RetrievalExample(query, label, listed, best_match, rank, ranks.depth))
     return examples
+
+
+def _best_match(query: Tensor, gallery: Tensor, right: Tensor, label: int) -> Neighbour | None:
+    if len(right) == 0:
+        return None
+    similarity = F.normalize(gallery[right].float(), dim=1) @ F.normalize(query.float(), dim=0)
+    best = similarity.argmax()
+    return Neighbour(int(right[best]), label, float(similarity[best]), True)
 
 
 def _choose(ranks: QueryRanks, count: int, order: Order, seed: int) -> Tensor:
@@ -124,8 +129,3 @@ def _choose(ranks: QueryRanks, count: int, order: Order, seed: int) -> Tensor:
         return candidates[drawn.to(candidates.device)]
     candidates = candidates[ranks.average_precision_at_r[candidates].argsort(stable=True)]
     return candidates[ranks.best_rank[candidates].argsort(descending=True, stable=True)][:count]
-
-
-def _neighbours(similarity: Tensor, position: Tensor, labels: Tensor, label: int) -> tuple[Neighbour, ...]:
-    found = zip(similarity.tolist(), position.tolist(), labels[position].tolist(), strict=True)
-    return tuple(Neighbour(at, other, value, other == label) for value, at, other in found if at >= 0)

@@ -99,11 +99,14 @@ class RetrievalMetrics(Metric):
         if role not in _ROLES:
             raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))}, got {role!r}.")
         check_embeddings(embeddings, "embeddings")
+        labels = check_integers(labels, "labels", embeddings)
+        indices = _optional_numbers(indices, "indices", embeddings)
+        groups = _optional_numbers(groups, "groups", embeddings)
         self.embeddings.append(embeddings.detach().float())
-        self.labels.append(check_integers(labels, "labels", embeddings))
-        self.indices.append(_optional_numbers(indices, "indices", embeddings))
-        self.groups.append(_optional_numbers(groups, "groups", embeddings))
-        self.roles.append(torch.full_like(self.labels[-1], _ROLES.index(role)))
+        self.labels.append(labels)
+        self.indices.append(indices)
+        self.groups.append(groups)
+        self.roles.append(torch.full_like(labels, _ROLES.index(role)))
 
     def compute(self) -> dict[str, Tensor]:
         """Return each score as a float32 scalar; NaN if no query has a match, as in a short sanity check.

@@ -142,8 +142,10 @@ def test_images_that_are_not_finite_are_named_by_their_number() -> None:
     ],
 )
 def test_wrong_updates_are_explained(kwargs: dict, message: str) -> None:
+    metrics = RetrievalMetrics()
     with pytest.raises(ValueError, match=message):
-        RetrievalMetrics().update(torch.ones(2, 2), torch.tensor([0, 0]), **kwargs)
+        metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), **kwargs)
+    assert metrics.embeddings == []
 
 
 def test_indices_in_some_updates_only_are_refused() -> None:

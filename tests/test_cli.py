@@ -171,8 +171,8 @@ def test_weights_a_training_started_from_are_not_needed_to_test_it(memdml: Comma
     assert MetricLearner.load_from_checkpoint(LAST).model.backbone.num_features == backbone.num_features
 
 
+@pytest.mark.usefixtures("offline_wandb")
 def test_runs_of_wandb_keep_their_configurations_apart(memdml: Command) -> None:
-    pytest.importorskip("wandb", reason="an optional logger")
     for margin in (0.61, 0.62):
         memdml(
             f"{TINY} --trainer.logger WandbLogger --trainer.logger.offline true --trainer.logger.save_dir runs "

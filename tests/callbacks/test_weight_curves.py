@@ -121,16 +121,14 @@ def test_files_are_in_the_run_and_numbers_in_its_log(glyph_cache: str, tmp_path:
     assert len(log[[f"weights/batch_{name}" for name in columns]].dropna()) == 2
 
 
-def test_wandb_holds_the_pictures(glyph_cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+@pytest.mark.usefixtures("offline_wandb")
+def test_wandb_holds_the_pictures(glyph_cache: str, tmp_path: Path) -> None:
     from lightning.pytorch.loggers import WandbLogger
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="curves", save_dir=tmp_path)
     fit(learner(), glyphs(glyph_cache), WeightCurveLogger(3), MemoryCallback(size=24), logger=logger)
     summary = dict(logger.experiment.summary)
-    wandb.finish()
+    logger.experiment.finish()
     assert {"weights/batch", "weights/memory"} <= set(summary)
     written = {path.read_bytes() for path in tmp_path.glob("curves/*/weights/*.png")}
     shown = {path.read_bytes() for path in tmp_path.glob("wandb/*/files/media/images/weights/*.png")}

@@ -90,7 +90,6 @@ def save_picture(cli: MemdmlCLI, path: Path) -> None:
     embeddings, labels = (torch.cat([batch[name] for batch in batches]) for name in ("embeddings", "labels"))
     test_set = cli.datamodule.query_set
     examples = retrieval_examples(embeddings, labels, order="random")
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_gallery(path, examples, test_set.picture, class_names=cli.datamodule.classes)
 
 
@@ -103,6 +102,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="save queries and neighbours of the last arm here")
     parser.add_argument("--output", type=Path, help="save the table here")
     options, arguments = parser.parse_known_args()
+    for path in filter(None, (options.picture, options.output)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the training
     for quiet in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")

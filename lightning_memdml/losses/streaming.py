@@ -34,6 +34,7 @@ Drop = Callable[[Tensor, float], Tensor]
 
 BLOCK_ELEMENTS = 1 << 19  # similarities per block on a CPU: 2 MiB in fp32 stay in the second-level cache
 GPU_BLOCK_ELEMENTS = 1 << 24  # on a GPU, where a block costs a dozen kernel launches
+NEAR_ELEMENTS = 1 << 21  # pairs of the batch with the references of its classes that are held at once
 HASH_SIZE = 1 << 16
 SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
 
@@ -125,6 +126,8 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Return each anchor's value ``(B,)`` and its gradient ``dl_i/dx_i`` ``(B, D)``."""
     special = _columns_of_the_batch(labels, ref_labels, indices, ref_indices)
+    if anchors.shape[0] > 1 and anchors.shape[0] * special.shape[0] > NEAR_ELEMENTS:
+        return _evaluate_halves(loss, anchors, labels, references, ref_labels, indices, ref_indices)
     near = references[special].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
     near_indices = ref_indices[special] if indices is not None and ref_indices is not None else None
     positive, negative = pair_masks(labels, ref_labels[special], indices, near_indices)
@@ -143,13 +146,36 @@ def evaluate(
     return terms.value, gradient
 
 
+def _evaluate_halves(
+    loss: PairLoss,
+    anchors: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the anchors in two parts, ordered by class so that each part has fewer classes.
+
+    With few classes a large share of the memory has a class of the batch. Anchors do not depend on each other.
+    """
+    order = labels.argsort()
+    value, gradient = anchors.new_empty(anchors.shape[0]), torch.empty_like(anchors)
+    for half in order.chunk(2):
+        own = None if indices is None else indices[half]
+        value[half], gradient[half] = evaluate(
+            loss, anchors[half], labels[half], references, ref_labels, own, ref_indices
+        )
+    return value, gradient
+
+
 def _columns_of_the_batch(
     labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None
 ) -> Tensor:
     """Return the columns that share a class or an image with the batch, sorted; some others too, by hash."""
     shared = _hashed_members(ref_labels, labels)
     if indices is not None and ref_indices is not None:
-        shared |= _hashed_members(ref_indices, indices)
+        shared |= _hashed_members(ref_indices, indices) & (ref_indices >= 0)  # below 0 is unknown and equals none
     return shared.nonzero().squeeze(1)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
+from lightning_memdml.losses import streaming
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(),
@@ -46,13 +47,26 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_pairs_is_made(loss):
-    x, y, r, ry = batch_and_memory(rows=64, references=40_000, dim=4, classes=5000)
+@pytest.mark.parametrize("classes", [40, 5000])
+def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
+    x, y, r, ry = batch_and_memory(rows=64, references=10_000, dim=4, classes=classes)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
+    monkeypatch.setattr(streaming, "NEAR_ELEMENTS", 64 * 1024)
+    unknown = torch.full((10_000,), -1)
+    with LargestTensor() as largest:  # a mode does not see into the operator, so what it runs is called
+        streaming.evaluate(loss, x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown)
+    assert largest.elements >= 64 * 1000  # it does see the blocks
+    assert largest.elements < 64 * 10_000 / 4
+
+
+def test_evaluating_the_anchors_in_parts_changes_nothing(loss, monkeypatch):
+    x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory(classes=4))
     x.requires_grad_()
-    with LargestTensor() as largest:
-        loss(x, y, r, ry).backward()
-    assert largest.elements >= 64 * 1000  # the mode does see the blocks
-    assert largest.elements < 64 * 40_000 / 4
+    whole = loss(x, y, r, ry)
+    (wanted,) = torch.autograd.grad(whole, x)
+    monkeypatch.setattr(streaming, "NEAR_ELEMENTS", 3000)
+    parts = loss(x, y, r, ry)
+    torch.testing.assert_close((parts, *torch.autograd.grad(parts, x)), (whole, wanted))
 
 
 def test_huge_labels_are_told_apart(loss):

@@ -99,7 +99,7 @@ class MetricLearner(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.val_metrics = RetrievalMetrics(k=k)
-        self.test_metrics = RetrievalMetrics(k=k)
+        self.test_metrics = RetrievalMetrics(k=k, shared_indices=True)  # as the data modules number them
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetricLearner:

@@ -35,6 +35,8 @@ class RetrievalMetrics(Metric):
 
     Args:
         k: Recall levels, distinct positive integers.
+        shared_indices: Whether queries and gallery are numbered together, so that equal indices are one image, which
+            is then not found by itself. By default each role counts on its own.
         mean_average_precision: Also follow every match to its rank, however deep; several times slower.
         **kwargs: Of `torchmetrics.Metric`. `compute_on_cpu=True` keeps the rows, and does the scoring, on the
             CPU: it frees `4 * N * D` bytes of GPU memory between updates.
@@ -62,10 +64,15 @@ class RetrievalMetrics(Metric):
     roles: list[Tensor]
 
     def __init__(
-        self, k: Sequence[int] = (1, 10, 100, 1000), mean_average_precision: bool = False, **kwargs: Any
+        self,
+        k: Sequence[int] = (1, 10, 100, 1000),
+        shared_indices: bool = False,
+        mean_average_precision: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**{"dist_sync_fn": gather_rows, **kwargs})
         self.k = check_recall_levels(k)
+        self.shared_indices = shared_indices
         self.mean_average_precision = mean_average_precision
         for state in ("embeddings", "labels", "indices", "groups", "roles"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
@@ -136,14 +143,16 @@ class RetrievalMetrics(Metric):
         if self._is_synced:
             rank, world = distributed.get_rank(self.process_group), distributed.get_world_size(self.process_group)
         share = query[rank::world]
-        # Repeats are gone, so a row's position is its identity, and keeps a query from meeting itself.
+        # Repeats are gone, so a row's position is its identity, and keeps a query from meeting itself; unless another
+        # row may be the same image.
+        identity = indices if self.shared_indices and indices is not None else torch.arange(len(labels)).to(labels)
         ranks = ranked(
             _at(embeddings, share),
             _at(labels, share),
             _at(embeddings, gallery),
             _at(labels, gallery),
-            indices=share,
-            gallery_indices=gallery,
+            indices=_at(identity, share),
+            gallery_indices=_at(identity, gallery),
             groups=_at(groups, share),
             gallery_groups=_at(groups, gallery),
         )

@@ -228,3 +228,17 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_an_image_that_is_query_and_gallery_does_not_find_itself_where_indices_are_shared():
+    """Gallery rows 0 and 1 are the queries; only query 1 has another image of its class, which ranks third."""
+    angles = torch.tensor([0.0, 0.5, 0.6, 1.2])
+    gallery, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([7, 8, 9, 8])
+    scores = {}
+    for shared in (True, False):
+        metrics = RetrievalMetrics(k=(1, 2), shared_indices=shared)
+        metrics.update(gallery[:2], labels[:2], torch.tensor([0, 1]), role="query")
+        metrics.update(gallery, labels, torch.arange(4), role="gallery")
+        scores[shared] = {name: float(value) for name, value in metrics.compute().items()}
+    assert (scores[True]["recall_at_1"], scores[True]["recall_at_2"], scores[True]["queries"]) == (0, 0, 1)
+    assert (scores[False]["recall_at_1"], scores[False]["queries"]) == (1, 2)

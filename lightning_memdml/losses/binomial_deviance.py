@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import block_softplus, softplus
 
 
@@ -36,16 +36,18 @@ class BinomialDevianceLoss(PairLoss):
         tensor(19.3988)
     """
 
+    coupled = False
+
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
         super().__init__()
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base = base
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return logistic weights and their integral."""
         logits = similarity.sub_(self.base).mul_(self.beta)
         values = block_softplus(logits)
-        return logits.sigmoid_().mul_(self.beta), values
+        return NegativeTerms(logits.sigmoid_().mul_(self.beta), values)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives and take both means."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax, softplus
 
 
@@ -45,10 +45,10 @@ class CircleLoss(PairLoss):
         super().__init__()
         self.margin, self.scale = margin, check_positive("scale", scale)
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the logits of the negatives and the factor of their softmax."""
         factor = (similarity + self.margin).clamp_min_(0).mul_(self.scale)
-        return similarity.sub_(self.margin).mul_(factor), factor
+        return NegativeTerms(similarity.sub_(self.margin).mul_(factor), factor)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Couple both sides."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_memdml.losses.checks import check_similarity
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import step_
 
 
@@ -36,6 +36,8 @@ class ContrastiveLoss(PairLoss):
         tensor(1.4400)
     """
 
+    coupled = False
+
     def __init__(self, margin: float = 0.5) -> None:
         super().__init__()
         self.margin = check_similarity("margin", margin)
@@ -44,9 +46,9 @@ class ContrastiveLoss(PairLoss):
         """Return the margin."""
         return self.margin
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Weigh 1 above the margin."""
-        return step_(similarity, self.margin), None
+        return NegativeTerms(step_(similarity, self.margin))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives, each with weight 1."""

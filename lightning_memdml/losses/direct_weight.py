@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.rows import hardest
 from lightning_memdml.losses.weights import Constant, Threshold, WeightFunction
 
 Weight = WeightFunction | Callable[[Tensor], Any]
@@ -24,13 +25,19 @@ class DirectWeightLoss(PairLoss):
     contrastive loss with margin 0.5.
 
     Denominator: summed over pairs, averaged over the B anchors. With ``normalize="sum"`` the weights of each side
-    sum to 1 for every anchor that has any.
+    sum to 1 for every anchor that has any. ``hardest_positives`` and ``hardest_negatives`` keep so many pairs of each
+    anchor and side, before the weights are summed.
 
     Args:
         positive: Weight of a positive as a function of its similarity: a :class:`WeightFunction`, or any function
             that maps a tensor of similarities to weights of the same shape. Default: all 1.
         negative: The same for negatives. Default: 1 above 0.5.
         normalize: ``None``, or ``"sum"`` to divide each side's weights by their sum over the anchor's row.
+        hardest_positives: Keep the least similar positives of each anchor, at most so many. Default: all.
+        hardest_negatives: Keep the most similar negatives of each anchor, at most so many. Default: all.
+
+    Raises:
+        ValueError: If ``normalize`` is something else, or a number of pairs is below 1.
 
     References:
         Zhang et al. 2021, arXiv 2103.14003 (direct weight assignment).
@@ -44,11 +51,15 @@ class DirectWeightLoss(PairLoss):
         tensor(0.6079)
     """
 
+    coupled = False
+
     def __init__(
         self,
         positive: Weight | None = None,
         negative: Weight | None = None,
         normalize: Literal["sum"] | None = None,
+        hardest_positives: int | None = None,
+        hardest_negatives: int | None = None,
     ) -> None:
         super().__init__()
         if normalize not in (None, "sum"):
@@ -56,18 +67,22 @@ class DirectWeightLoss(PairLoss):
         self.positive = Constant() if positive is None else positive
         self.negative = Threshold(0.5) if negative is None else negative
         self.normalize = normalize
+        self.hardest_positives = _check_number("hardest_positives", hardest_positives)
+        self.hardest_negatives = _check_number("hardest_negatives", hardest_negatives)
 
     def negative_cut(self, context: Context) -> float:
         """Return the similarity below which the negative weight function is 0."""
         return getattr(self.negative, "cut", -torch.inf)
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Apply the negative weight function."""
         weights = self.negative(similarity)
-        return weights, weights.clone() if self.normalize else None
+        return NegativeTerms(weights, weights.clone() if self.normalize else None)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Apply the positive weight function, and the normalisation."""
+        if self.hardest_positives is not None:
+            mask = hardest(-similarity, mask, self.hardest_positives)
         weights = torch.where(mask, self.positive(similarity), 0.0)
         scale = torch.ones_like(negatives.weighted)
         if self.normalize:
@@ -75,6 +90,12 @@ class DirectWeightLoss(PairLoss):
             scale = _inverse_or_zero(negatives.total)
         value = (weights * (1 - similarity)).sum(dim=1) + scale * negatives.weighted
         return AnchorTerms(value, weights, scale)
+
+
+def _check_number(name: str, number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise ValueError(f"Expected `{name}` of at least 1 pair, or None for all, but got {number}.")
+    return number
 
 
 def _inverse_or_zero(total: Tensor) -> Tensor:

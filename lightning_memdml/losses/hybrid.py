@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 
 
 class HybridLoss(PairLoss):
@@ -46,20 +46,22 @@ class HybridLoss(PairLoss):
 
     @property
     def parts(self) -> tuple[PairLoss, ...]:
-        """The loss of the negatives first, since it gives their weights."""
-        return (self.negative, self.positive)
+        """The loss of the negatives first, since it gives their weights; the other one if it looks at negatives."""
+        return (self.negative, self.positive) if self.positive.coupled else (self.negative,)
 
     def finish(
         self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
     ) -> AnchorTerms:
         """Join the two halves."""
         negative = self.negative.combine(similarity, mask, contexts[0], totals[0])
-        positive = self.positive.combine(similarity, mask, contexts[1], totals[1])
+        # A loss that does not look at negatives may as well be shown those of the other.
+        context = contexts[1] if self.positive.coupled else self.positive.context(similarity, mask)
+        positive = self.positive.combine(similarity, mask, context, totals[-1])
         weights = torch.where(mask, positive.positive_weights, 0.0)
         value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_scale * totals[0].weighted
         return AnchorTerms(value, weights, negative.negative_scale)
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the terms of the negative loss."""
         return self.negative.negative_terms(similarity, context)
 

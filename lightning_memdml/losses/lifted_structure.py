@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax
 
 
@@ -41,9 +41,9 @@ class LiftedStructureLoss(PairLoss):
         super().__init__()
         self.margin = margin
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the similarities as logits."""
-        return similarity, None
+        return NegativeTerms(similarity)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Close the hinge over both sides."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import step_
 
 LEAST_SQUARED_DISTANCE = 1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
@@ -40,6 +40,8 @@ class MarginLoss(PairLoss):
         tensor(1.2565)
     """
 
+    coupled = False
+
     def __init__(self, margin: float = 0.2, beta: float = 1.2) -> None:
         super().__init__()
         if margin < 0:
@@ -53,11 +55,11 @@ class MarginLoss(PairLoss):
         # A shade below the exact edge: a pair on it has no weight, and rounding must not cut one that has.
         return 1 - (self.beta + self.margin) ** 2 / 2 - 1e-6
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return inverse distances inside the outer distance."""
         distance = _distance(similarity)
         excess = (self.beta + self.margin - distance).clamp_min_(0)
-        return step_(excess.clone(), 0.0).div_(distance), excess
+        return NegativeTerms(step_(excess.clone(), 0.0).div_(distance), excess)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives outside the inner distance."""

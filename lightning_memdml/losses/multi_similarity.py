@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import masked_logsumexp, row_max, softplus
 
 
@@ -49,6 +49,7 @@ class MultiSimilarityLoss(PairLoss):
         super().__init__()
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base, self.epsilon = base, epsilon
+        self.coupled = epsilon is not None
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
         """State the similarity that a negative must exceed to be mined, ``(B,)``."""
@@ -61,13 +62,13 @@ class MultiSimilarityLoss(PairLoss):
         """Return the mining threshold."""
         return context[0] if context else -torch.inf
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the logits of the negatives, ``-inf`` where not mined."""
         if not context:
-            return similarity.sub_(self.base).mul_(self.beta), None
+            return NegativeTerms(similarity.sub_(self.base).mul_(self.beta))
         cut = context[0][:, None]
         above = torch.threshold_(similarity.sub_(cut), 0.0, -torch.inf)
-        return above.add_(cut - self.base).mul_(self.beta), None
+        return NegativeTerms(above.add_(cut - self.base).mul_(self.beta))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Mine and weigh the positives, and bound both sides."""

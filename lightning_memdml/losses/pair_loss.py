@@ -25,10 +25,26 @@ from torch import Tensor, nn
 
 from lightning_memdml.losses.checks import check_pairs
 from lightning_memdml.losses.masks import pair_masks
-from lightning_memdml.losses.rows import row_max
+from lightning_memdml.losses.rows import hardest, row_max
 from lightning_memdml.losses.streaming import Assigned, NegativeTotals, register, stream
 
 Context = tuple[Tensor, ...]
+
+
+class NegativeTerms(NamedTuple):
+    """What a loss says of a block of negatives.
+
+    Attributes:
+        weights: Weight of each negative up to the anchor's factor, ``(B, n)``; of an exponential loss the logits.
+        values: Value of each negative, ``(B, n)``, or ``None`` where ``combine`` does not read ``negatives.total``. Of
+            an exponential loss ``None``, or a factor that multiplies the softmax.
+        per_positive: A sum over these negatives for every positive, ``(B, K)``, from a loss that compares them one by
+            one.
+    """
+
+    weights: Tensor
+    values: Tensor | None = None
+    per_positive: Tensor | None = None
 
 
 class AnchorTerms(NamedTuple):
@@ -64,6 +80,12 @@ class PairLoss(nn.Module, ABC):
     exponential: bool = False
     #: ``combine`` reads ``negatives.hardest``.
     needs_hardest: bool = False
+    #: ``combine`` reads ``negatives.per_positive``; ``negative_terms`` then meets ``-inf`` where there is no negative.
+    compares_positives: bool = False
+    #: The positives' weights depend on the negatives.
+    coupled: bool = True
+    #: Number of the most similar negatives of each anchor that are kept; ``None`` keeps all.
+    hardest_negatives: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,20 +110,8 @@ class PairLoss(nn.Module, ABC):
         return -torch.inf
 
     @abstractmethod
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Return the weight of each negative, up to the anchor's factor, and its value, both ``(B, n)``.
-
-        The value may be ``None`` where ``combine`` does not read ``negatives.total``. An exponential loss returns its
-        logits instead of weights, and, in place of values, ``None`` or a factor that multiplies their softmax.
-        ``similarity`` is a scratch block: it may be overwritten.
-        """
-
-    def per_positive_terms(self, similarity: Tensor, context: Context) -> Tensor:
-        """Return a sum over these negatives for every positive, ``(B, K)``, for losses that compare them one by one.
-
-        ``similarity`` is ``-inf`` where a reference is no negative.
-        """
-        return similarity.new_zeros(similarity.shape[0], 0)
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
+        """Return what each negative weighs and adds; ``similarity (B, n)`` is scratch and may be overwritten."""
 
     @abstractmethod
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
@@ -205,18 +215,19 @@ class PairLoss(nn.Module, ABC):
         """Return every anchor's value ``(B,)`` and its weights on positives and on negatives, both ``(B, M)``."""
         contexts = [part.context(similarity, positive) for part in self.parts]
         results = [
-            part._negative_row(similarity, negative, context)
-            for part, context in zip(self.parts, contexts, strict=True)
+            part.negative_row(similarity, negative, context) for part, context in zip(self.parts, contexts, strict=True)
         ]
         terms = self.finish(similarity, positive, contexts, [totals for _, totals in results])
         negative_weights = results[0][0] * terms.negative_scale[:, None]
         return terms.value, torch.where(positive, terms.positive_weights, 0.0), negative_weights
 
-    def _negative_row(self, similarity: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, NegativeTotals]:
-        """Return the negatives' weights, up to the anchor's factor, and their totals."""
+    def negative_row(self, similarity: Tensor, mask: Tensor, context: Context) -> tuple[Tensor, NegativeTotals]:
+        """Return the negatives' weights, up to the anchor's factor, and their totals; both from the whole row."""
+        if self.hardest_negatives is not None:
+            mask = hardest(similarity, mask, self.hardest_negatives)
         hidden = similarity.masked_fill(~mask, -torch.inf)
-        per_positive = self.per_positive_terms(hidden, context)
-        weights, values = self.negative_terms(similarity.masked_fill(~mask, -1.0), context)
+        block = hidden.clone() if self.compares_positives else similarity.masked_fill(~mask, -1.0)
+        weights, values, per_positive = self.negative_terms(block, context)
         if self.exponential:
             logits = weights.masked_fill(~mask, -torch.inf)
             total = torch.logsumexp(logits, dim=1)
@@ -225,7 +236,7 @@ class PairLoss(nn.Module, ABC):
         else:
             weights = torch.where(mask, weights, 0.0)
             total = torch.zeros_like(similarity[:, 0]) if values is None else torch.where(mask, values, 0.0).sum(dim=1)
-        weighted = (weights * similarity).sum(dim=1)
+        weighted = torch.where(mask, weights * similarity, 0.0).sum(dim=1)
         return weights, NegativeTotals(mask.sum(dim=1), total, weighted, row_max(hidden), per_positive)
 
     def _dense(self, anchors: Tensor, references: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

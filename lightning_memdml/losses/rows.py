@@ -11,6 +11,12 @@ def row_max(block: Tensor) -> Tensor:
     return block.amax(dim=1) if block.shape[1] else block.new_full(block.shape[:1], -torch.inf)
 
 
+def hardest(similarity: Tensor, mask: Tensor, number: int) -> Tensor:
+    """Return the mask of the largest ``number`` masked entries of each row; of all, where there are fewer."""
+    columns = similarity.masked_fill(~mask, -torch.inf).topk(min(number, similarity.shape[1]), dim=1).indices
+    return torch.zeros_like(mask).scatter(1, columns, True) & mask
+
+
 def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """Return ``log sum exp`` of the masked entries of each row, ``-inf`` for a row without any."""
     return torch.logsumexp(logits.masked_fill(~mask, -torch.inf), dim=1)

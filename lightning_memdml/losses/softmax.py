@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax, softplus
 
 
@@ -19,9 +19,9 @@ class _SoftmaxLoss(PairLoss):
         super().__init__()
         self.temperature = check_positive("temperature", temperature)
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, None]:
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the logits of the negatives."""
-        return similarity.div_(self.temperature), None
+        return NegativeTerms(similarity.div_(self.temperature))
 
 
 class InfoNCELoss(_SoftmaxLoss):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_memdml.losses.pair_loss import Context, PairLoss
 
 Drop = Callable[[Tensor, float], Tensor]
+Columns = slice | Tensor
 
 BLOCK_ELEMENTS = 1 << 19  # similarities per block on a CPU: 2 MiB in fp32 stay in the second-level cache
 GPU_BLOCK_ELEMENTS = 1 << 24  # on a GPU, where a block costs a dozen kernel launches
@@ -62,25 +63,35 @@ class NegativeTotals(NamedTuple):
 class _Negatives:
     """Running totals, and the running gradient ``weights @ references``, of one loss over blocks of negatives."""
 
-    def __init__(self, loss: PairLoss, context: Context, anchors: Tensor) -> None:
+    def __init__(self, loss: PairLoss, context: Context, anchors: Tensor, with_gradient: bool = True) -> None:
         self.loss, self.context, self.anchors = loss, context, anchors
+        self.cut = loss.negative_cut(context)
         rows = anchors.shape[0]
         self.total = anchors.new_zeros(rows)
         self.shift = anchors.new_full((rows,), torch.finfo(anchors.dtype).min)  # largest logit so far
-        self.gradient = torch.zeros_like(anchors)
+        self.gradient = torch.zeros_like(anchors) if with_gradient else None
         self.hardest = anchors.new_full((rows,), -torch.inf)
-        self.per_positive = loss.per_positive_terms(anchors[:, :0], context)  # zeros, of the right shape
+        self.per_positive = anchors.new_zeros(rows, 0)
 
-    def add(self, similarity: Tensor, references: Tensor, drop: Drop | None = None) -> None:
-        """Add a block; ``similarity`` is overwritten. ``drop`` fills the pairs that are no negatives."""
-        if drop is not None:
+    def add(self, similarity: Tensor, references: Tensor, columns: Columns, drop: Drop | None = None) -> None:
+        """Add a block; ``similarity`` is overwritten.
+
+        Args:
+            similarity: Of all anchors to the block, ``(B, n)``.
+            references: The block, ``(n, D)``.
+            columns: Where the block stands among all references.
+            drop: Fills the pairs that are no negatives.
+        """
+        needs_hardest, compares = self.loss.needs_hardest, self.loss.compares_positives
+        if drop is not None and (needs_hardest or compares):
             drop(similarity, -torch.inf)
-        if self.loss.needs_hardest:
+        if needs_hardest:
             torch.maximum(self.hardest, row_max(similarity), out=self.hardest)
-        self.per_positive += self.loss.per_positive_terms(similarity, self.context)
-        if drop is not None:  # a finite stand-in: a weight function need not bear -inf
+        if drop is not None and not compares:  # a finite stand-in: a weight function need not bear -inf
             drop(similarity, -1.0)
-        weights, values = self.loss.negative_terms(similarity, self.context)
+        weights, values, per_positive = self.loss.negative_terms(similarity, self.context)
+        if per_positive is not None:
+            self.per_positive = per_positive if self.per_positive.shape[1] == 0 else self.per_positive + per_positive
         if self.loss.exponential:
             self._add_exponential(weights, values, references, drop)
         else:
@@ -93,7 +104,8 @@ class _Negatives:
             if drop is not None:
                 drop(values, 0.0)
             self.total.add_(values.sum(dim=1))
-        self.gradient.addmm_(weights, references)
+        if self.gradient is not None:
+            self.gradient.addmm_(weights, references)
 
     def _add_exponential(self, logits: Tensor, factor: Tensor | None, references: Tensor, drop: Drop | None) -> None:
         if drop is not None:
@@ -102,17 +114,52 @@ class _Negatives:
         rescale = torch.exp(self.shift - shift)
         weights = logits.sub_(shift[:, None]).exp_()
         self.total.mul_(rescale).add_(weights.sum(dim=1))
-        self.gradient.mul_(rescale[:, None]).addmm_(weights if factor is None else weights.mul_(factor), references)
+        if self.gradient is not None:
+            weights = weights if factor is None else weights.mul_(factor)
+            self.gradient.mul_(rescale[:, None]).addmm_(weights, references)
         self.shift = shift
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block; the gradient is normalised with them."""
-        total = self.total
+        total, weighted = self.total, torch.full_like(self.total, torch.nan)
         if self.loss.exponential:
-            self.gradient.div_(total.clamp_min(torch.finfo(total.dtype).tiny)[:, None])
-            total = torch.log(total) + self.shift
-        weighted = (self.anchors * self.gradient).sum(dim=1)
+            norm, total = total.clamp_min(torch.finfo(total.dtype).tiny), torch.log(total) + self.shift
+        if self.gradient is not None:
+            if self.loss.exponential:
+                self.gradient.div_(norm[:, None])
+            weighted = (self.anchors * self.gradient).sum(dim=1)
         return NegativeTotals(number, total, weighted, self.hardest, self.per_positive)
+
+
+class _HardestNegatives(_Negatives):
+    """The few most similar negatives of each anchor; what they weigh is told when all blocks have passed."""
+
+    def __init__(self, loss: PairLoss, context: Context, anchors: Tensor, references: Tensor) -> None:
+        super().__init__(loss, context, anchors)
+        self.references = references
+        self.similarity = anchors.new_zeros(anchors.shape[0], 0)
+        self.columns = torch.zeros(anchors.shape[0], 0, dtype=torch.int64, device=anchors.device)
+
+    def add(self, similarity: Tensor, references: Tensor, columns: Columns, drop: Drop | None = None) -> None:
+        """Keep the hardest of those kept so far and of the block."""
+        if drop is not None:
+            drop(similarity, -torch.inf)
+        assert self.loss.hardest_negatives is not None
+        best, places = similarity.topk(min(self.loss.hardest_negatives, similarity.shape[1]), dim=1)
+        places = places + columns.start if isinstance(columns, slice) else columns[places]
+        best, places = torch.cat([self.similarity, best], dim=1), torch.cat([self.columns, places], dim=1)
+        self.similarity, order = best.topk(min(self.loss.hardest_negatives, best.shape[1]), dim=1)
+        self.columns = places.gather(1, order)
+        if self.similarity.shape[1] == self.loss.hardest_negatives:
+            self.cut = self.similarity[:, -1]
+
+    def totals(self, number: Tensor) -> NegativeTotals:
+        """Weigh those that were kept, as one row."""
+        weights, totals = self.loss.negative_row(self.similarity, self.similarity > -torch.inf, self.context)
+        self.gradient = torch.zeros_like(self.anchors)
+        for weight, column in zip(weights.T, self.columns.T, strict=True):
+            self.gradient.addcmul_(weight[:, None], self.references[column].to(weight.dtype))
+        return totals
 
 
 def evaluate(
@@ -134,16 +181,29 @@ def evaluate(
     similarity = anchors @ near.T  # (B, Q)
 
     contexts = [part.context(similarity, positive) for part in loss.parts]
-    parts = [_Negatives(part, context, anchors) for part, context in zip(loss.parts, contexts, strict=True)]
+    parts = [
+        _negatives(part, context, anchors, references, with_gradient=part is loss.parts[0])
+        for part, context in zip(loss.parts, contexts, strict=True)
+    ]
     for part in parts:
-        part.add(similarity.clone(), near, lambda block, value: block.masked_fill_(~negative, value))
-        _stream_plain_negatives(part, references, special)
+        part.add(similarity.clone(), near, special, lambda block, value: block.masked_fill_(~negative, value))
+    _stream_plain_negatives(parts, references, special)
     number = negative.sum(dim=1) + (references.shape[0] - special.shape[0])
 
     terms = loss.finish(similarity, positive, contexts, [part.totals(number) for part in parts])
     positive_weights = torch.where(positive, terms.positive_weights, 0.0)
-    gradient = parts[0].gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
+    gradient = parts[0].gradient
+    assert gradient is not None
+    gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
     return terms.value, gradient
+
+
+def _negatives(
+    loss: PairLoss, context: Context, anchors: Tensor, references: Tensor, with_gradient: bool
+) -> _Negatives:
+    if loss.hardest_negatives is not None:
+        return _HardestNegatives(loss, context, anchors, references)
+    return _Negatives(loss, context, anchors, with_gradient)
 
 
 def _evaluate_halves(
@@ -187,10 +247,9 @@ def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
     return table[ids.long() & (HASH_SIZE - 1)]
 
 
-def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tensor) -> None:
-    """Add every column outside ``special``, block by block."""
-    anchors = part.anchors
-    cut = part.loss.negative_cut(part.context)
+def _stream_plain_negatives(parts: list[_Negatives], references: Tensor, special: Tensor) -> None:
+    """Add every column outside ``special``, block by block; all parts read the same similarities."""
+    anchors = parts[0].anchors
     elements = BLOCK_ELEMENTS if anchors.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     width = max(256, elements // anchors.shape[0])
     starts = range(0, references.shape[0], width)
@@ -201,11 +260,13 @@ def _stream_plain_negatives(part: _Negatives, references: Tensor, special: Tenso
         similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
         torch.mm(anchors, block.T, out=similarity)
         irregular = special[first:last] - start
-        hits = _reached_columns(similarity, cut, irregular)
-        if hits is None:
-            part.add(similarity, block, partial(_fill_columns, irregular))
-        elif hits.shape[0]:
-            part.add(similarity[:, hits], block[hits])
+        for part in parts:
+            hits = _reached_columns(similarity, part.cut, irregular)
+            if hits is None:
+                own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
+                part.add(own, block, slice(start, start + width), partial(_fill_columns, irregular))
+            elif hits.shape[0]:
+                part.add(similarity[:, hits], block[hits], hits + start)
 
 
 def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import block_softplus, step_
+from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+
+# Up to so many positives per anchor, comparing block and positive in three plain passes beats bisection.
+FEW_POSITIVES = 24
+# The product of so many factors `1 + exp(s - s')`, each at most 8.4, fits in float32.
+FACTORS = 32
 
 
 class TripletLoss(PairLoss):
@@ -17,8 +21,7 @@ class TripletLoss(PairLoss):
 
     .. math:: w^+_{ip} = |\{n : s_{in} > s_{ip} - m\}|, \qquad w^-_{in} = |\{p : s_{ip} < s_{in} + m\}|
 
-    (soft: counts become sums of :math:`\sigma(s_{in} - s_{ip})`). No triplet is ever stored: the positives of a row
-    are sorted once, and each negative finds its count by bisection.
+    (soft: counts become sums of :math:`\sigma(s_{in} - s_{ip})`). No triplet is ever stored.
 
     Denominator: summed over triplets, averaged over the B anchors; it grows with the memory.
 
@@ -35,6 +38,8 @@ class TripletLoss(PairLoss):
         >>> TripletLoss(margin=0.1)(x, torch.tensor([0, 0, 1]))  # (0.8 - 0.6 + 0.1 + 0.96 - 0.6 + 0.1) / 3
         tensor(0.2533)
     """
+
+    compares_positives = True
 
     def __init__(self, margin: float = 0.1, soft: bool = False) -> None:
         super().__init__()
@@ -53,35 +58,61 @@ class TripletLoss(PairLoss):
             return -torch.inf if self.soft else torch.inf
         return positives[:, 0] - self.margin
 
-    def negative_terms(self, similarity: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Return how many positives each negative offends, and by how much."""
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
+        """Return how many positives each negative offends, and how many negatives each positive."""
         positives = context[0]
         if self.soft:
-            weights, values = torch.zeros_like(similarity), torch.zeros_like(similarity)
-            for positive in positives.unbind(dim=1):
-                gap = similarity - positive[:, None]
-                values += block_softplus(gap)
-                weights += gap.sigmoid_()
-            return weights, values
-        reach = similarity + self.margin
-        offended = torch.searchsorted(positives, reach)
-        below = torch.nn.functional.pad(positives.masked_fill(positives.isinf(), 0).cumsum(dim=1), (1, 0))
-        weights = offended.to(similarity.dtype)
-        return weights, weights * reach - below.gather(1, offended)
-
-    def per_positive_terms(self, similarity: Tensor, context: Context) -> Tensor:
-        """Return how many negatives offend each positive."""
-        offences = torch.zeros_like(context[0])
-        for k, positive in enumerate(context[0].unbind(dim=1)):
-            offences[:, k] = self._offence(similarity, positive)
-        return offences
-
-    def _offence(self, similarity: Tensor, positive: Tensor) -> Tensor:
-        if self.soft:
-            return (similarity - positive[:, None]).sigmoid_().sum(dim=1)
-        return step_(similarity.clone(), (positive - self.margin)[:, None]).sum(dim=1)
+            return _soft_offences(similarity, positives)
+        edges = positives - self.margin
+        if positives.shape[1] <= FEW_POSITIVES:
+            return _counted_one_by_one(similarity, edges)
+        return _counted_by_bisection(similarity, edges)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Give each positive the number of negatives that offend it."""
-        weights = torch.zeros_like(similarity).scatter(1, context[1], negatives.per_positive)
-        return AnchorTerms(negatives.total, weights, torch.ones_like(negatives.total))
+        positives, columns = context
+        weights = torch.zeros_like(similarity).scatter(1, columns, negatives.per_positive)
+        if self.soft:
+            value = negatives.total
+        else:  # sum of (s - edge) over the offences
+            edges = (positives - self.margin).masked_fill(positives.isinf(), 0.0)
+            value = negatives.weighted - (negatives.per_positive * edges).sum(dim=1)
+        return AnchorTerms(value, weights, torch.ones_like(value))
+
+
+def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+    weights, above = torch.zeros_like(similarity), torch.empty_like(similarity)
+    counts = torch.empty_like(edges)
+    for k, edge in enumerate(edges.unbind(dim=1)):
+        torch.gt(similarity, edge[:, None], out=above)
+        weights += above
+        torch.sum(above, dim=1, out=counts[:, k])
+    return NegativeTerms(weights, per_positive=counts)
+
+
+def _counted_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+    offended = torch.searchsorted(edges, similarity.contiguous())  # of the ascending edges, those below s
+    bins = edges.shape[1] + 1
+    rows = torch.arange(edges.shape[0], device=edges.device)[:, None] * bins
+    histogram = torch.bincount((offended + rows).flatten(), minlength=edges.shape[0] * bins)
+    at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives that offend at most so many positives
+    counts = at_most[:, -1:] - at_most[:, :-1]
+    return NegativeTerms(offended.to(similarity.dtype), per_positive=counts.to(similarity.dtype))
+
+
+def _soft_offences(similarity: Tensor, positives: Tensor) -> NegativeTerms:
+    """Sum ``log(1 + e)`` and ``e / (1 + e)``, ``e = exp(s) exp(-s')``, over the positives: one exponential for all."""
+    negative, positive = similarity.exp_(), (-positives).exp()
+    values, factors = torch.zeros_like(similarity), torch.ones_like(similarity)
+    unoffended, term = torch.zeros_like(similarity), torch.empty_like(similarity)
+    counts = torch.empty_like(positives)
+    for k, scale in enumerate(positive.unbind(dim=1), start=1):
+        torch.mul(negative, scale[:, None], out=term).add_(1.0)
+        factors.mul_(term)
+        if k % FACTORS == 0 or k == positives.shape[1]:
+            values += factors.log_()
+            factors.fill_(1.0)
+        unoffended += term.reciprocal_()
+        torch.sum(term, dim=1, out=counts[:, k - 1])
+    weights = unoffended.neg_().add_(positives.shape[1])
+    return NegativeTerms(weights, values, similarity.shape[1] - counts)

@@ -31,8 +31,9 @@ def contrastive(margin):
     return lambda p, n: (1 - p).sum() + n[n > margin].sum()
 
 
-def direct(f, g, normalize=False):
+def direct(f, g, normalize=False, hardest_positives=None, hardest_negatives=None):
     def row(p, n):
+        p, n = p[p.argsort()[:hardest_positives]], n[(-n).argsort()[:hardest_negatives]]
         wp, wn = f(p.detach()), g(n.detach())
         if normalize:
             wp = wp / wp.sum() if wp.sum() > 0 else wp

@@ -30,6 +30,16 @@ CASES = {
         ml.DirectWeightLoss(ml.Linear(-1, 1), ml.Power(0.2, 2), normalize="sum"),
         oracles.direct(lambda s: 1 - s, lambda s: ((s - 0.2).clamp_min(0) / 0.8) ** 2, normalize=True),
     ),
+    "direct hardest": (
+        ml.DirectWeightLoss(
+            ml.Linear(-1, 1), ml.Exponential(5), normalize="sum", hardest_positives=2, hardest_negatives=3
+        ),
+        oracles.direct(lambda s: 1 - s, lambda s: torch.exp(5 * (s - 1)), True, 2, 3),
+    ),
+    "direct hardest above a threshold": (
+        ml.DirectWeightLoss(negative=ml.Threshold(0.4), hardest_negatives=50),
+        oracles.direct(torch.ones_like, lambda s: (s > 0.4).to(s.dtype), hardest_negatives=50),
+    ),
     "multi-similarity": (ml.MultiSimilarityLoss(), oracles.multi_similarity(2, 50, 0.5, 0.1)),
     "multi-similarity unmined": (
         ml.MultiSimilarityLoss(epsilon=None),
@@ -235,7 +245,9 @@ def test_gradient_is_the_assigned_weight():
 
 
 @pytest.mark.parametrize("positive", CASES)
-@pytest.mark.parametrize("negative", ["contrastive", "multi-similarity", "triplet", "circle", "SupCon"])
+@pytest.mark.parametrize(
+    "negative", ["contrastive", "multi-similarity", "triplet", "circle", "SupCon", "direct hardest"]
+)
 def test_hybrid_takes_each_side_from_its_loss(positive, negative):
     hybrid = ml.HybridLoss(CASES[positive][0], CASES[negative][0])
     x, y, r, ry = (
@@ -252,3 +264,41 @@ def test_hybrid_takes_each_side_from_its_loss(positive, negative):
     torch.testing.assert_close(gradient, (wanted_negative - wanted_positive) @ r / 8)
     total = (wanted_positive * (1 - similarity)).sum() + (wanted_negative * similarity).sum()
     torch.testing.assert_close(value, total / 8)
+
+
+def test_a_loss_that_says_its_sides_are_not_coupled_weighs_positives_whatever_the_negatives(case):
+    loss, _ = case
+    x, y, ry = unit(12, spread=3.0), labels_of(12, 4), labels_of(80, 6, seed=3)
+    near, far = unit(80, seed=2, spread=3.0), unit(80, seed=4, spread=3.0)
+    shared = (y[:, None] == ry).any(dim=0)
+    weights = [loss.pair_weights(x, y, torch.where(shared[:, None], near, r), ry)[0] for r in (near, far)]
+    assert torch.equal(*weights) or loss.coupled
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_triplets_of_an_anchor_with_many_positives_follow_the_formula(soft):
+    loss, row_loss = ml.TripletLoss(0.15, soft), oracles.soft_triplet() if soft else oracles.triplet(0.15)
+    x, y = unit(6, spread=1.0), labels_of(6, 3)
+    r, ry = unit(400, seed=2, spread=1.0), labels_of(400, 5, seed=3)
+    assert (y[:, None] == ry).sum(dim=1).min() > 64  # more than fit into one product, and than are counted one by one
+    assert_same(value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry))
+
+
+def test_the_hardest_negatives_are_those_of_the_whole_memory(monkeypatch):
+    x, y = unit(16, dim=16), torch.arange(16)
+    r, ry = unit(6000, dim=16, seed=2), labels_of(6000, 900, seed=3)
+    positive, negative = oracles.masks(y, ry)
+    top = (x @ r.T).masked_fill(~negative, -2).topk(5, dim=1).indices
+    kept = torch.zeros_like(negative).scatter(1, top, True)
+    loss = ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=5)
+    assert torch.equal(loss.pair_weights(x, y, r, ry)[1] > 0, kept)
+    for elements in (16 * 300, 1 << 19):
+        monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", elements)
+        _, gradient = value_and_gradient(loss, x, y, r, ry)
+        torch.testing.assert_close(gradient, (kept.double() - positive.double()) @ r / 16)
+
+
+@pytest.mark.parametrize("name", ["hardest_positives", "hardest_negatives"])
+def test_fewer_than_one_hardest_pair_is_refused(name):
+    with pytest.raises(ValueError, match=f"Expected `{name}` of at least 1 pair, or None for all, but got 0"):
+        ml.DirectWeightLoss(**{name: 0})

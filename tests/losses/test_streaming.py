@@ -12,6 +12,7 @@ from lightning_memdml.losses import streaming
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(),
     "direct": ml.DirectWeightLoss(negative=ml.Exponential()),
+    "direct, hardest": ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=4),
     "multi-similarity": ml.MultiSimilarityLoss(),
     "triplet": ml.TripletLoss(),
     "soft triplet": ml.TripletLoss(soft=True),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.losses.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import block_softplus, softplus
+from lightning_memdml.losses.rows import softplus
 
 
 class BinomialDevianceLoss(PairLoss):
@@ -46,8 +46,10 @@ class BinomialDevianceLoss(PairLoss):
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return logistic weights and their integral."""
         logits = similarity.sub_(self.base).mul_(self.beta)
-        values = block_softplus(logits)
-        return NegativeTerms(logits.sigmoid_().mul_(self.beta), values)
+        share = torch.sigmoid(logits)
+        # log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), to rounding of 1
+        values = logits.clamp_min_(0).sub_(torch.maximum(share, 1 - share).log_())
+        return NegativeTerms(share.mul_(self.beta), values)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives and take both means."""

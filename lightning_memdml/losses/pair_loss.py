@@ -145,6 +145,7 @@ class PairLoss(nn.Module, ABC):
         *,
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
+        most_shared: int | None = None,
     ) -> Tensor:
         """Return the scalar loss of a batch against itself or against references.
 
@@ -156,6 +157,9 @@ class PairLoss(nn.Module, ABC):
             indices: Data-set index of each anchor's image, ``(B,)``; pairs of equal indices are left out. A negative
                 index is unknown and equals none.
             ref_indices: Data-set index of each reference's image, ``(M,)``.
+            most_shared: An upper bound of the references that share a class or an image with the batch, such as
+                ``EmbeddingMemory.most_shared(B)``. With it the host never waits for a GPU here, except in a
+                :class:`TripletLoss`; without, it waits once, for their number. A CPU does not need it.
 
         Raises:
             ValueError: If shapes do not fit, or embeddings are longer than unit length.
@@ -173,7 +177,7 @@ class PairLoss(nn.Module, ABC):
             if ref_embeddings.requires_grad:
                 masks = pair_masks(labels, ref_labels, indices, ref_indices)
                 return self._dense(anchors, ref_embeddings.to(anchors.dtype), *masks)
-            return stream(self, anchors, labels, ref_embeddings, ref_labels, indices, ref_indices)
+            return stream(self, anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, most_shared)
 
     @torch.no_grad()
     def pair_weights(
@@ -237,6 +241,8 @@ class PairLoss(nn.Module, ABC):
             weights = torch.where(mask, weights, 0.0)
             total = torch.zeros_like(similarity[:, 0]) if values is None else torch.where(mask, values, 0.0).sum(dim=1)
         weighted = torch.where(mask, weights * similarity, 0.0).sum(dim=1)
+        if per_positive is None:
+            per_positive = similarity.new_zeros(similarity.shape[0], 0)
         return weights, NegativeTotals(mask.sum(dim=1), total, weighted, row_max(hidden), per_positive)
 
     def _dense(self, anchors: Tensor, references: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
 
 
 def row_max(block: Tensor) -> Tensor:
@@ -33,9 +37,9 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def block_softplus(x: Tensor) -> Tensor:
-    """Return ``log(1 + exp(x))`` to rounding of 1, for blocks of pairs: 6 times as fast as the exact one."""
-    return x.clamp_min(0) - torch.log(torch.sigmoid(x.abs()))
+def exp_(x: Tensor) -> Tensor:
+    """Overwrite ``x`` with its exponential, through base 2: half the time, and ``1e-7 |x|`` from the exact one."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 def step_(x: Tensor, edge: float | Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.masks import pair_masks
-from lightning_memdml.losses.rows import row_max
+from lightning_memdml.losses.rows import exp_, row_max
 
 if TYPE_CHECKING:
     from lightning_memdml.losses.pair_loss import Context, PairLoss
@@ -105,18 +105,18 @@ class _Negatives:
                 drop(values, 0.0)
             self.total.add_(values.sum(dim=1))
         if self.gradient is not None:
-            self.gradient.addmm_(weights, references)
+            _add_product(self.gradient, weights, references)
 
     def _add_exponential(self, logits: Tensor, factor: Tensor | None, references: Tensor, drop: Drop | None) -> None:
         if drop is not None:
             drop(logits, -torch.inf)
         shift = torch.maximum(self.shift, row_max(logits))
         rescale = torch.exp(self.shift - shift)
-        weights = logits.sub_(shift[:, None]).exp_()
+        weights = exp_(logits.sub_(shift[:, None]))
         self.total.mul_(rescale).add_(weights.sum(dim=1))
         if self.gradient is not None:
             weights = weights if factor is None else weights.mul_(factor)
-            self.gradient.mul_(rescale[:, None]).addmm_(weights, references)
+            _add_product(self.gradient.mul_(rescale[:, None]), weights, references)
         self.shift = shift
 
     def totals(self, number: Tensor) -> NegativeTotals:
@@ -170,14 +170,19 @@ def evaluate(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
+    most_shared: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each anchor's value ``(B,)`` and its gradient ``dl_i/dx_i`` ``(B, D)``."""
-    special = _columns_of_the_batch(labels, ref_labels, indices, ref_indices)
-    if anchors.shape[0] > 1 and anchors.shape[0] * special.shape[0] > NEAR_ELEMENTS:
-        return _evaluate_halves(loss, anchors, labels, references, ref_labels, indices, ref_indices)
-    near = references[special].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
-    near_indices = ref_indices[special] if indices is not None and ref_indices is not None else None
-    positive, negative = pair_masks(labels, ref_labels[special], indices, near_indices)
+    special = _special_columns(labels, ref_labels, indices, ref_indices, most_shared)
+    most_elements = NEAR_ELEMENTS if _on_host(anchors) else GPU_BLOCK_ELEMENTS
+    if anchors.shape[0] > 1 and anchors.shape[0] * special.columns.shape[0] > most_elements:
+        return _evaluate_halves(loss, anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
+    near = references[special.columns].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
+    near_indices = ref_indices[special.columns] if indices is not None and ref_indices is not None else None
+    masks = pair_masks(labels, ref_labels[special.columns], indices, near_indices)
+    positive, negative = (mask & special.valid for mask in masks)
+    order = positive.sum(dim=1).argsort(descending=True)  # for the losses that go through the positives one by one
+    anchors, positive, negative = anchors[order], positive[order], negative[order]
     similarity = anchors @ near.T  # (B, Q)
 
     contexts = [part.context(similarity, positive) for part in loss.parts]
@@ -186,16 +191,17 @@ def evaluate(
         for part, context in zip(loss.parts, contexts, strict=True)
     ]
     for part in parts:
-        part.add(similarity.clone(), near, special, lambda block, value: block.masked_fill_(~negative, value))
-    _stream_plain_negatives(parts, references, special)
-    number = negative.sum(dim=1) + (references.shape[0] - special.shape[0])
+        part.add(similarity.clone(), near, special.columns, partial(_fill_masked, ~negative))
+    _stream_plain_negatives(parts, references, special.shared)
+    number = negative.sum(dim=1) + (references.shape[0] - special.valid.sum())
 
     terms = loss.finish(similarity, positive, contexts, [part.totals(number) for part in parts])
     positive_weights = torch.where(positive, terms.positive_weights, 0.0)
     gradient = parts[0].gradient
     assert gradient is not None
     gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
-    return terms.value, gradient
+    back = order.argsort()
+    return terms.value[back], gradient[back]
 
 
 def _negatives(
@@ -214,6 +220,7 @@ def _evaluate_halves(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
+    most_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Evaluate the anchors in two parts, ordered by class so that each part has fewer classes.
 
@@ -224,19 +231,56 @@ def _evaluate_halves(
     for half in order.chunk(2):
         own = None if indices is None else indices[half]
         value[half], gradient[half] = evaluate(
-            loss, anchors[half], labels[half], references, ref_labels, own, ref_indices
+            loss, anchors[half], labels[half], references, ref_labels, own, ref_indices, most_shared
         )
     return value, gradient
 
 
-def _columns_of_the_batch(
-    labels: Tensor, ref_labels: Tensor, indices: Tensor | None, ref_indices: Tensor | None
-) -> Tensor:
-    """Return the columns that share a class or an image with the batch, sorted; some others too, by hash."""
-    shared = _hashed_members(ref_labels, labels)
+def _on_host(tensor: Tensor) -> bool:
+    """Tell whether numbers can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+class _Special(NamedTuple):
+    """The references that share a class or an image with the batch.
+
+    Attributes:
+        shared: Which they are, ``(M,)``; some others too, by hash.
+        columns: Their places, ascending, ``(Q,)``.
+        valid: False where ``columns`` is padding, ``(Q,)``.
+    """
+
+    shared: Tensor
+    columns: Tensor
+    valid: Tensor
+
+
+def _special_columns(
+    labels: Tensor,
+    ref_labels: Tensor,
+    indices: Tensor | None,
+    ref_indices: Tensor | None,
+    most_shared: int | None,
+) -> _Special:
+    on_host = _on_host(labels)
+    members = _hashed_members if on_host else _members
+    shared = members(ref_labels, labels)
     if indices is not None and ref_indices is not None:
-        shared |= _hashed_members(ref_indices, indices) & (ref_indices >= 0)  # below 0 is unknown and equals none
-    return shared.nonzero().squeeze(1)
+        shared |= members(ref_indices, indices) & (ref_indices >= 0)  # below 0 is unknown and equals none
+    if on_host or most_shared is None:
+        columns = shared.nonzero().squeeze(1)
+        return _Special(shared, columns, torch.ones_like(columns, dtype=torch.bool))
+    return _padded_columns(shared, min(most_shared, len(shared)))
+
+
+def _padded_columns(shared: Tensor, most: int) -> _Special:
+    """Find the columns without asking the device how many there are."""
+    number = shared.sum()
+    torch._assert_async(number <= most, f"More than `most_shared={most}` references share a class with the batch.")
+    place = torch.where(shared, shared.cumsum(dim=0) - 1, most)
+    columns = torch.zeros(most + 1, dtype=torch.int64, device=shared.device)
+    columns = columns.scatter_(0, place, torch.arange(len(shared), device=shared.device))[:most]
+    return _Special(shared, columns, torch.arange(most, device=shared.device) < number)
 
 
 def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
@@ -247,44 +291,67 @@ def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
     return table[ids.long() & (HASH_SIZE - 1)]
 
 
-def _stream_plain_negatives(parts: list[_Negatives], references: Tensor, special: Tensor) -> None:
-    """Add every column outside ``special``, block by block; all parts read the same similarities."""
+def _members(ids: Tensor, members: Tensor) -> Tensor:
+    ordered = members.long().sort().values
+    place = torch.searchsorted(ordered, ids.long()).clamp_max_(len(ordered) - 1)
+    return ordered[place] == ids
+
+
+def _stream_plain_negatives(parts: list[_Negatives], references: Tensor, shared: Tensor) -> None:
+    """Add every column that is not ``shared``, block by block; all parts read the same similarities."""
     anchors = parts[0].anchors
-    elements = BLOCK_ELEMENTS if anchors.device.type == "cpu" else GPU_BLOCK_ELEMENTS
-    width = max(256, elements // anchors.shape[0])
-    starts = range(0, references.shape[0], width)
-    bounds = torch.searchsorted(special, torch.tensor([*starts, references.shape[0]], device=special.device)).tolist()
+    on_host = _on_host(anchors)
+    width = max(256, (BLOCK_ELEMENTS if on_host else GPU_BLOCK_ELEMENTS) // anchors.shape[0])
     scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
-    for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        block = references[start : start + width].to(anchors.dtype)
+    for start in range(0, references.shape[0], width):
+        block = references[start : start + width]
+        if on_host or anchors.dtype != torch.float32:
+            block = block.to(anchors.dtype)
         similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
-        torch.mm(anchors, block.T, out=similarity)
-        irregular = special[first:last] - start
+        _product(anchors, block.T, out=similarity)
+        irregular = shared[start : start + width]
+        # On a GPU, counting columns would stall it at every block.
+        drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(_fill_masked, irregular)
         for part in parts:
-            hits = _reached_columns(similarity, part.cut, irregular)
+            hits = _reached_columns(similarity, part.cut, irregular) if on_host else None
             if hits is None:
                 own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
-                part.add(own, block, slice(start, start + width), partial(_fill_columns, irregular))
+                part.add(own, block, slice(start, start + width), drop)
             elif hits.shape[0]:
                 part.add(similarity[:, hits], block[hits], hits + start)
 
 
+# References in 16 bits are multiplied in 16 bits on a GPU, whose tensor cores add up in float32 all the same. A CPU
+# widens them instead, which costs it less than rounding the other factor.
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    if right.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left.to(right.dtype), right, out_dtype=left.dtype, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if right.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left.to(right.dtype), right, out_dtype=left.dtype))
+
+
 def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:
-    return block.index_fill_(1, columns, value)
+    return block.index_fill_(1, columns, value)  # a mask would cost 10 times as much
+
+
+def _fill_masked(mask: Tensor, block: Tensor, value: float) -> Tensor:
+    return block.masked_fill_(mask, value)
 
 
 def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor) -> Tensor | None:
     """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all."""
-    if similarity.device.type != "cpu":
-        return None  # counting the columns would stall the GPU at every block
     if isinstance(cut, Tensor):
         reached = (similarity - cut[:, None]).amax(dim=0) > 0
     elif cut > -1.0:
         reached = similarity.amax(dim=0) > cut
     else:
         return None
-    reached.index_fill_(0, irregular, False)
-    hits = reached.nonzero().squeeze(1)
+    hits = (reached & ~irregular).nonzero().squeeze(1)
     return None if hits.shape[0] > SPARSE_SHARE * similarity.shape[1] else hits
 
 
@@ -310,8 +377,10 @@ def _stream(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
+    most_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
-    value, gradient = evaluate(_LOSSES[key], anchors, labels, references, ref_labels, indices, ref_indices)
+    loss = _LOSSES[key]
+    value, gradient = evaluate(loss, anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
     return value.mean(), gradient.div_(anchors.shape[0])
 
 
@@ -324,6 +393,7 @@ def _(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
+    most_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
     return anchors.new_empty(()), torch.empty_like(anchors)
 
@@ -357,9 +427,10 @@ def stream(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
+    most_shared: int | None,
 ) -> Tensor:
     """Return the scalar loss of the anchors against references that carry no gradient."""
     value, gradient = torch.ops.lightning_memdml.stream(
-        loss.key, anchors.detach(), labels, references.detach(), ref_labels, indices, ref_indices
+        loss.key, anchors.detach(), labels, references.detach(), ref_labels, indices, ref_indices, most_shared
     )
     return Assigned.apply(anchors, value, gradient)

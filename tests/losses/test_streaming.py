@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
@@ -143,3 +144,57 @@ def test_memory_equal_to_the_batch_is_the_in_batch_loss_by_index(loss):
     indices = torch.arange(len(x))
     against_itself = loss(x, y, x.clone(), y, indices=indices, ref_indices=indices)
     torch.testing.assert_close(against_itself, loss(x, y))
+
+
+@pytest.fixture(name="like_a_gpu")
+def _like_a_gpu(monkeypatch):
+    """Takes the way of a device whose numbers the host must not read."""
+    monkeypatch.setattr(streaming, "_on_host", lambda tensor: False)
+
+
+@pytest.mark.parametrize("most_shared", [None, 300, 5000])
+def test_the_way_of_a_gpu_gives_the_same(loss, most_shared, like_a_gpu, monkeypatch):
+    x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory())
+    x.requires_grad_()
+    monkeypatch.setattr(streaming, "GPU_BLOCK_ELEMENTS", 16 * 600)
+    indices, ref_indices = torch.arange(16), torch.arange(2000) % 500 - 1
+    value = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices, most_shared=most_shared)
+    (gradient,) = torch.autograd.grad(value, x)
+    monkeypatch.undo()
+    wanted = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices)
+    torch.testing.assert_close((value, gradient), (wanted, *torch.autograd.grad(wanted, x)))
+
+
+def test_a_bound_that_is_too_low_is_no_silent_mistake(loss, like_a_gpu):
+    x, y, r, ry = batch_and_memory(classes=4)
+    with pytest.raises(RuntimeError, match="More than `most_shared=7` references"):
+        loss(x, y, r, ry, most_shared=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "triplet" not in name])  # as its documentation says
+def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dtype):
+    """Fake tensors of a GPU, which this machine need not have: whatever needs their content raises."""
+    with FakeTensorMode(), ProductTypes() as products:
+        x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
+        y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
+        value, gradient = streaming.evaluate(LOSSES[name], x, y, r, ry, y, ry, most_shared=5000)
+    assert (value.shape, value.dtype) == ((64,), torch.float32)
+    assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
+    assert products.large == {(dtype, torch.float32)}
+
+
+class ProductTypes(TorchDispatchMode):
+    """Records the types of factors and result of the products with a block of references."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            if max(*left.shape, *right.shape) > 5000:
+                self.large.add((right.dtype, out.dtype))
+        return out

@@ -3,14 +3,17 @@
 Every method runs on the same inputs, interleaved, on one thread, in one process; the time is CPU time, the least of
 the rounds. ``ratio`` is to the floor: similarities ``S = X M^T`` and gradient ``G = W M``, the better of the whole
 product and one in blocks. ``trained`` inputs have hard negatives in about 1 of 2,000 pairs, ``untrained`` ones share a
-direction, so that nearly all negatives are above the margin. Peak memory is measured in a process of its own.
+direction, so that nearly all negatives are above the margin. With ``--checkpoint`` there are inputs of a trained
+network too: augmented training images, as a memory holds them. Peak memory is measured in a process of its own.
 
     python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
+    python experiments/benchmarks/pair_loss.py --regime --checkpoint runs/memdml/version_0/checkpoints/last.ckpt
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -22,14 +25,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 import lightning_memdml as ml
+from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
 
 OURS: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.5),
     "direct, threshold": ml.DirectWeightLoss(negative=ml.Threshold(0.5)),
     "direct, exponential": ml.DirectWeightLoss(negative=ml.Exponential(10)),
+    "direct, 16 hardest": ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=16),
     "multi-similarity, mined": ml.MultiSimilarityLoss(),
     "multi-similarity": ml.MultiSimilarityLoss(epsilon=None),
     "hybrid (contrastive, MS)": ml.HybridLoss(ml.ContrastiveLoss(), ml.MultiSimilarityLoss(epsilon=None)),
@@ -43,6 +50,7 @@ OURS: dict[str, ml.PairLoss] = {
     "SupCon": ml.SupConLoss(),
     "NCA": ml.NCALoss(),
 }
+MOST_PAIRS_OF_PEERS = 2**24  # 53 bytes a pair
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Step = Callable[[], object]
 
@@ -67,6 +75,33 @@ def make_inputs(regime: str, batch: int, memory: int, dim: int) -> Inputs:
     labels = torch.randperm(classes, generator=generator)[: batch // 4].repeat_interleave(4)
     ref_labels = torch.randint(0, classes, (memory,), generator=generator)
     return embed(labels).requires_grad_(), labels, embed(ref_labels), ref_labels
+
+
+@functools.cache
+def embed_training_images(checkpoint: str, rows: int) -> tuple[Tensor, Tensor]:
+    """Return embeddings and labels of so many augmented training images, batch after batch, by a trained network."""
+    config = yaml.safe_load(read_checkpoint(checkpoint)[CONFIG_IN_CHECKPOINT])
+    sys.argv[1:] = []  # those of the benchmark are none of the command line's
+    cli = MemdmlCLI(run=False, args={key: config[key] for key in ("trainer", "model", "data")})
+    model = ml.MetricLearner.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    embeddings, labels, found = [], [], 0
+    with torch.no_grad():
+        while found < rows:
+            for images, classes, _ in cli.datamodule.train_dataloader():
+                embeddings.append(model(images))
+                labels.append(classes)
+                found += len(classes)
+                if found >= rows:
+                    break
+    return torch.cat(embeddings)[:rows], torch.cat(labels)[:rows]
+
+
+def trained_inputs(checkpoint: str, batch: int, memory: int) -> Inputs:
+    """Return a batch and the memory it would meet: the images trained on before it."""
+    embeddings, labels = embed_training_images(checkpoint, memory + batch)
+    return embeddings[memory:].clone().requires_grad_(), labels[memory:], embeddings[:memory], labels[:memory]
 
 
 def floors(inputs: Inputs) -> list[Step]:
@@ -155,13 +190,13 @@ def measure(steps: dict[str, Step], rounds: int, slow: int) -> dict[str, float]:
     return best
 
 
-def benchmark(regime: str, batch: int, memory: int, dim: int, options: argparse.Namespace) -> list[dict]:
+def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[dict]:
     """Measure one size, and return a row per method."""
-    inputs = make_inputs(regime, batch, memory, dim)
+    batch, memory, dim = len(inputs[0]), *inputs[2].shape
     chosen = {name: loss for name, loss in OURS.items() if not options.losses or name in options.losses}
     steps = {f"floor {k}": run for k, run in enumerate(floors(inputs))}
     steps |= {name: step(loss, inputs) for name, loss in chosen.items()}
-    if not options.ours_only:
+    if not options.ours_only and batch * memory <= MOST_PAIRS_OF_PEERS:
         steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
         steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
         steps |= peers(inputs)
@@ -174,7 +209,7 @@ def benchmark(regime: str, batch: int, memory: int, dim: int, options: argparse.
         if not name.startswith("floor")
     ]
     if options.peak:
-        for row in rows:
+        for row in rows if regime != "network" else ():
             row["peak_mb"] = peak_megabytes(row)
     return rows
 
@@ -205,12 +240,20 @@ def _status(key: str) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the rows as Markdown."""
-    lines = ["| regime | B | M | D | method | ms | ratio | extra MB |", "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = [row[key] for key in ("regime", "batch", "memory", "dim", "method", "ms", "ratio")]
-        lines.append(f"| {' | '.join(map(str, cells))} | {round(row['peak_mb'], 1) if 'peak_mb' in row else '-'} |")
-    return "\n".join(lines)
+    """Return a Markdown table per regime: a row per method, a column per size, in it the ratio to the floor."""
+    parts = []
+    for regime in dict.fromkeys(row["regime"] for row in rows):
+        cells: dict[str, dict[str, str]] = {"floor, ms": {}}
+        for row in (row for row in rows if row["regime"] == regime):
+            size = f"B {row['batch']}, M {row['memory']:,}, D {row['dim']}"
+            cells["floor, ms"][size] = str(row["floor_ms"])
+            peak = f" ({row['peak_mb']:.1f} MB)" if "peak_mb" in row else ""
+            cells.setdefault(row["method"], {})[size] = f"{row['ratio']}{peak}"
+        sizes = list(cells["floor, ms"])
+        lines = [f"| {regime} | {' | '.join(sizes)} |", f"|---|{'---|' * len(sizes)}"]
+        lines += [f"| {name} | {' | '.join(row.get(size, '-') for size in sizes)} |" for name, row in cells.items()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -219,7 +262,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--memory", type=int, nargs="+", default=[65_536])
     parser.add_argument("--dim", type=int, nargs="+", default=[128])
-    parser.add_argument("--regime", nargs="+", choices=["trained", "untrained"], default=["trained", "untrained"])
+    parser.add_argument("--regime", nargs="*", choices=["trained", "untrained"], default=["trained", "untrained"])
+    parser.add_argument("--checkpoint", help="of `memdml fit`: measure on the embeddings of its network too")
     parser.add_argument("--losses", nargs="+", help="only these of ours")
     parser.add_argument("--ours-only", action="store_true", help="leave out the peers, which take minutes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -234,7 +278,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread\n")
     rows = []
     for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):
-        rows += benchmark(regime, batch, memory, dim, options)
+        rows += benchmark(make_inputs(regime, batch, memory, dim), regime, options)
+    for batch, memory in product(options.batch, options.memory) if options.checkpoint else ():
+        rows += benchmark(trained_inputs(options.checkpoint, batch, memory), "network", options)
     print(table(rows))
     if options.json:
         with options.json.open("a") as file:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from lightning_memdml.losses.checks import check_pairs
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.rows import hardest, row_max
-from lightning_memdml.losses.streaming import Assigned, NegativeTotals, register, stream
+from lightning_memdml.losses.sharding import Ranks, evaluate_sharded
+from lightning_memdml.losses.streaming import Assigned, NegativeTotals, Pairs, register, stream
 
 Context = tuple[Tensor, ...]
 
@@ -146,6 +147,7 @@ class PairLoss(nn.Module, ABC):
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
         most_shared: int | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """Return the scalar loss of a batch against itself or against references.
 
@@ -160,6 +162,8 @@ class PairLoss(nn.Module, ABC):
             most_shared: An upper bound of the references that share a class or an image with the batch, such as
                 ``EmbeddingMemory.most_shared(B)``. With it the host never waits for a GPU here, except in a
                 :class:`TripletLoss`; without, it waits once, for their number. A CPU does not need it.
+            ranks: How to reach the other ranks, if these references are only this rank's share of all, such as a
+                ``ShardedMemory``. Every rank then has to call the loss in the same step, a rank without rows too.
 
         Raises:
             ValueError: If shapes do not fit, or embeddings are longer than unit length.
@@ -172,12 +176,15 @@ class PairLoss(nn.Module, ABC):
                 if anchors.shape[0] == 0:
                     return anchors.sum() * 0.0
                 return self._dense(anchors, anchors, *pair_masks(labels, labels, indices, indices, in_batch=True))
+            pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, most_shared)
+            if ranks is not None:
+                return self._sharded(pairs, ranks)
             if ref_embeddings.shape[0] == 0 or anchors.shape[0] == 0:
                 return anchors.sum() * 0.0
             if ref_embeddings.requires_grad:
                 masks = pair_masks(labels, ref_labels, indices, ref_indices)
                 return self._dense(anchors, ref_embeddings.to(anchors.dtype), *masks)
-            return stream(self, anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, most_shared)
+            return stream(self, pairs)
 
     @torch.no_grad()
     def pair_weights(
@@ -252,6 +259,14 @@ class PairLoss(nn.Module, ABC):
             value, positive_weights, negative_weights = self.rows(similarity.detach(), positive, negative)
             gradient = (negative_weights - positive_weights) / anchors.shape[0]
         return Assigned.apply(similarity, value.mean(), gradient)
+
+    @torch.compiler.disable
+    def _sharded(self, pairs: Pairs, ranks: Ranks) -> Tensor:
+        """Return the loss against references that are spread over the ranks."""
+        with torch.no_grad():
+            value, gradient = evaluate_sharded(self, pairs, ranks)
+        rows = max(1, pairs.anchors.shape[0])
+        return Assigned.apply(pairs.anchors, value.sum() / rows, gradient / rows)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

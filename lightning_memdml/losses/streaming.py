@@ -22,6 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.masks import pair_masks
@@ -35,9 +36,36 @@ Columns = slice | Tensor
 
 BLOCK_ELEMENTS = 1 << 19  # similarities per block on a CPU: 2 MiB in fp32 stay in the second-level cache
 GPU_BLOCK_ELEMENTS = 1 << 24  # on a GPU, where a block costs a dozen kernel launches
-NEAR_ELEMENTS = 1 << 21  # pairs of the batch with the references of its classes that are held at once
+NEAR_ELEMENTS = 1 << 19  # pairs of the batch with the references of its classes that are held at once
 HASH_SIZE = 1 << 16
 SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
+
+
+class Pairs(NamedTuple):
+    """Anchors, and the references they are compared with.
+
+    Attributes:
+        anchors: ``(B, D)``.
+        labels: ``(B,)``.
+        references: ``(M, D)``.
+        ref_labels: ``(M,)``.
+        indices: Which image each anchor is of, ``(B,)``; below 0 is unknown.
+        ref_indices: Which image each reference is of, ``(M,)``.
+        most_shared: Upper bound of the references that share a class or an image with the anchors.
+    """
+
+    anchors: Tensor
+    labels: Tensor
+    references: Tensor
+    ref_labels: Tensor
+    indices: Tensor | None
+    ref_indices: Tensor | None
+    most_shared: int | None = None
+
+    def of(self, rows: Tensor) -> Pairs:
+        """Return the pairs of some of the anchors."""
+        indices = None if self.indices is None else self.indices[rows]
+        return self._replace(anchors=self.anchors[rows], labels=self.labels[rows], indices=indices)
 
 
 class NegativeTotals(NamedTuple):
@@ -119,6 +147,26 @@ class _Negatives:
             _add_product(self.gradient.mul_(rescale[:, None]), weights, references)
         self.shift = shift
 
+    def state(self) -> Tensor:
+        """Return all that was added up, as one row per anchor."""
+        gradient = self.anchors[:, :0] if self.gradient is None else self.gradient
+        each = torch.stack([self.total, self.shift, self.hardest], dim=1)
+        return torch.cat([each, gradient, self.per_positive], dim=1)
+
+    def merge(self, state: Tensor) -> None:
+        """Add what was added up elsewhere, over other references."""
+        width = 0 if self.gradient is None else self.anchors.shape[1]
+        each, gradient, per_positive = state.split([3, width, state.shape[1] - 3 - width], dim=1)
+        total, other_shift, hardest = each.unbind(dim=1)
+        shift = torch.maximum(self.shift, other_shift)
+        own_scale, other_scale = torch.exp(self.shift - shift), torch.exp(other_shift - shift)
+        self.total = self.total * own_scale + total * other_scale
+        if self.gradient is not None:
+            self.gradient = self.gradient * own_scale[:, None] + gradient * other_scale[:, None]
+        self.shift = shift
+        self.hardest = torch.maximum(self.hardest, hardest)
+        self.per_positive = self.per_positive + per_positive
+
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block; the gradient is normalised with them."""
         total, weighted = self.total, torch.full_like(self.total, torch.nan)
@@ -146,12 +194,31 @@ class _HardestNegatives(_Negatives):
             drop(similarity, -torch.inf)
         assert self.loss.hardest_negatives is not None
         best, places = similarity.topk(min(self.loss.hardest_negatives, similarity.shape[1]), dim=1)
-        places = places + columns.start if isinstance(columns, slice) else columns[places]
-        best, places = torch.cat([self.similarity, best], dim=1), torch.cat([self.columns, places], dim=1)
+        self._keep(best, places + columns.start if isinstance(columns, slice) else columns[places])
+
+    def _keep(self, similarity: Tensor, columns: Tensor) -> None:
+        assert self.loss.hardest_negatives is not None
+        best, places = torch.cat([self.similarity, similarity], dim=1), torch.cat([self.columns, columns], dim=1)
         self.similarity, order = best.topk(min(self.loss.hardest_negatives, best.shape[1]), dim=1)
         self.columns = places.gather(1, order)
         if self.similarity.shape[1] == self.loss.hardest_negatives:
             self.cut = self.similarity[:, -1]
+
+    def state(self) -> Tensor:
+        """Return the similarities that were kept, and the references they are with."""
+        assert self.loss.hardest_negatives is not None
+        missing = self.loss.hardest_negatives - self.similarity.shape[1]
+        similarity = F.pad(self.similarity, (0, missing), value=-torch.inf)
+        rows = F.pad(self.references[self.columns].to(similarity.dtype), (0, 0, 0, missing))
+        return torch.cat([similarity, rows.flatten(1)], dim=1)
+
+    def merge(self, state: Tensor) -> None:
+        """Keep the hardest of those kept so far and of those kept elsewhere."""
+        assert self.loss.hardest_negatives is not None
+        similarity, rows = state.split([self.loss.hardest_negatives, state.shape[1] - self.loss.hardest_negatives], 1)
+        columns = torch.arange(similarity.numel(), device=state.device).view_as(similarity) + self.references.shape[0]
+        self.references = torch.cat([self.references, rows.reshape(-1, self.anchors.shape[1])])
+        self._keep(similarity, columns)
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Weigh those that were kept, as one row."""
@@ -162,21 +229,12 @@ class _HardestNegatives(_Negatives):
         return totals
 
 
-def evaluate(
-    loss: PairLoss,
-    anchors: Tensor,
-    labels: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    most_shared: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def evaluate(loss: PairLoss, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return each anchor's value ``(B,)`` and its gradient ``dl_i/dx_i`` ``(B, D)``."""
-    special = _special_columns(labels, ref_labels, indices, ref_indices, most_shared)
-    most_elements = NEAR_ELEMENTS if _on_host(anchors) else GPU_BLOCK_ELEMENTS
-    if anchors.shape[0] > 1 and anchors.shape[0] * special.columns.shape[0] > most_elements:
-        return _evaluate_halves(loss, anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
+    anchors, labels, references, ref_labels, indices, ref_indices, _ = pairs
+    special = special_columns(pairs)
+    if anchors.shape[0] > 1 and anchors.shape[0] * special.columns.shape[0] > most_near_elements(anchors):
+        return in_halves(partial(evaluate, loss), pairs)
     near = references[special.columns].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
     near_indices = ref_indices[special.columns] if indices is not None and ref_indices is not None else None
     masks = pair_masks(labels, ref_labels[special.columns], indices, near_indices)
@@ -186,59 +244,63 @@ def evaluate(
     similarity = anchors @ near.T  # (B, Q)
 
     contexts = [part.context(similarity, positive) for part in loss.parts]
-    parts = [
-        _negatives(part, context, anchors, references, with_gradient=part is loss.parts[0])
+    parts = negatives(loss, contexts, anchors, references)
+    for part in parts:
+        part.add(similarity.clone(), near, special.columns, partial(fill_masked, ~negative))
+    stream_plain_negatives(parts, references, special.shared)
+    number = negative.sum(dim=1) + (references.shape[0] - special.valid.sum())
+    value, gradient = finish(loss, similarity, positive, contexts, parts, number, near)
+    back = order.argsort()
+    return value[back], gradient[back]
+
+
+def negatives(loss: PairLoss, contexts: list[Context], anchors: Tensor, references: Tensor) -> list[_Negatives]:
+    """Return what totals the negatives of each part of a loss; only the first part's weights become a gradient."""
+    return [
+        _Negatives(part, context, anchors, with_gradient=part is loss.parts[0])
+        if part.hardest_negatives is None
+        else _HardestNegatives(part, context, anchors, references)
         for part, context in zip(loss.parts, contexts, strict=True)
     ]
-    for part in parts:
-        part.add(similarity.clone(), near, special.columns, partial(_fill_masked, ~negative))
-    _stream_plain_negatives(parts, references, special.shared)
-    number = negative.sum(dim=1) + (references.shape[0] - special.valid.sum())
 
+
+def finish(
+    loss: PairLoss,
+    similarity: Tensor,
+    positive: Tensor,
+    contexts: list[Context],
+    parts: list[_Negatives],
+    number: Tensor,
+    near: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add the positives, which are among the ``near`` references, to the totals of the negatives."""
     terms = loss.finish(similarity, positive, contexts, [part.totals(number) for part in parts])
     positive_weights = torch.where(positive, terms.positive_weights, 0.0)
     gradient = parts[0].gradient
     assert gradient is not None
     gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
-    back = order.argsort()
-    return terms.value[back], gradient[back]
+    return terms.value, gradient
 
 
-def _negatives(
-    loss: PairLoss, context: Context, anchors: Tensor, references: Tensor, with_gradient: bool
-) -> _Negatives:
-    if loss.hardest_negatives is not None:
-        return _HardestNegatives(loss, context, anchors, references)
-    return _Negatives(loss, context, anchors, with_gradient)
-
-
-def _evaluate_halves(
-    loss: PairLoss,
-    anchors: Tensor,
-    labels: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    most_shared: int | None,
-) -> tuple[Tensor, Tensor]:
+def in_halves(evaluate_part: Callable[[Pairs], tuple[Tensor, Tensor]], pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Evaluate the anchors in two parts, ordered by class so that each part has fewer classes.
 
     With few classes a large share of the memory has a class of the batch. Anchors do not depend on each other.
     """
-    order = labels.argsort()
-    value, gradient = anchors.new_empty(anchors.shape[0]), torch.empty_like(anchors)
-    for half in order.chunk(2):
-        own = None if indices is None else indices[half]
-        value[half], gradient[half] = evaluate(
-            loss, anchors[half], labels[half], references, ref_labels, own, ref_indices, most_shared
-        )
+    value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
+    for half in pairs.labels.argsort().tensor_split(2):
+        value[half], gradient[half] = evaluate_part(pairs.of(half))
     return value, gradient
 
 
 def _on_host(tensor: Tensor) -> bool:
     """Tell whether numbers can be read without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def most_near_elements(tensor: Tensor) -> int:
+    """Return how many pairs with near references are held at once."""
+    return NEAR_ELEMENTS if _on_host(tensor) else GPU_BLOCK_ELEMENTS
 
 
 class _Special(NamedTuple):
@@ -255,22 +317,18 @@ class _Special(NamedTuple):
     valid: Tensor
 
 
-def _special_columns(
-    labels: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    most_shared: int | None,
-) -> _Special:
-    on_host = _on_host(labels)
+def special_columns(pairs: Pairs) -> _Special:
+    """Return which references are no plain negatives of the batch."""
+    on_host = _on_host(pairs.labels)
     members = _hashed_members if on_host else _members
-    shared = members(ref_labels, labels)
-    if indices is not None and ref_indices is not None:
-        shared |= members(ref_indices, indices) & (ref_indices >= 0)  # below 0 is unknown and equals none
-    if on_host or most_shared is None:
+    shared = members(pairs.ref_labels, pairs.labels)
+    if pairs.indices is not None and pairs.ref_indices is not None:
+        # An index below 0 is unknown and equals none.
+        shared |= members(pairs.ref_indices, pairs.indices) & (pairs.ref_indices >= 0)
+    if on_host or pairs.most_shared is None:
         columns = shared.nonzero().squeeze(1)
         return _Special(shared, columns, torch.ones_like(columns, dtype=torch.bool))
-    return _padded_columns(shared, min(most_shared, len(shared)))
+    return _padded_columns(shared, min(pairs.most_shared, len(shared)))
 
 
 def _padded_columns(shared: Tensor, most: int) -> _Special:
@@ -297,7 +355,7 @@ def _members(ids: Tensor, members: Tensor) -> Tensor:
     return ordered[place] == ids
 
 
-def _stream_plain_negatives(parts: list[_Negatives], references: Tensor, shared: Tensor) -> None:
+def stream_plain_negatives(parts: list[_Negatives], references: Tensor, shared: Tensor) -> None:
     """Add every column that is not ``shared``, block by block; all parts read the same similarities."""
     anchors = parts[0].anchors
     on_host = _on_host(anchors)
@@ -311,7 +369,7 @@ def _stream_plain_negatives(parts: list[_Negatives], references: Tensor, shared:
         _product(anchors, block.T, out=similarity)
         irregular = shared[start : start + width]
         # On a GPU, counting columns would stall it at every block.
-        drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(_fill_masked, irregular)
+        drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(fill_masked, irregular)
         for part in parts:
             hits = _reached_columns(similarity, part.cut, irregular) if on_host else None
             if hits is None:
@@ -339,7 +397,8 @@ def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:
     return block.index_fill_(1, columns, value)  # a mask would cost 10 times as much
 
 
-def _fill_masked(mask: Tensor, block: Tensor, value: float) -> Tensor:
+def fill_masked(mask: Tensor, block: Tensor, value: float) -> Tensor:
+    """Fill a block, in place."""
     return block.masked_fill_(mask, value)
 
 
@@ -379,8 +438,8 @@ def _stream(
     ref_indices: Tensor | None,
     most_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
-    loss = _LOSSES[key]
-    value, gradient = evaluate(loss, anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
+    pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
+    value, gradient = evaluate(_LOSSES[key], pairs)
     return value.mean(), gradient.div_(anchors.shape[0])
 
 
@@ -419,18 +478,8 @@ class Assigned(torch.autograd.Function):
         return grad_output * gradient, None, None
 
 
-def stream(
-    loss: PairLoss,
-    anchors: Tensor,
-    labels: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    most_shared: int | None,
-) -> Tensor:
+def stream(loss: PairLoss, pairs: Pairs) -> Tensor:
     """Return the scalar loss of the anchors against references that carry no gradient."""
-    value, gradient = torch.ops.lightning_memdml.stream(
-        loss.key, anchors.detach(), labels, references.detach(), ref_labels, indices, ref_indices, most_shared
-    )
-    return Assigned.apply(anchors, value, gradient)
+    constant = pairs._replace(anchors=pairs.anchors.detach(), references=pairs.references.detach())
+    value, gradient = torch.ops.lightning_memdml.stream(loss.key, *constant)
+    return Assigned.apply(pairs.anchors, value, gradient)

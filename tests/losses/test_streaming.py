@@ -56,7 +56,7 @@ def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     monkeypatch.setattr(streaming, "NEAR_ELEMENTS", 64 * 1024)
     unknown = torch.full((10_000,), -1)
     with LargestTensor() as largest:  # a mode does not see into the operator, so what it runs is called
-        streaming.evaluate(loss, x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown)
+        streaming.evaluate(loss, streaming.Pairs(x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown))
     assert largest.elements >= 64 * 1000  # it does see the blocks
     assert largest.elements < 64 * 10_000 / 4
 
@@ -178,7 +178,7 @@ def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dt
     with FakeTensorMode(), ProductTypes() as products:
         x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
-        value, gradient = streaming.evaluate(LOSSES[name], x, y, r, ry, y, ry, most_shared=5000)
+        value, gradient = streaming.evaluate(LOSSES[name], streaming.Pairs(x, y, r, ry, y, ry, most_shared=5000))
     assert (value.shape, value.dtype) == ((64,), torch.float32)
     assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
     assert products.large == {(dtype, torch.float32)}

@@ -27,7 +27,8 @@ from lightning_memdml.losses.checks import check_pairs
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.rows import hardest, row_max
 from lightning_memdml.losses.sharding import Ranks, evaluate_sharded
-from lightning_memdml.losses.streaming import Assigned, NegativeTotals, Pairs, register, stream
+from lightning_memdml.losses.streaming import Assigned, Pairs, register, stream
+from lightning_memdml.losses.totals import NegativeTotals
 
 Context = tuple[Tensor, ...]
 

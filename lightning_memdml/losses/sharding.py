@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_memdml.losses import streaming
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.streaming import Pairs
+from lightning_memdml.losses.totals import negatives
 
 if TYPE_CHECKING:
     from lightning_memdml.losses.pair_loss import PairLoss
@@ -57,7 +58,7 @@ def evaluate_sharded(loss: PairLoss, pairs: Pairs, ranks: Ranks) -> tuple[Tensor
     contexts = [part.context(similarity, positive) for part in loss.parts]
     order = positive.sum(dim=1).argsort(descending=True)
     sorted_contexts = [tuple(facts[order] for facts in context) for context in contexts]
-    shares = streaming.negatives(loss, sorted_contexts, everyone[order], references)
+    shares = negatives(loss, sorted_contexts, everyone[order], references)
     for part in shares:  # gives the sums their shape, where this share has no other column
         part.add(similarity[:, :0], near[:0], slice(0, 0))
     streaming.stream_plain_negatives(shares, references, special.shared)
@@ -71,7 +72,7 @@ def evaluate_sharded(loss: PairLoss, pairs: Pairs, ranks: Ranks) -> tuple[Tensor
     first = sum(counts[: ranks.rank])
     own = slice(first, first + counts[ranks.rank])
     own_contexts = [tuple(facts[own] for facts in context) for context in contexts]
-    parts = streaming.negatives(loss, own_contexts, anchors, near)
+    parts = negatives(loss, own_contexts, anchors, near)
     for part, states_of_part in zip(parts, received[1:], strict=True):
         place = torch.arange(near.shape[0], device=near.device)
         part.add(similarity[own].clone(), near, place, partial(streaming.fill_masked, ~negative[own]))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from math import prod
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.transforms.v2 import functional
 
-from lightning_memdml.data.transforms import SeededTransform
+from lightning_memdml.data.transforms import PhotographTransform, SeededTransform, normalise
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11
@@ -59,8 +61,11 @@ class OpenFiles:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB and turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """Return `image` in RGB with 8 bits and turned as its EXIF orientation says; it may be changed in place."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255: nearly all white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
@@ -116,6 +121,17 @@ def draw_seeded(data_set: Dataset[Any], positions: Sequence[int], seeds: Sequenc
         with seeded(seed):
             samples.append(data_set[position])
     return default_collate(samples)
+
+
+def empty_batch(*shape: int) -> Tensor:
+    """Return a float32 tensor to be filled; that of a worker process lies where the training process can read it.
+
+    So it is not copied when it is sent, which is what torch's own collation does too.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * prod(shape)), 0, shape, strides)
 
 
 class ImageDataset(Dataset[tuple[Any, int, int]]):
@@ -193,6 +209,23 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         """Return the image at `position` before the transform as a `PIL` image, to be looked at."""
         image = self.open(position)
         return functional.to_pil_image(image) if isinstance(image, Tensor) else image
+
+    def draw(self, positions: Sequence[int], seeds: Sequence[int]) -> Any:
+        """Return the batch at `positions`, where each sample draws from its own seed.
+
+        Photographs are written into the batch as they are normalised, rather than copied into it afterwards.
+        """
+        if not isinstance(self.transform, PhotographTransform):
+            return draw_seeded(self, positions, seeds)
+        pictures = []
+        for position, seed in zip(positions, seeds, strict=True):
+            with seeded(seed):
+                pictures.append(self.transform.pixels(self.open(position)))
+        batch = empty_batch(len(pictures), *pictures[0].shape)
+        for picture, place in zip(pictures, batch, strict=True):
+            normalise(picture, out=place)
+        at = torch.tensor(positions)
+        return batch, self.labels[at], self.indices[at]
 
     def __getitem__(self, position: int) -> tuple[Any, int, int]:
         image = self.open(position)

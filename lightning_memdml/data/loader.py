@@ -26,7 +26,7 @@ class ClassBalancedLoader:
 
     Args:
         data_set: Map-style data set of `(image, label, index)`. If it has a method `draw(positions, seeds)` that makes
-            a whole batch, as `TensorImageDataset` has, that is asked.
+            a whole batch, as `ImageDataset` has, that is asked.
         sampler: What draws the batches. Lightning calls its `set_epoch`.
         num_workers: Worker processes that open and transform images; 0 does it in the training process.
         pin_memory: Whether batches go to page-locked memory, from where a GPU copies them faster.

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_memdml.data import transforms
+from lightning_memdml.data.cache import PixelCache
 from lightning_memdml.data.images import ImageDataset, OpenFiles, Record, Role, TensorImageDataset
 from lightning_memdml.data.loader import ClassBalancedLoader
 from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch
+
+MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
 
 
 class RetrievalDataModule(LightningDataModule):
@@ -41,7 +46,8 @@ class RetrievalDataModule(LightningDataModule):
     - `val_set`: the validation classes;
     - `query_set` and `gallery_set`: one and the same object if every test image is both. Equal indices are the same
       image in both sets, so self pairs can be told by index;
-    - `classes`: what the data set calls the class of each label; a label is the same class in every set.
+    - `classes`: what the data set calls the class of each label; a label is the same class in every set;
+    - `counts`: images and classes of each role, before validation classes are held out.
 
     Each is a map-style data set of `(image, label, index)` with `labels` (1-D, int64) and `paths`; one without images
     is empty. Every loader yields `(images, labels, indices)`. Under DDP, Lightning's sampler repeats a few images in
@@ -53,7 +59,8 @@ class RetrievalDataModule(LightningDataModule):
         batches_per_epoch: Training batches per epoch; by default as many as it takes to visit every image. Shorter
             epochs visit every image too, over several epochs.
         eval_batch_size: Images per batch of validation, test and prediction on each rank.
-        num_workers: Processes per loader that open and transform images; 0 does it in the training process.
+        num_workers: Processes per loader that open and transform images; 0 does it in the training process. By default
+            as many as there are CPU cores for each rank of this machine, at most 16.
         seed: Seed of batches and augmentation. The validation classes do not depend on it.
         val_fraction: Share of the training classes that is held out for validation, evenly spread over their order: at
             least 2 classes, at least 2 left to train. 0 trains on all and validates on nothing: the test
@@ -63,6 +70,12 @@ class RetrievalDataModule(LightningDataModule):
             numbers in it are seeded for every draw; those of `random` and NumPy are not.
         test_transform: Turns an opened image into the input of validation, test and prediction; by default the
             data set's own.
+        pixel_cache: Folder, on a local disk, in which opened images are kept as pixels, shrunk to what the default
+            transforms begin with (shorter side 256 for an `image_size` of 224): later epochs and runs neither decode
+            nor shrink them. The default transforms give the same numbers with and without it; your own get the shrunk
+            image, as a uint8 tensor. For images in files; see `PixelCache`.
+        pixel_cache_gb: How much of the disk (in 10^9 bytes) the folder may take; images beyond that are opened every
+            time. An image takes about 0.25 MB at an `image_size` of 224.
 
     Raises:
         ValueError: If an argument is out of range, or too few classes are left to train.
@@ -73,6 +86,7 @@ class RetrievalDataModule(LightningDataModule):
     query_set: ImageDataset
     gallery_set: ImageDataset
     classes: list[int | str]
+    counts: dict[Role, Count]
 
     def __init__(
         self,
@@ -80,12 +94,14 @@ class RetrievalDataModule(LightningDataModule):
         images_per_class: int = 4,
         batches_per_epoch: int | None = None,
         eval_batch_size: int = 128,
-        num_workers: int = 4,
+        num_workers: int | None = None,
         seed: int = 0,
         val_fraction: float = 0.1,
         image_size: int = 224,
         train_transform: Callable[[Any], Any] | None = None,
         test_transform: Callable[[Any], Any] | None = None,
+        pixel_cache: str | None = None,
+        pixel_cache_gb: float = 64.0,
     ) -> None:
         super().__init__()
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
@@ -103,8 +119,10 @@ class RetrievalDataModule(LightningDataModule):
         self.image_size = image_size
         self.train_transform = train_transform
         self.test_transform = test_transform
+        self.pixel_cache = pixel_cache
+        self.pixel_cache_gb = pixel_cache_gb
 
-    # What a data set says: `records`, and the other three only where it differs from files and photographs.
+    # What a data set says: `records`, and the others only where it differs from files and photographs.
 
     def records(self) -> Iterable[Record]:
         """Return one record per image, in the same order at every call and on every rank."""
@@ -125,6 +143,10 @@ class RetrievalDataModule(LightningDataModule):
         """Return the transform of this data set for validation, test and prediction."""
         return transforms.EvaluationTransform(self.image_size)
 
+    def shrink(self) -> transforms.Shrink | None:
+        """Return the part that the default transforms begin with, which the pixel cache keeps; `None` for no cache."""
+        return transforms.Shrink(self.image_size)
+
     # What Lightning asks.
 
     def setup(self, stage: str | None = None) -> None:
@@ -133,6 +155,7 @@ class RetrievalDataModule(LightningDataModule):
             return
         records = list(self.records())
         rows = split_rows(records, self.val_fraction)
+        self.counts = count_roles(records)
         classes = list(dict.fromkeys(records[row].label for part in rows for row in part.tolist()))
         label_of = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([label_of[record.label] for record in records], dtype=torch.long)
@@ -141,23 +164,33 @@ class RetrievalDataModule(LightningDataModule):
             self._all_images: ImageDataset = TensorImageDataset(pixels, paths, labels)
         else:
             self._all_images = ImageDataset(pixels, paths, labels)
-        self._make_sets(rows)
+        self._make_sets(rows, self._cached(records))
         self._warn_of_odd_classes()
         self.classes = classes
 
-    def _make_sets(self, rows: Rows) -> None:
+    def _cached(self, records: Sequence[Record]) -> ImageDataset:
+        """Return all images, through the pixel cache if there is one; `verify` goes on reading the files."""
+        shrink, images = self.shrink(), self._all_images
+        if self.pixel_cache is None or shrink is None or isinstance(images, TensorImageDataset):
+            return images
+        folder, max_bytes = Path(self.pixel_cache).expanduser(), round(1e9 * self.pixel_cache_gb)
+        cache = PixelCache(images.open_image, records, shrink, shrink.side, folder, max_bytes)
+        rank_zero_info(f"Pixel cache: {cache.taken() / 1e9:.1f} of {max_bytes / 1e9:.1f} GB taken in {folder}.")
+        return ImageDataset(cache, images.paths, images.labels)
+
+    def _make_sets(self, rows: Rows, images: ImageDataset) -> None:
         """Give each role its part of the images."""
         train_transform = self.default_train_transform() if self.train_transform is None else self.train_transform
         test_transform = self.default_test_transform() if self.test_transform is None else self.test_transform
-        identity = torch.full((len(self._all_images),), -1)
+        identity = torch.full((len(images),), -1)
         tested = torch.cat([rows.query, rows.gallery]).unique()
         identity[tested] = torch.arange(len(tested))
-        self.train_set = self._all_images.part(rows.train, train_transform)
-        self.val_set = self._all_images.part(rows.val, test_transform)
-        self.query_set = self._all_images.part(rows.query, test_transform, identity[rows.query])
+        self.train_set = images.part(rows.train, train_transform)
+        self.val_set = images.part(rows.val, test_transform)
+        self.query_set = images.part(rows.query, test_transform, identity[rows.query])
         self.gallery_set = self.query_set
         if not rows.query.equal(rows.gallery):
-            self.gallery_set = self._all_images.part(rows.gallery, test_transform, identity[rows.gallery])
+            self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
 
     def _warn_of_odd_classes(self) -> None:
         """Tell in one line each what may surprise in the results."""
@@ -179,7 +212,7 @@ class RetrievalDataModule(LightningDataModule):
         sampler = ClassBalancedSampler(
             self.train_set.labels, self.batch_size, self.images_per_class, self.seed, self.batches_per_epoch
         )
-        return ClassBalancedLoader(self.train_set, sampler, self.num_workers, self._on_gpu())
+        return ClassBalancedLoader(self.train_set, sampler, self._workers(), self._on_gpu())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the loader of the validation classes; an empty list, which Lightning skips, if there are none."""
@@ -203,10 +236,18 @@ class RetrievalDataModule(LightningDataModule):
         return DataLoader(
             images,
             batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
+            num_workers=self._workers(),
             pin_memory=self._on_gpu(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self._workers() > 0,
         )
+
+    def _workers(self) -> int:
+        """Return the number of worker processes per loader."""
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ranks = 1 if self.trainer is None else self.trainer.num_devices  # of this machine
+        return max(1, min(MAX_WORKERS, cores // ranks))
 
     def _require(self, images: ImageDataset, role: str) -> None:
         if not len(images):
@@ -216,14 +257,18 @@ class RetrievalDataModule(LightningDataModule):
         """Whether batches go to a GPU. Pinning memory for a run on the CPU would start one nobody asked for."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
+    def count_problems(self) -> list[Problem]:
+        """Return where the numbers of images and classes are other than published; nothing, where none are."""
+        return []
+
     def verify(self) -> list[Problem]:
         """Open every image of the data set, and return those that are missing or damaged.
 
-        It reads every file whole, with as many threads as there are `num_workers`; a large data set takes its time.
+        It reads every file whole, with as many threads as there are workers; a large data set takes its time.
         """
         self.setup()
         count = len(self._all_images)
-        with ThreadPool(max(1, self.num_workers)) as threads:
+        with ThreadPool(max(1, self._workers())) as threads:
             reasons = threads.imap(self._reason_not_to_open, range(count), chunksize=16)
             shown = tqdm(reasons, f"{type(self).__name__}: opening images", count, delay=1, unit="image")
             return [Problem(path, reason) for path, reason in zip(self._all_images.paths, shown, strict=True) if reason]
@@ -241,6 +286,36 @@ class Problem(NamedTuple):
 
     path: str
     reason: str
+
+
+class Count(NamedTuple):
+    """How many images of how many classes; `None` where that is not known."""
+
+    images: int | None
+    classes: int | None
+
+    def in_words(self, role: str) -> str:
+        """Return the numbers as a part of a sentence.
+
+        Example:
+            >>> Count(5864, 100).in_words("train"), Count(None, 800).in_words("test")
+            ('5,864 train images of 100 classes', 'test images of 800 classes')
+        """
+        images, classes = ("" if number is None else f"{number:,} " for number in self)
+        return f"{images}{role} images" + (f" of {classes}classes" if classes else "")
+
+
+def count_roles(records: Sequence[Record]) -> dict[Role, Count]:
+    """Return the images and classes of each role that occurs.
+
+    Example:
+        >>> count_roles([Record("1", "a", "train"), Record("2", "a", "train"), Record("3", "b", "test")])
+        {'train': Count(images=2, classes=1), 'test': Count(images=1, classes=1)}
+    """
+    labels: dict[Role, list[int | str]] = {}
+    for record in records:
+        labels.setdefault(record.role, []).append(record.label)
+    return {role: Count(len(found), len(set(found))) for role, found in labels.items()}
 
 
 class Rows(NamedTuple):

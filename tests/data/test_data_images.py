@@ -6,11 +6,14 @@ import io
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import PILToTensor
 
 from lightning_memdml.data.images import (
     ImageDataset,
@@ -18,9 +21,11 @@ from lightning_memdml.data.images import (
     Record,
     TensorImageDataset,
     crop,
+    draw_seeded,
     inside,
     split_classes,
 )
+from lightning_memdml.data.transforms import EvaluationTransform, TrainingTransform
 
 
 def data_set(*records: Record) -> ImageDataset:
@@ -95,6 +100,38 @@ def test_a_part_keeps_labels_paths_and_given_indices():
     images, labels, indices = part.draw([0, 0], [1, 2])
     assert (images.flatten().tolist(), labels.tolist(), indices.tolist()) == ([255, 255], [8, 8], [77, 77])
     assert len(whole) == 5
+
+
+@pytest.mark.parametrize("transform", [TrainingTransform(16), EvaluationTransform(16), None])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_what_its_samples_are(tmp_path, transform, workers):
+    """Bit for bit, whether it is put together at once or sample by sample, here or in a worker."""
+    records = [Record(str(tmp_path / f"{i}.png"), i, "train") for i in range(4)]
+    for i, record in enumerate(records):
+        noise = np.random.default_rng(i).integers(256, size=(30, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(record.path)
+    images = data_set(*records).part(torch.tensor([3, 1, 2]), transform or PILToTensor(), torch.tensor([7, 8, 9]))
+    expected = draw_seeded(images, [2, 0, 0], [5, 6, 7])
+    (found,) = DataLoader(Batches(images), batch_size=None, num_workers=workers)
+    assert all(one.equal(two) for one, two in zip(expected, found, strict=True))
+    assert found[1].tolist() == [2, 3, 3]
+    assert found[2].tolist() == [9, 7, 7]
+    assert found[0].is_shared() == bool(workers)
+    if transform is not None:
+        assert found[0].dtype == torch.float32
+
+
+class Batches(torch.utils.data.Dataset):
+    """One batch of draws."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> object:
+        return self.images.draw([2, 0, 0], [5, 6, 7])
 
 
 def test_data_sets_can_be_sent_to_spawned_workers(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from lightning_memdml.data.transforms import (
     IMAGENET_MEAN,
@@ -37,6 +38,29 @@ def test_evaluation_looks_at_the_centre_224_of_256():
     assert seen[112, 112] > 0.99
     assert seen[0, 112] < 0.6
     assert seen[2, 2] > 0.99
+
+
+@pytest.mark.parametrize("size", [(500, 375), (256, 256), (90, 301)])
+def test_they_are_the_transforms_of_the_field(size):
+    """Resize 256, then a random part of 0.2 to 1 at 224 and a flip, or the centre; on Pillow images, as papers do it.
+
+    Both round to 8 bits when they resize, twice in training: 2 of 255 levels at most, most of them equal.
+    """
+    noise = torch.randint(256, (3, size[1] // 5, size[0] // 5), dtype=torch.uint8)
+    image = v2.functional.to_pil_image(v2.functional.resize(noise, [size[1], size[0]], antialias=True))
+    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    part = [v2.RandomResizedCrop(224, scale=(0.2, 1.0)), v2.RandomHorizontalFlip()]
+    for ours, field in (
+        (TrainingTransform(224), v2.Compose([v2.Resize(256), *part, *last])),
+        (EvaluationTransform(224), v2.Compose([v2.Resize(256), v2.CenterCrop(224), *last])),
+    ):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            found = ours(image)
+            torch.manual_seed(seed)
+            levels = (found - field(image)).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
+            assert levels.max() < 2.01
+            assert levels.mean() < 0.3
 
 
 def test_training_crops_and_mirrors():

@@ -15,6 +15,8 @@ from lightning_memdml.retrieval.examples import Neighbour, RetrievalExample
 ImageSource = Callable[[int], Any]
 """Gives a picture by its position: PIL, array `(H, W)` or `(H, W, C)`, tensor `(C, H, W)`; uint8 or in [0, 1]."""
 ClassNames = Mapping[int, str] | Sequence[str] | None
+Kind = Literal["query", "right", "wrong", "found"]
+_MARKS: dict[bool | None, tuple[Kind, str]] = {True: ("right", "✓ "), False: ("wrong", "✗ "), None: ("found", "")}
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,15 @@ class Cell:
     """One picture of a gallery with its words.
 
     Attributes:
-        kind: A query, or a reference that is right or wrong.
+        kind: A query, or a reference: right, wrong, or found for a query whose class nobody knows.
         picture: RGB.
         name: Of its class.
         facts: Of a reference: a tick or a cross, which tell right from wrong without colour, and the similarity.
+            A query of unknown class has neither.
         rank: Of the first right reference where no neighbour is right, such as "rank 57"; otherwise empty.
     """
 
-    kind: Literal["query", "right", "wrong"]
+    kind: Kind
     picture: Image.Image
     name: str
     facts: str = ""
@@ -56,11 +59,11 @@ def _cells(
     example: RetrievalExample, image: ImageSource, gallery_image: ImageSource, class_names: ClassNames
 ) -> Iterator[Cell]:
     def reference(neighbour: Neighbour, rank: str = "") -> Cell:
-        facts = f"{'✓' if neighbour.right else '✗'} {neighbour.similarity:.2f}"
-        picture, name = as_picture(gallery_image(neighbour.position)), _name(neighbour.label, class_names)
-        return Cell("right" if neighbour.right else "wrong", picture, name, facts, rank)
+        kind, mark = _MARKS[neighbour.right]
+        picture, name = as_picture(gallery_image(neighbour.position)), name_of(neighbour.label, class_names)
+        return Cell(kind, picture, name, f"{mark}{neighbour.similarity:.2f}", rank)
 
-    yield Cell("query", as_picture(image(example.position)), _name(example.label, class_names))
+    yield Cell("query", as_picture(image(example.position)), example.name or name_of(example.label, class_names))
     yield from map(reference, example.neighbours)
     if example.best_match is not None and not any(neighbour.right for neighbour in example.neighbours):
         beyond = example.best_rank > example.depth
@@ -90,6 +93,9 @@ def as_picture(image: Any) -> Image.Image:
     return Image.fromarray(image).convert("RGB")
 
 
-def _name(label: int, class_names: ClassNames) -> str:
+def name_of(label: int | None, class_names: ClassNames) -> str:
+    """Name of a label's class, as far as there is one."""
+    if label is None:
+        return "query"
     named = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names or ()))
     return named.get(label, f"class {label}")

@@ -77,6 +77,7 @@ class RankCounter:
         self.counts = torch.zeros(len(self.positives), self.width + 1, dtype=torch.int32, device=queries.unit.device)
         self._places = torch.arange(1, self.width + 1, device=queries.unit.device)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting = 0  # hits in there; adding them up at every tile took a tenth of the whole time
         self.threshold = torch.empty(len(self.positives), device=queries.unit.device)
         for part in split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width)):
             self._update_threshold(torch.arange(part.start, part.stop, device=queries.unit.device))
@@ -101,13 +102,15 @@ class RankCounter:
             self._count(row, reference, similarity)
             return
         self._pending.append((row, reference, similarity))
-        if sum(len(hits[0]) for hits in self._pending) >= _BATCH:
+        self._waiting += row.numel()
+        if self._waiting >= _BATCH:
             self._count_pending()
 
     def _count_pending(self) -> None:
         if self._pending:
             row, reference, similarity = (torch.cat(column) for column in zip(*self._pending, strict=True))
             self._pending.clear()
+            self._waiting = 0
             self._count(row, reference, similarity)
 
     def _count(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:

@@ -18,12 +18,12 @@ Order = Literal["hardest", "random"]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A reference: position in the gallery, label, cosine similarity, whether it has the query's label."""
+    """A reference: position in the gallery, label, cosine similarity, whether it has the query's label, if known."""
 
     position: int
     label: int
     similarity: float
-    right: bool
+    right: bool | None
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,21 @@ class RetrievalExample:
 
     Attributes:
         position: Position of the query in its embeddings.
-        label: Its label.
+        label: Its label, or None if nobody knows.
         neighbours: Nearest references, most similar first.
         best_match: The most similar right reference, or None if there is none at all.
         best_rank: 1-based rank of that match, ties counted against it; beyond `depth` it is `depth + 1`.
         depth: Largest rank that is told apart.
+        name: What the query is called, by default the name of its class.
     """
 
     position: int
-    label: int
+    label: int | None
     neighbours: tuple[Neighbour, ...]
-    best_match: Neighbour | None
-    best_rank: int
-    depth: int
+    best_match: Neighbour | None = None
+    best_rank: int = 0
+    depth: int = 0
+    name: str = ""
 
 
 def retrieval_examples(
@@ -58,6 +60,8 @@ def retrieval_examples(
     order: Order = "hardest",
     queries: Sequence[int] | None = None,
     seed: int = 0,
+    indices: Tensor | None = None,
+    gallery_indices: Tensor | None = None,
 ) -> list[RetrievalExample]:
     """Choose queries and find their nearest neighbours, exactly, by cosine similarity.
 
@@ -73,6 +77,8 @@ def retrieval_examples(
             average precision at R; `"random"`: a draw. Queries without any match are not drawn.
         queries: Positions of the queries instead, shown in this order.
         seed: Seed of the draw.
+        indices: `(N,)` image numbers, each once; with `gallery_indices`, a query does not find its own number.
+        gallery_indices: `(M,)` image numbers of the gallery.
 
     Raises:
         TypeError: If an embedding or label argument has the wrong type.
@@ -86,28 +92,35 @@ def retrieval_examples(
     """
     if order not in ("hardest", "random"):
         raise ValueError(f"Expected `order` to be 'hardest' or 'random', got {order!r}.")
-    ranks = rank_queries(embeddings, labels, gallery_embeddings, gallery_labels)
+    ranks = rank_queries(
+        embeddings, labels, gallery_embeddings, gallery_labels, indices=indices, gallery_indices=gallery_indices
+    )
+    if len(ranks.rows) < len(embeddings):
+        raise ValueError("Expected each image once, but `indices` repeat; leave the repeated rows out.")
     chosen = _choose(ranks, count, order, seed) if queries is None else torch.as_tensor(list(queries)).to(ranks.rows)
     if gallery_embeddings is None or gallery_labels is None:
-        gallery_embeddings, gallery_labels, own_position = embeddings, ranks.labels, ranks.rows
+        gallery_embeddings, gallery_labels, own = embeddings, ranks.labels, ranks.rows
+        gallery_own = own
     else:
         gallery_labels = gallery_labels.to(ranks.labels)
-        own_position = torch.full_like(gallery_labels, -1)  # no query is in the gallery
+        own, gallery_own = ranks.rows, torch.full_like(gallery_labels, -1)  # no query is in the gallery
+        if indices is not None and gallery_indices is not None:
+            own, gallery_own = indices.to(ranks.labels), gallery_indices.to(ranks.labels)
 
     nearest = nearest_neighbours(
         embeddings,
         gallery_embeddings,
         k=neighbours,
         queries=chosen,
-        indices=ranks.rows,
-        gallery_indices=own_position,
+        indices=own,
+        gallery_indices=gallery_own,
     )
     examples = []
     for query, similarity, position in zip(chosen.tolist(), *nearest, strict=True):
         label = int(ranks.labels[query])
         found = zip(position.tolist(), gallery_labels[position].tolist(), similarity.tolist(), strict=True)
         listed = tuple(Neighbour(at, other, value, other == label) for at, other, value in found if at >= 0)
-        right = ((gallery_labels == label) & (own_position != query)).nonzero().squeeze(1)
+        right = ((gallery_labels == label) & (gallery_own != own[query])).nonzero().squeeze(1)
         best_match = _best_match(embeddings[query], gallery_embeddings, right, label)
         rank = int(ranks.best_rank[query])
         examples.append(RetrievalExample(query, label, listed, best_match, rank, ranks.depth))

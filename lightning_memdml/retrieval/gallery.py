@@ -12,12 +12,13 @@ from PIL import ImageOps
 from lightning_memdml.retrieval.cells import Cell, ClassNames, ImageSource, gallery_rows
 from lightning_memdml.retrieval.examples import RetrievalExample
 from lightning_memdml.retrieval.page import gallery_html
+from lightning_memdml.retrieval.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"query": "#33415c", "right": "#1a7f4b", "wrong": "#c8323c"}
+_COLOURS = {"query": "#33415c", "right": "#1a7f4b", "wrong": "#c8323c", "found": "#8a93a5"}
 _INK, _FAINT, _PAPER = "#1d2433", "#6b7486", "#eef0f4"
 _CELL, _PICTURE, _ROW, _HEAD, _GAP, _EDGE = 1.15, 1.05, 1.57, 0.62, 0.28, 0.18  # inches
 
@@ -47,13 +48,13 @@ def save_gallery(
     path = Path(path)
     if path.suffix not in (".html", ".png", ".pdf", ".svg"):
         raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg, got {path.name!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".html":
-        page = gallery_html(examples, image, gallery_image, class_names=class_names, title=title)
-        path.write_text(page, encoding="utf-8")
-    else:
-        figure = gallery_figure(examples, image, gallery_image, class_names=class_names, title=title)
-        figure.savefig(path, dpi=150)
+    with whole_file(path) as unfinished:
+        if path.suffix == ".html":
+            page = gallery_html(examples, image, gallery_image, class_names=class_names, title=title)
+            unfinished.write_text(page, encoding="utf-8")
+        else:
+            figure = gallery_figure(examples, image, gallery_image, class_names=class_names, title=title)
+            figure.savefig(unfinished, dpi=150)
     return path
 
 
@@ -115,7 +116,7 @@ def _draw(axes: Axes, cell: Cell) -> None:
     if cell.kind == "query":
         _write(axes, 0, cell.name, colour, "bold")
     else:
-        _write(axes, 0, cell.facts, colour, "bold")
+        _write(axes, 0, cell.facts, _INK if cell.kind == "found" else colour, "bold")
         _write(axes, 1, cell.rank or cell.name, _INK, "normal")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +27,28 @@ _ROLES: tuple[Role, ...] = ("both", "query", "gallery")
 _ABSENT = -1  # stands for an index or a group that was not given
 
 
+class Samples(NamedTuple):
+    """What a metric has seen, each image once.
+
+    Attributes:
+        embeddings: `(N, D)` float32, as they were given.
+        labels: `(N,)`.
+        indices: `(N,)` image numbers, or None.
+        groups: `(N,)`, or None.
+        query: Positions of the queries among the rows.
+        gallery: Positions of the references.
+        gallery_numbers: `(N,)` which of several galleries a reference belongs to; -1 for all.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    indices: Tensor | None
+    groups: Tensor | None
+    query: Tensor
+    gallery: Tensor
+    gallery_numbers: Tensor
+
+
 class RetrievalMetrics(Metric):
     """Exact recall at K, MAP@R and R-precision of a whole evaluation set; formulas: see `retrieval_scores`.
 
@@ -38,12 +61,15 @@ class RetrievalMetrics(Metric):
         shared_indices: Whether queries and gallery are numbered together, so that equal indices are one image, which
             is then not found by itself. By default each role counts on its own.
         mean_average_precision: Also follow every match to its rank, however deep; several times slower.
+        galleries: Names of several galleries that the same queries search, each on its own: nested galleries of
+            growing size, or repeated draws of one image per class. Scores are then called `<name>/recall_at_1` and
+            so on.
         **kwargs: Of `torchmetrics.Metric`. `compute_on_cpu=True` keeps the rows, and does the scoring, on the
             CPU: it frees `4 * N * D` bytes of GPU memory between updates.
 
     Raises:
         TypeError: If `k` holds anything but integers.
-        ValueError: If `k` is empty, repeats or is below 1.
+        ValueError: If `k` is empty, repeats or is below 1, or two galleries have one name.
 
     Example:
         >>> metrics = RetrievalMetrics(k=(1,))
@@ -62,19 +88,24 @@ class RetrievalMetrics(Metric):
     indices: list[Tensor]
     groups: list[Tensor]
     roles: list[Tensor]
+    gallery_numbers: list[Tensor]
 
     def __init__(
         self,
         k: Sequence[int] = (1, 10, 100, 1000),
         shared_indices: bool = False,
         mean_average_precision: bool = False,
+        galleries: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"dist_sync_fn": gather_rows, **kwargs})
         self.k = check_recall_levels(k)
         self.shared_indices = shared_indices
         self.mean_average_precision = mean_average_precision
-        for state in ("embeddings", "labels", "indices", "groups", "roles"):
+        self.galleries = tuple(galleries or ())
+        if len(set(self.galleries)) < len(self.galleries):
+            raise ValueError(f"Expected `galleries` of distinct names, got {self.galleries}.")
+        for state in ("embeddings", "labels", "indices", "groups", "roles", "gallery_numbers"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(
@@ -85,6 +116,7 @@ class RetrievalMetrics(Metric):
         *,
         role: Role = "both",
         groups: Tensor | None = None,
+        gallery: str | None = None,
     ) -> None:
         """Add a batch.
 
@@ -98,13 +130,16 @@ class RetrievalMetrics(Metric):
                 is `"both"`.
             groups: `(B,)` non-negative group, such as the camera: references of the query's label **and**
                 group are left out.
+            gallery: With `role="gallery"`, which of the `galleries` the batch belongs to; an image of two galleries
+                is given to both. Images that are `"both"` are in every gallery.
 
         Raises:
             TypeError: If something is no tensor or has the wrong dtype.
-            ValueError: If shapes disagree, `role` is unknown, or `indices` or `groups` are negative.
+            ValueError: If shapes disagree, `role` or `gallery` is unknown, or `indices` or `groups` are negative.
         """
         if role not in _ROLES:
             raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))}, got {role!r}.")
+        number = self._gallery_number(role, gallery)
         check_embeddings(embeddings, "embeddings")
         labels = check_integers(labels, "labels", embeddings)
         indices = _optional_numbers(indices, "indices", embeddings)
@@ -114,6 +149,21 @@ class RetrievalMetrics(Metric):
         self.indices.append(indices)
         self.groups.append(groups)
         self.roles.append(torch.full_like(labels, _ROLES.index(role)))
+        self.gallery_numbers.append(torch.full_like(labels, number))
+
+    def _gallery_number(self, role: Role, gallery: str | None) -> int:
+        if role == "gallery" and self.galleries:
+            if gallery not in self.galleries:
+                raise ValueError(
+                    f"Expected `gallery` to be one of {', '.join(map(repr, self.galleries))}, got {gallery!r}."
+                )
+            return self.galleries.index(gallery)
+        if gallery is not None:
+            raise ValueError(
+                f'`gallery={gallery!r}` says which of several galleries a batch of `role="gallery"` belongs to, but '
+                f"the role is {role!r} and the galleries are {self.galleries}; pass `RetrievalMetrics(galleries=...)`."
+            )
+        return _ABSENT
 
     def compute(self) -> dict[str, Tensor]:
         """Return each score as a float32 scalar; NaN if no query has a match, as in a short sanity check.
@@ -122,23 +172,70 @@ class RetrievalMetrics(Metric):
             ValueError: If embeddings are not finite (naming the images), or `indices` or `groups` were given
                 in some updates and not in others.
         """
-        scores = self._rank().scores(self.k)
-        return {name: torch.tensor(float(value), device=self.device) for name, value in scores.items()}
+        return {
+            f"{gallery}/{name}" if gallery else name: torch.tensor(float(value), device=self.device)
+            for gallery in self.galleries or (None,)
+            for name, value in self._rank(gallery).scores(self.k).items()
+        }
 
-    def _rank(self) -> QueryRanks:
-        labels, roles = _rows(self.labels), _rows(self.roles)
+    def ranks(self, gallery: str | None = None) -> QueryRanks:
+        """Return what was counted for each query of all ranks, for scores per class and confidence intervals.
+
+        Every rank has to call it. Its `rows` count the queries in the order of the ranks' updates.
+
+        Args:
+            gallery: Which of the `galleries`, if there are several.
+
+        Raises:
+            ValueError: As `compute`, or if `gallery` is none of them.
+
+        Example:
+            >>> metrics = RetrievalMetrics(k=(1,))
+            >>> metrics.update(torch.eye(3)[[0, 0, 1, 2]], torch.tensor([4, 4, 5, 5]))
+            >>> metrics.ranks().per_class()["recall_at_1"].tolist()
+            [1.0, 0.0]
+        """
+        self._gallery_number("gallery", gallery)
+        with self._exchanged():
+            return self._rank(gallery)
+
+    def samples(self) -> Samples:
+        """Return the rows of all ranks, each image once. Every rank has to call it.
+
+        Raises:
+            ValueError: As `compute`.
+        """
+        with self._exchanged():
+            return self._samples()
+
+    def _exchanged(self) -> AbstractContextManager[None]:
+        """The ranks' rows are those of all inside."""
+        return self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        )
+
+    def _samples(self) -> Samples:
+        labels, roles, numbers = _rows(self.labels), _rows(self.roles), _rows(self.gallery_numbers)
         indices, groups = _all_or_none(_rows(self.indices), "indices"), _all_or_none(_rows(self.groups), "groups")
         embeddings = _rows(self.embeddings) if len(labels) else torch.zeros(0, 1, device=labels.device)
         check_finite(embeddings, "embeddings", indices)
-        ranked = partial(rank_queries, depth=max(self.k), mean_average_precision=self.mean_average_precision)
         kept = torch.arange(len(labels), device=labels.device)
         if indices is not None:
-            kept = _first_of_each_within_role(indices, labels, roles)
-        query = kept[roles[kept] != _ROLES.index("gallery")]
-        gallery = kept[roles[kept] != _ROLES.index("query")]
-        if not self._is_synced and len(query) == len(gallery) == len(kept):
+            kept = _first_of_each_within_role(indices, labels, roles + len(_ROLES) * (1 + numbers))
+        embeddings, labels, roles, numbers = (_at(column, kept) for column in (embeddings, labels, roles, numbers))
+        query = (roles != _ROLES.index("gallery")).nonzero().squeeze(1)
+        gallery = (roles != _ROLES.index("query")).nonzero().squeeze(1)
+        return Samples(embeddings, labels, _at(indices, kept), _at(groups, kept), query, gallery, numbers)
+
+    def _rank(self, searched: str | None) -> QueryRanks:
+        embeddings, labels, indices, groups, query, gallery, numbers = self._samples()
+        if searched is not None:
+            part = numbers[gallery]
+            gallery = gallery[(part == self.galleries.index(searched)) | (part == _ABSENT)]
+        ranked = partial(rank_queries, depth=max(self.k), mean_average_precision=self.mean_average_precision)
+        if not self._is_synced and len(query) == len(gallery) == len(labels):
             # Compared with itself, one set costs half of what two sets cost.
-            return ranked(_at(embeddings, kept), _at(labels, kept), groups=_at(groups, kept))
+            return ranked(embeddings, labels, groups=groups)
         rank, world = 0, 1
         if self._is_synced:
             rank, world = distributed.get_rank(self.process_group), distributed.get_world_size(self.process_group)
@@ -218,9 +315,9 @@ def _all_or_none(numbers: Tensor, name: str) -> Tensor | None:
 
 
 def _first_of_each_within_role(indices: Tensor, labels: Tensor, roles: Tensor) -> Tensor:
-    """Positions to keep: an index counts within its role, query 5 and gallery 5 are two images."""
-    kept = []
-    for role in range(len(_ROLES)):
+    """Positions to keep: an index counts within its role (and gallery), query 5 and gallery 5 are two images."""
+    kept = [labels[:0]]
+    for role in roles.unique():
         rows = (roles == role).nonzero().squeeze(1)
         kept.append(rows[first_of_each(indices[rows], labels[rows])])
     return torch.cat(kept).sort().values

@@ -38,7 +38,9 @@ def gallery_html(
     rows = gallery_rows(examples, image, gallery_image, class_names)
     sections = "\n".join(f"<section>{''.join(map(_figure, row))}</section>" for row in rows)
     heading = escape(title or "Retrieval gallery")
-    return _PAGE.format(title=heading, count=len(rows), sections=sections, style=_STYLE)
+    judged = any(cell.kind in ("right", "wrong") for row in rows for cell in row)
+    count = f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}"
+    return _PAGE.format(title=heading, count=count, legend=_LEGEND if judged else "", sections=sections, style=_STYLE)
 
 
 def _figure(cell: Cell) -> str:
@@ -73,8 +75,7 @@ _PAGE = """<!doctype html>
 <body>
 <header>
 <h1>{title}</h1>
-<p>{count} queries, each with its nearest neighbours by cosine similarity.
-<b class="right">✓ solid</b> same class <b class="wrong">✗ dashed</b> another class</p>
+<p>{count}, each with its nearest neighbours by cosine similarity.{legend}</p>
 </header>
 <main>
 {sections}
@@ -83,15 +84,18 @@ _PAGE = """<!doctype html>
 </html>
 """
 
+_LEGEND = """
+<b class="right">✓ solid</b> same class <b class="wrong">✗ dashed</b> another class"""
+
 _STYLE = """
 :root {
   --paper: #f7f8fa; --card: #fff; --ink: #1d2433; --faint: #6b7486;
-  --query: #33415c; --right: #1a7f4b; --wrong: #c8323c;
+  --query: #33415c; --right: #1a7f4b; --wrong: #c8323c; --found: #8a93a5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171d; --card: #1c2129; --ink: #e6e9ef; --faint: #98a1b3;
-    --query: #9fb3da; --right: #4fc487; --wrong: #ff7b81;
+    --query: #9fb3da; --right: #4fc487; --wrong: #ff7b81; --found: #6f7a8e;
   }
 }
 * { box-sizing: border-box; }
@@ -106,6 +110,8 @@ header b { margin-left: .75rem; color: var(--edge); }
 .query { --edge: var(--query); }
 .right { --edge: var(--right); }
 .wrong { --edge: var(--wrong); }
+.found { --edge: var(--found); }
+.found b { color: var(--ink); }
 section {
   display: flex; gap: .75rem; align-items: flex-start; overflow-x: auto;
   margin-bottom: 1rem; padding: .9rem; background: var(--card);

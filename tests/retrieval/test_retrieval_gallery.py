@@ -124,6 +124,22 @@ def test_a_separate_gallery_may_hold_the_query_at_any_position() -> None:
     assert [(neighbour.position, neighbour.right) for neighbour in example.neighbours] == [(0, True)]
 
 
+def test_a_query_that_is_in_the_gallery_too_does_not_find_its_own_number() -> None:
+    """The gallery is the circle backwards; queries 2 and 0 are in it under their numbers."""
+    numbers = torch.tensor([14, 13, 12, 11, 10])
+    hardest, other = retrieval_examples(
+        CIRCLE[[2, 0]], LABELS[[2, 0]], CIRCLE.flip(0), LABELS.flip(0), neighbours=2,
+        indices=torch.tensor([12, 10]), gallery_indices=numbers,
+    )  # fmt: skip
+    assert [(neighbour.position, neighbour.right) for neighbour in hardest.neighbours] == [(3, False), (0, False)]
+    assert hardest.best_match is not None
+    assert (hardest.position, hardest.best_match.position, hardest.best_rank) == (0, 1, 4)
+    assert [(neighbour.position, neighbour.right) for neighbour in other.neighbours] == [(3, True), (2, False)]
+    twice = {"indices": torch.tensor([12, 12]), "gallery_indices": numbers}
+    with pytest.raises(ValueError, match="each image once"):
+        retrieval_examples(CIRCLE[[2, 2]], LABELS[[2, 2]], CIRCLE.flip(0), LABELS.flip(0), **twice)
+
+
 def test_an_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="'hardest' or 'random', got 'worst'"):
         retrieval_examples(CIRCLE, LABELS, order="worst")  # type: ignore[arg-type]
@@ -253,3 +269,16 @@ def test_what_is_no_picture_is_refused() -> None:
         as_picture("bird.jpg")
     with pytest.raises(ValueError, match="shape"):
         as_picture(np.zeros((2, 3, 5)))
+
+
+def test_a_picture_that_cannot_be_read_leaves_what_was_there(tmp_path: Path) -> None:
+    path = save_gallery(tmp_path / "gallery.html", retrieval_examples(CIRCLE, LABELS), coloured)
+    before = path.read_text()
+
+    def damaged(position: int) -> Image.Image:
+        raise OSError("damaged")
+
+    with pytest.raises(OSError, match="damaged"):
+        save_gallery(path, retrieval_examples(CIRCLE, LABELS), damaged)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["gallery.html"]

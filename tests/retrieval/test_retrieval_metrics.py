@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DistributedSampler
 
-from lightning_memdml.retrieval import RetrievalMetrics, retrieval_scores
+from lightning_memdml.retrieval import RetrievalMetrics, rank_queries, retrieval_scores
 
 K = (1, 2, 5)
 
@@ -89,6 +89,57 @@ def test_groups_are_ignored_as_in_the_whole_set() -> None:
     assert as_floats(metrics.compute()) == close_to(retrieval_scores(embeddings, labels, k=K, groups=groups))
 
 
+def test_each_of_several_galleries_is_searched_by_the_same_queries() -> None:
+    """Indices count within a gallery: the large one holds the images of the small one again."""
+    embeddings, labels = sample(60, 12, seed=8)
+    metrics = RetrievalMetrics(k=K, galleries=("small", "large"))
+    fill(metrics, embeddings[:20], labels[:20], list(range(20)), role="query")
+    for name, end in (("small", 15), ("large", 40)):
+        fill(metrics, embeddings[20:], labels[20:], [*range(end), 0], role="gallery", gallery=name)
+    scores = as_floats(metrics.compute())
+    assert scores["small/recall_at_5"] != scores["large/recall_at_5"]
+    for name, end in (("small", 15), ("large", 40)):
+        expected = retrieval_scores(embeddings[:20], labels[:20], embeddings[20 : 20 + end], labels[20 : 20 + end], k=K)
+        part = {key.removeprefix(f"{name}/"): value for key, value in scores.items() if key.startswith(name)}
+        assert part == close_to(expected)
+        assert metrics.ranks(name).scores(K) == close_to(expected)
+
+
+def test_a_sample_of_both_roles_is_in_every_gallery() -> None:
+    embeddings, labels = sample(30, 5, seed=9)
+    metrics = RetrievalMetrics(k=K, galleries=("first", "second"))
+    metrics.update(embeddings[:10], labels[:10])
+    metrics.update(embeddings[10:20], labels[10:20], role="gallery", gallery="first")
+    metrics.update(embeddings[20:], labels[20:], role="gallery", gallery="second")
+    scores = as_floats(metrics.compute())
+    for name, part in (("first", slice(10, 20)), ("second", slice(20, 30))):
+        gallery = torch.cat([embeddings[:10], embeddings[part]]), torch.cat([labels[:10], labels[part]])
+        numbers = {"indices": torch.arange(10), "gallery_indices": torch.arange(20)}
+        expected = retrieval_scores(embeddings[:10], labels[:10], *gallery, k=K, **numbers)
+        assert {key: scores[f"{name}/{key}"] for key in expected} == close_to(expected)
+
+
+def test_ranks_give_the_scores_of_each_class() -> None:
+    embeddings, labels = sample(50, 6, seed=11)
+    metrics = RetrievalMetrics(k=K)
+    fill(metrics, embeddings, labels, [*range(50), 0, 7])
+    classes, expected = metrics.ranks().per_class(K), rank_queries(embeddings, labels).per_class(K)
+    assert classes.keys() == expected.keys()
+    assert all(torch.equal(column, expected[name]) for name, column in classes.items())
+
+
+def test_samples_hold_each_image_once() -> None:
+    embeddings, labels = sample(12, 3, seed=12)
+    metrics = RetrievalMetrics(k=K)
+    fill(metrics, embeddings, labels, [3, 1, 3, 2], role="query")
+    fill(metrics, embeddings, labels, [3, 5], role="gallery")
+    samples = metrics.samples()
+    assert samples.indices is not None
+    assert samples.indices.tolist() == [3, 1, 2, 3, 5]
+    assert torch.equal(samples.embeddings, embeddings[[3, 1, 2, 3, 5]])
+    assert (samples.query.tolist(), samples.gallery.tolist()) == ([0, 1, 2], [3, 4])
+
+
 def test_rows_stay_float32_and_off_the_graph_under_bfloat16() -> None:
     embeddings, labels = sample(20, 4, seed=5)
     metrics = RetrievalMetrics(k=K).bfloat16()
@@ -139,6 +190,7 @@ def test_images_that_are_not_finite_are_named_by_their_number() -> None:
         ({"role": "querry"}, "Expected `role` to be one of 'both', 'query', 'gallery', got 'querry'"),
         ({"indices": torch.tensor([0, -1])}, "`indices` to be non-negative"),
         ({"groups": torch.tensor([[0, 1]])}, r"`groups` of shape \(2,\) but got \(1, 2\)"),
+        ({"role": "gallery", "gallery": "small"}, r"the galleries are \(\); pass `RetrievalMetrics\(galleries="),
     ],
 )
 def test_wrong_updates_are_explained(kwargs: dict, message: str) -> None:
@@ -146,6 +198,18 @@ def test_wrong_updates_are_explained(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), **kwargs)
     assert metrics.embeddings == []
+
+
+def test_galleries_have_to_be_told_apart() -> None:
+    with pytest.raises(ValueError, match="distinct names"):
+        RetrievalMetrics(galleries=("small", "small"))
+    metrics = RetrievalMetrics(galleries=("small", "large"))
+    with pytest.raises(ValueError, match="one of 'small', 'large', got None"):
+        metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), role="gallery")
+    with pytest.raises(ValueError, match="the role is 'query'"):
+        metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), role="query", gallery="small")
+    with pytest.raises(ValueError, match="got 'medium'"):
+        metrics.ranks("medium")
 
 
 def test_indices_in_some_updates_only_are_refused() -> None:
@@ -190,6 +254,21 @@ def scored_by_rank(rank: int) -> dict[str, dict[str, float]]:
     metrics = RetrievalMetrics(k=K)
     metrics.update(embeddings[:1], labels[:1], torch.tensor([0]))
     cases["no match"] = as_floats(metrics.compute())
+
+    metrics = RetrievalMetrics(k=K, mean_average_precision=True)
+    for rows in torch.tensor(list(sampler)).split(5):
+        metrics.update(embeddings[rows], labels[rows], rows, groups=rows % 3)
+    cases["groups"] = as_floats(metrics.compute())
+    cases["samples"] = {"images": float(len(metrics.samples().labels))}
+    columns = metrics.ranks().per_class(K)
+    cases["classes"] = {f"{name} {at}": float(value) for name in columns for at, value in enumerate(columns[name])}
+
+    metrics = RetrievalMetrics(k=K, galleries=("small", "large"), shared_indices=True)
+    metrics.update(embeddings[:12][rank::2], labels[:12][rank::2], torch.arange(12)[rank::2], role="query")
+    for name, end in (("small", 19), ("large", 31)):
+        share = list(DistributedSampler(range(end), num_replicas=2, rank=rank, shuffle=False))  # pads both
+        metrics.update(embeddings[share], labels[share], torch.tensor(share), role="gallery", gallery=name)
+    cases["several galleries"] = as_floats(metrics.compute())
     return cases
 
 
@@ -220,14 +299,29 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         "an empty rank": retrieval_scores(embeddings, labels, k=K),
         "no match": retrieval_scores(embeddings[:1], labels[:1], k=K),
     }
+    groups = torch.arange(31) % 3
+    expected["groups"] = retrieval_scores(embeddings, labels, k=K, groups=groups, mean_average_precision=True)
+    expected["samples"] = {"images": 31}
+    classes = rank_queries(embeddings, labels, groups=groups, mean_average_precision=True).per_class(K)
+    expected["classes"] = {f"{name} {at}": float(value) for name in classes for at, value in enumerate(classes[name])}
+    numbers = {"indices": torch.arange(12), "gallery_indices": torch.arange(31)}
+    expected["several galleries"] = {
+        f"{name}/{key}": value
+        for name, end in (("small", 19), ("large", 31))
+        for key, value in retrieval_scores(
+            embeddings[:12],
+            labels[:12],
+            embeddings[:end],
+            labels[:end],
+            k=K,
+            indices=numbers["indices"],
+            gallery_indices=numbers["gallery_indices"][:end],
+        ).items()
+    }
     assert expected["padded"]["recall_at_1"] not in (0, 1)
     for case, scores in expected.items():
         assert first[case] == close_to(scores), case
         assert second[case] == close_to(scores), case
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
 
 
 def test_an_image_that_is_query_and_gallery_does_not_find_itself_where_indices_are_shared():
@@ -242,3 +336,7 @@ def test_an_image_that_is_query_and_gallery_does_not_find_itself_where_indices_a
         scores[shared] = {name: float(value) for name, value in metrics.compute().items()}
     assert (scores[True]["recall_at_1"], scores[True]["recall_at_2"], scores[True]["queries"]) == (0, 0, 1)
     assert (scores[False]["recall_at_1"], scores[False]["queries"]) == (1, 2)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

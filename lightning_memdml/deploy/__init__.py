@@ -1,0 +1,1 @@
+"""Using what was trained: commands that index, search, export and score."""

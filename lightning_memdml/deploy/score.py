@@ -1,0 +1,156 @@
+"""``memdml score``: exact retrieval scores of embeddings in files, whoever made them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.deploy.predictions import read_embeddings
+from lightning_memdml.deploy.trained import call
+from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
+from lightning_memdml.retrieval.whole_file import whole_file
+
+DESCRIPTION = """\
+Score embeddings in files exactly, as `memdml test` does, whoever made them: without a checkpoint or images.
+
+  memdml score --embeddings runs/memdml/version_1/embeddings.parquet
+  memdml score --embeddings query.parquet --gallery small.parquet --gallery+ large.parquet --groups camera
+  memdml score --embeddings embeddings.npy --intervals true --per_class classes.csv --map map.png
+
+A file is what `memdml predict` writes: a .parquet with the columns `embedding` and `label`, or a .npy beside a .csv.
+With a column `index` in all files, equal numbers are one image, which does not find itself."""
+
+
+def score(arguments: list[str]) -> None:
+    """Run ``memdml score`` with what follows it on the command line."""
+    call(score_files, arguments, prog="memdml score", description=DESCRIPTION)
+
+
+def score_files(
+    embeddings: str,
+    gallery: str | list[str] | None = None,
+    k: Sequence[int] = (1, 10, 100, 1000),
+    groups: str | None = None,
+    mean_average_precision: bool = False,
+    intervals: bool = False,
+    nmi: bool = False,
+    per_class: str | None = None,
+    map: str | None = None,
+    map_method: Literal["pca", "umap"] = "pca",
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Print the exact retrieval scores of embeddings in files.
+
+    Args:
+        embeddings: File of the queries; without a gallery they search each other.
+        gallery: File of a gallery, or several that the same queries search one by one.
+        k: Recall levels.
+        groups: A column, such as the camera: references of the query's label and group are left out.
+        mean_average_precision: Follow every match to its rank, however deep.
+        intervals: Add 95 % confidence intervals, from 1,000 bootstrap samples of classes.
+        nmi: Add the normalised mutual information of k-means clusters of the queries and their classes.
+        per_class: Write the scores of each class to this .csv.
+        map: Draw a map of the queries to this .png.
+        map_method: How the map is laid out; ``umap`` needs the extra of this name.
+        seed: Of intervals, clusters and map.
+
+    Returns:
+        Scores by gallery; without a gallery, under the name of the file itself.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, lacks a column, or holds values that are not finite.
+    """
+    queries = read_embeddings(embeddings)
+    searched = [gallery] if isinstance(gallery, str) else gallery or [embeddings]
+    found: dict[str, dict[str, float]] = {}
+    tables = []
+    for name in searched:
+        ranks = _rank(queries, read_embeddings(name) if gallery else None, max(k), groups, mean_average_precision)
+        found[name] = ranks.scores(k)
+        tables.append(ranks.per_class(k))
+        if nmi and not found.keys() - {name}:
+            found[name]["nmi"] = normalized_mutual_information(queries[0], _labels(queries), seed=seed)
+        print(f"{embeddings} in {name}" if gallery else embeddings)
+        limits = ranks.confidence_intervals(k, seed=seed) if intervals else {}
+        print("\n".join(_line(score, value, limits.get(score)) for score, value in found[name].items()))
+    if per_class is not None:
+        _write_classes(Path(per_class), searched, tables, _names(queries))
+        print(f"    {per_class}")
+    if map is not None:
+        labels, names = _labels(queries), _names(queries)
+        print(f"    {save_map(map, queries[0], labels, method=map_method, class_names=names, seed=seed)}")
+    return found
+
+
+Embedded = tuple[Tensor, dict[str, list[Any]]]
+
+
+def _rank(queries: Embedded, gallery: Embedded | None, depth: int, groups: str | None, full: bool) -> QueryRanks:
+    """Count ranks. Equal indices are one image: without a gallery it counts once, in a gallery it is not found."""
+    files = [queries] if gallery is None else [queries, gallery]
+    columns: dict[str, Sequence[Tensor | None]] = {
+        "embeddings": [rows for rows, _ in files],
+        "labels": _common_labels(*files),
+        "groups": [None] * len(files) if groups is None else _group_numbers(files, groups),
+        "indices": [None] * len(files),
+    }
+    if all("index" in facts for _, facts in files):
+        columns["indices"] = [torch.tensor(facts["index"]) for _, facts in files]
+    arguments: Any = {name: column[0] for name, column in columns.items()}
+    if gallery is not None:
+        arguments |= {f"gallery_{name}": column[1] for name, column in columns.items()}
+    return rank_queries(**arguments, depth=depth, mean_average_precision=full)
+
+
+def _labels(embedded: Embedded) -> Tensor:
+    return _common_labels(embedded)[0]
+
+
+def _common_labels(*files: Embedded) -> list[Tensor]:
+    """Labels of each file; texts are numbered, equal ones alike."""
+    for _, columns in files:
+        if "label" not in columns:
+            raise ValueError(f"Expected a column `label` but found {', '.join(columns) or 'none'}.")
+    return _numbered([columns["label"] for _, columns in files])
+
+
+def _group_numbers(files: Sequence[Embedded], column: str) -> list[Tensor]:
+    for _, facts in files:
+        if column not in facts:
+            raise ValueError(f"Expected a column `{column}`, as `groups` says, but found {', '.join(facts)}.")
+    return _numbered([facts[column] for _, facts in files])
+
+
+def _numbered(columns: Sequence[list[Any]]) -> list[Tensor]:
+    if all(isinstance(value, int) for column in columns for value in column):
+        return [torch.tensor(column, dtype=torch.long) for column in columns]
+    number = {value: place for place, value in enumerate(dict.fromkeys(str(v) for column in columns for v in column))}
+    return [torch.tensor([number[str(value)] for value in column], dtype=torch.long) for column in columns]
+
+
+def _names(embedded: Embedded) -> dict[int, str]:
+    columns = embedded[1]
+    return dict(zip(_labels(embedded).tolist(), map(str, columns.get("class", columns["label"])), strict=True))
+
+
+def _line(name: str, value: float, limits: tuple[float, float] | None) -> str:
+    if name in ("queries", "excluded"):
+        return f"  {name:24} {value:>8,}"
+    interval = "" if limits is None else f"   [{limits[0]:.4f}, {limits[1]:.4f}]"
+    return f"  {name:24} {value:8.4f}{interval}"
+
+
+def _write_classes(path: Path, galleries: list[str], tables: list[dict[str, Tensor]], names: dict[int, str]) -> None:
+    """A row for each gallery and class."""
+    with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["gallery", "class", *tables[0]])
+        for gallery, table in zip(galleries, tables, strict=True):
+            for row in zip(*(column.tolist() for column in table.values()), strict=True):
+                writer.writerow([gallery, names[row[0]], *row])

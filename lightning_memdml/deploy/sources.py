@@ -1,0 +1,129 @@
+"""The images a command works on: a part of a data module, any folder or table, or files named one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from lightning_memdml.data import Record, RetrievalDataModule, TableDataModule
+from lightning_memdml.data.folder import SUFFIXES
+from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset, upright
+
+Part = Literal["gallery", "query", "val", "train"]
+
+
+class NamedImages:
+    """Images ready to be embedded, with the name of each one's class.
+
+    Attributes:
+        images: Map-style data set with the test transform.
+        classes: Name of each image's class, `N` of them.
+    """
+
+    def __init__(self, images: ImageDataset, classes: Sequence[int | str]) -> None:
+        self.images = images
+        self.classes = [str(name) for name in classes]
+
+
+def part_of(data: RetrievalDataModule, part: Part) -> NamedImages:
+    """Return a set of a data module; the training set too with the test transform.
+
+    Raises:
+        ValueError: If the set is empty.
+    """
+    data.setup()
+    images: ImageDataset = getattr(data, f"{part}_set")
+    if not len(images):
+        raise ValueError(f"{type(data).__name__} has no {part} images; `--images` takes gallery, query, val or train.")
+    images = images.part(torch.arange(len(images)), data.query_set.transform)
+    return NamedImages(images, [data.classes[label] for label in images.labels.tolist()])
+
+
+def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImages:
+    """Return all images of a folder, or of a table or archive as `TableDataModule` reads them.
+
+    Of a folder these are the images at any depth that are not hidden; the class of an image is the name of the
+    folder it lies in.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ValueError: If there is no image.
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        shown = (
+            path for path in source.rglob("*") if not any(part[0] == "." for part in path.relative_to(source).parts)
+        )
+        files = sorted(path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file())
+        records: Sequence[Record] = [Record(str(path), path.parent.name, "test") for path in files]
+        opened: Any = OpenFiles(records)
+    elif source.suffix in (".csv", ".parquet", ".npz"):
+        table = TableDataModule(path=str(source))
+        records = table.records()
+        opened = table.images(records)
+    else:
+        raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}.")
+    if not records:
+        raise ValueError(f"There is no image in {source}; images end in {', '.join(sorted(SUFFIXES))}.")
+    names = [record.label for record in records]
+    number = {name: label for label, name in enumerate(dict.fromkeys(names))}
+    labels = torch.tensor([number[name] for name in names])
+    return NamedImages(ImageDataset(opened, [record.path for record in records], labels, transform), names)
+
+
+def image_files(paths: Sequence[str], transform: Callable[[Any], Any]) -> ImageDataset:
+    """Return image files as a data set; nobody knows their classes.
+
+    Raises:
+        FileNotFoundError: If one of them does not exist.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Expected an image file but there is no {path}.")
+    records = [Record(path, 0, "query") for path in paths]
+    return ImageDataset(OpenFiles(records), list(paths), torch.zeros(len(paths), dtype=torch.long), transform)
+
+
+def input_transform(data: RetrievalDataModule) -> Callable[[Any], Any]:
+    """Return what turns an opened image of this data into the network's input."""
+    return data.default_test_transform() if data.test_transform is None else data.test_transform
+
+
+def tensor_shape(data: RetrievalDataModule) -> list[int] | None:
+    """Return the shape `[C, H, W]` of images that a data module holds as a tensor, None where it opens pictures.
+
+    Modules of files are not set up, so that a network can be used where its training images are not.
+    """
+    if type(data).images in (RetrievalDataModule.images, TableDataModule.images):
+        return None
+    data.setup()
+    return list(data.query_set.images.shape[1:]) if isinstance(data.query_set, TensorImageDataset) else None
+
+
+class FromFile:
+    """Prepares image files for a network that was trained on tensors: to their channels, size and uint8.
+
+    Args:
+        transform: The test transform of the data module.
+        shape: `[C, H, W]` of its images; None if it opens pictures itself, which need nothing.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], shape: Sequence[int] | None) -> None:
+        self.transform, self.shape = transform, shape
+
+    def __call__(self, image: Image.Image | Tensor) -> Any:
+        """Return the network's input."""
+        if self.shape is None or isinstance(image, Tensor):
+            return self.transform(image)
+        channels, height, width = self.shape
+        picture = upright(image).convert("L" if channels == 1 else "RGB").resize((width, height))
+        return self.transform(functional.pil_to_tensor(picture))
+
+    def __repr__(self) -> str:
+        return f"FromFile({self.transform!r}, {self.shape})"

@@ -42,6 +42,7 @@ format: install
 bench: install
 	$(BIN)/python experiments/benchmarks/pair_loss.py
 	$(BIN)/python experiments/benchmarks/retrieval.py
+	$(BIN)/python experiments/benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import yaml
 from jsonargparse import Namespace, _typehints
@@ -20,9 +19,15 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_memdml.cli_messages import COMMANDS, ArgumentParser
+from lightning_memdml.data_check import data_command
+from lightning_memdml.deploy.commands import index, search
+from lightning_memdml.deploy.export import export
+from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
+from lightning_memdml.deploy.score import score
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint, run_folder
 from lightning_memdml.study.commands import weight_curves
+from lightning_memdml.study.study_command import study
 
 DESCRIPTION = """\
 Train an embedding with a memory, and measure how well it retrieves.
@@ -30,10 +35,28 @@ Train an embedding with a memory, and measure how well it retrieves.
   memdml fit --config experiments/glyphs_memory.yaml
   memdml fit --model.backbone SmallConvNet --model.loss ContrastiveLoss --trainer.max_epochs 5
   memdml test --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt
-  memdml weight-curves --loss ContrastiveLoss    draws the weights of a loss, or of a checkpoint; it has a --help too
+  memdml weight-curves --loss ContrastiveLoss    draws the weights of a loss, or of a checkpoint
+  memdml study STUDY.yaml    trains arms with several seeds, and says what the differences are worth
+  memdml data check --data CUB200 --data.root DIR    tells what a data set holds, and what is wrong with it
+  memdml index --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt    makes images searchable
+  memdml search bird.jpg    finds the nearest of them
+  memdml score --embeddings runs/memdml/version_1/embeddings.parquet    scores what `memdml predict` has written
+  memdml export --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt    writes ONNX and a torch.export program
+The last seven have a --help of their own.
 
 Wherever a class is asked for, give its name, then its options: `--data FolderDataModule --data.root DIR`.
 `--data.help FolderDataModule` after a command explains the options of one class."""
+
+# Commands beside those of Lightning's Trainer; each is given what follows its name.
+OWN_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "weight-curves": weight_curves,
+    "study": lambda arguments: study(arguments, MemdmlCLI),
+    "data": data_command,
+    "index": index,
+    "search": search,
+    "score": score,
+    "export": export,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is not None:
         sys.argv[1:] = arguments
     try:
-        if sys.argv[1:2] == ["weight-curves"]:
-            weight_curves(sys.argv[2:])
+        if (command := OWN_COMMANDS.get(" ".join(sys.argv[1:2]))) is not None:
+            command(sys.argv[2:])
             return
         sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
         cli = MemdmlCLI()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sentence = _sentence_of_this_package(error)
         if sentence is None:
             raise
@@ -98,8 +121,16 @@ class MemdmlCLI(LightningCLI):
         """Describe the commands in one line each."""
         super().setup_parser(add_subcommands, *args)
         commands: Any = self.parser._subcommands_action
-        for choice in commands._choices_actions if add_subcommands else ():
+        if not add_subcommands:
+            return
+        for choice in commands._choices_actions:
             choice.help = COMMANDS[choice.dest]
+        commands.choices["predict"].add_argument(
+            "--file_format",
+            type=FileFormat,
+            default="parquet",
+            help="Of the embeddings: one table, or an array beside a table (.csv) of paths, labels and classes.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; another class than that of the configuration starts from its own defaults."""
@@ -138,7 +169,7 @@ class MemdmlCLI(LightningCLI):
         rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}")
 
     def after_predict(self) -> None:
-        """Write the embeddings, one file per loader: of all test images, or of queries and of the gallery."""
+        """Write the embeddings with paths, labels and classes: of all test images, or of queries and of the gallery."""
         loaders: Any = self.trainer.predict_loop.predictions
         if not loaders:
             return  # with `--return_predictions false`
@@ -146,12 +177,16 @@ class MemdmlCLI(LightningCLI):
             loaders = [loaders]
         names = ["embeddings"] if len(loaders) == 1 else ["query_embeddings", "gallery_embeddings"]
         folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
-        folder.mkdir(parents=True, exist_ok=True)
         rank = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         for name, batches in zip(names, loaders, strict=True):
-            arrays: Any = {key: torch.cat([batch[key] for batch in batches]).numpy() for key in batches[0]}
-            np.savez(folder / f"{name}{rank}.npz", **arrays)
-            rank_zero_info(f"{len(arrays['labels'])} rows of {', '.join(arrays)} in {folder / f'{name}{rank}.npz'}")
+            arrays: Any = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+            images = getattr(self.datamodule, "gallery_set" if name.startswith("gallery") else "query_set", None)
+            columns = columns_of(
+                arrays["labels"], arrays.get("indices"), images, getattr(self.datamodule, "classes", None)
+            )
+            file_format = self.config.predict.file_format
+            for file in write_embeddings(folder / f"{name}{rank}", arrays["embeddings"], columns, file_format):
+                rank_zero_info(f"{len(arrays['labels'])} rows in {file}")
 
 
 def _forget_options_of_another_class(parser: Any, previous: Any, value: Any) -> None:

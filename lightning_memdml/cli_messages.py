@@ -18,7 +18,7 @@ from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
 # What is imported here can be named without its module, on the command line and in YAML.
-from lightning_memdml import callbacks, data, losses
+from lightning_memdml import callbacks, data, losses, memory
 from lightning_memdml.backbones import SmallConvNet, nearest
 
 COMMANDS = {
@@ -26,9 +26,15 @@ COMMANDS = {
     "validate": "Score a checkpoint on the validation classes.",
     "test": "Score a checkpoint on the test classes.",
     "predict": "Write the embeddings of the test images.",
+    "data": "Look at a data set (`data check`): counts, damaged images, a contact sheet.",
     "weight-curves": "Draw the weights of a loss, or of a checkpoint.",
+    "study": "Compare arms over seeds and data sets, with verdicts and a report.",
+    "index": "Make images searchable with a checkpoint.",
+    "search": "Find the indexed images nearest to image files.",
+    "score": "Score embeddings in files, whoever made them.",
+    "export": "Write the network as ONNX and as a torch.export program.",
 }
-ROOMS = (losses, callbacks, data, lightning_callbacks, lightning_loggers)
+ROOMS = (losses, callbacks, data, memory, lightning_callbacks, lightning_loggers)
 CLASS_NAMES = (
     SmallConvNet.__name__,
     *(name for room in ROOMS for name in room.__all__),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,10 +14,49 @@ from torch import Tensor, nn
 
 from lightning_memdml.backbones import Embedder, build_backbone
 from lightning_memdml.losses import PairLoss
+from lightning_memdml.losses.sharding import check_needs_no_ranks
 from lightning_memdml.retrieval import RetrievalMetrics
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the images' data-set indices
 Loss = PairLoss | Callable[..., Any]
+
+
+class Schedule(ABC):
+    """A number for every optimiser step; a subclass says which."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Return the number at optimiser step `step`, counted from 0."""
+
+
+class LinearRamp(Schedule):
+    """Goes from one number to another in a straight line, and is constant before and after.
+
+    Args:
+        start_step: Optimiser step until which it is `start`.
+        stop_step: Optimiser step from which on it is `stop`, above `start_step`.
+        start: The number before.
+        stop: The number after.
+
+    Raises:
+        ValueError: If `stop_step` is not above `start_step`.
+
+    Example:
+        >>> ramp = LinearRamp(start_step=100, stop_step=300)
+        >>> [ramp(step) for step in (0, 100, 150, 300, 1000)]
+        [0.0, 0.0, 0.25, 1.0, 1.0]
+    """
+
+    def __init__(self, start_step: int, stop_step: int, start: float = 0.0, stop: float = 1.0) -> None:
+        if stop_step <= start_step:
+            raise ValueError(f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}.")
+        self.start_step, self.stop_step = start_step, stop_step
+        self.start, self.stop = start, stop
+
+    def __call__(self, step: int) -> float:
+        """Return the number at optimiser step `step`."""
+        way = (step - self.start_step) / (self.stop_step - self.start_step)
+        return self.start + min(1.0, max(0.0, way)) * (self.stop - self.start)
 
 
 class MetricLearner(LightningModule):
@@ -38,10 +78,13 @@ class MetricLearner(LightningModule):
             labels.
         memory_loss: The loss against the memory, by default that of the batch. Small networks that move fast want
             a higher margin here.
-        memory_weight: Weight of the memory term, at least 0.
+        memory_weight: Weight of the memory term, at least 0: a number, or a `LinearRamp` or any function of the
+            optimiser step (`Trainer.global_step`).
         memory_includes_batch: Compare with the memory as it is after the batch has entered it, each image without
             itself: the order in the code of XBM's authors. By default the batch enters after the step. Either way an
             empty memory gives no term, and under DDP the batch is that of the rank.
+        memory_excludes_own_image: Leave out pairs of an image with rows of itself that were stored in earlier steps,
+            which are told by their index. If not, they are positives.
         embedding_dim: Width D of the embedding.
         weights: Weights of the backbone to start from: a file with a state dict, or the name of a torchvision enum
             such as ``IMAGENET1K_V2``.
@@ -51,7 +94,7 @@ class MetricLearner(LightningModule):
         backbone_lr: Learning rate of the backbone; by default that of all.
         lr_scheduler: Called with the optimizer.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
-        k: Recall levels.
+        k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
 
     Raises:
         ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
@@ -63,13 +106,17 @@ class MetricLearner(LightningModule):
         torch.Size([2, 64])
     """
 
+    #: The part that maps images to embeddings: what `MemoryCallback(encoder_momentum=)` copies.
+    encoder_name = "model"
+
     def __init__(
         self,
         backbone: nn.Module | str,
         loss: Loss,
         memory_loss: Loss | None = None,
-        memory_weight: float = 1.0,
+        memory_weight: float | Schedule = 1.0,
         memory_includes_batch: bool = False,
+        memory_excludes_own_image: bool = True,
         embedding_dim: int = 128,
         weights: str | None = None,
         num_features: int | None = None,
@@ -78,28 +125,43 @@ class MetricLearner(LightningModule):
         backbone_lr: float | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
-        k: Sequence[int] = (1, 10, 100, 1000),
+        k: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=_not_plain(locals()))
-        if memory_weight < 0:
+        if not callable(memory_weight) and memory_weight < 0:
             raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}.")
         if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
             raise ValueError(
                 "Expected a PairLoss against the memory with `memory_includes_batch`, since it leaves out the pairs of "
                 f"an image with itself, but got {memory_loss or loss}."
             )
+        if memory_includes_batch and not memory_excludes_own_image:
+            raise ValueError(
+                "Expected `memory_excludes_own_image` with `memory_includes_batch`: the batch's own rows are in the "
+                "memory then, and each image would be its own nearest positive."
+            )
         self.model = Embedder(*build_backbone(backbone, weights, num_features), embedding_dim, freeze_batch_norm)
         self.loss = loss
         self.memory_loss = memory_loss
         self.memory_weight = memory_weight
         self.memory_includes_batch = memory_includes_batch
+        self.memory_excludes_own_image = memory_excludes_own_image
         self.optimizer = optimizer
         self.backbone_lr = backbone_lr
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
-        self.val_metrics = RetrievalMetrics(k=k)
-        self.test_metrics = RetrievalMetrics(k=k, shared_indices=True)  # as the data modules number them
+        self.k = k
+        levels = (1, 10, 100, 1000) if k is None else k
+        self.val_metrics = RetrievalMetrics(k=levels)
+        self.test_metrics = RetrievalMetrics(k=levels, shared_indices=True)  # as the data modules number them
+
+    def setup(self, stage: str) -> None:
+        """Take the recall levels of the data set, unless others were given."""
+        levels = getattr(getattr(self.trainer, "datamodule", None), "recall_levels", None)
+        if self.k is None and levels is not None:
+            for metrics in (self.val_metrics, self.test_metrics):
+                metrics.k = tuple(levels)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetricLearner:
@@ -119,12 +181,24 @@ class MetricLearner(LightningModule):
         memory = self._memory()
         if memory is not None:
             self.log("train/batch_loss", loss)
-            memory_loss = self.memory_weight * self._against(memory, embeddings, labels, indices)
+            memory_loss = self._weight_now() * self._against(memory, embeddings, labels, indices)
             self.log("train/memory_loss", memory_loss)
             loss = loss + memory_loss
         self.log("train/loss", loss, prog_bar=True)
         outputs = {"loss": loss, "embeddings": embeddings, "labels": labels}
         return outputs if indices is None else {**outputs, "indices": indices}
+
+    def _weight_now(self) -> float:
+        """Return the weight of the memory term in this step."""
+        if not callable(self.memory_weight):
+            return self.memory_weight
+        weight = float(self.memory_weight(self.global_step))
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"Expected `memory_weight` to give a weight of at least 0 but got {weight} at step {self.global_step}."
+            )
+        self.log("train/memory_weight", weight)
+        return weight
 
     def _memory(self) -> Any:
         """Return what `MemoryCallback` put here for the time of the fit, or nothing."""
@@ -139,15 +213,17 @@ class MetricLearner(LightningModule):
     def _against(self, memory: Any, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
         """Return the loss against the memory; a differentiable 0 while it has no rows."""
         references = memory.read()
-        if len(references[1]) == 0:
+        if len(memory) == 0:
             return embeddings[:0].sum()
+        options = memory.loss_options(len(labels))
+        if not self.memory_excludes_own_image:
+            indices = None  # unknown: the row is like any other of its class
         if self.memory_includes_batch:
             # Without indices, numbering the rows of the batch is enough to tell each from itself.
             indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
-            current = (embeddings.detach(), labels, indices)
-            references = _newest(memory.size, references, current)
+            references, options = memory.read_with(embeddings.detach(), labels, indices), {}
         loss = self.loss if self.memory_loss is None else self.memory_loss
-        return _apply(loss, embeddings, labels, *references[:2], indices=indices, ref_indices=references[2])
+        return _apply(loss, embeddings, labels, *references[:2], indices=indices, ref_indices=references[2], **options)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a parameter group of its own for the backbone if that has its own rate."""
@@ -219,21 +295,17 @@ def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     return batch[0], batch[1], batch[2] if len(batch) == 3 else None
 
 
-def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, **indices: Any) -> Tensor:
+def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, **options: Any) -> Tensor:
     """Call a loss of this package or, by the keywords it names references with, one of pytorch-metric-learning."""
     if isinstance(loss, PairLoss):
-        return loss(embeddings, labels, *references, **indices)
+        return loss(embeddings, labels, *references, **options)
+    check_needs_no_ranks(loss, options)
     named = {}
     if references:
         named = {"ref_emb": references[0].to(embeddings.dtype), "ref_labels": references[1]}
     # Similarities in bf16 would be off by up to 4e-3.
     with torch.autocast(embeddings.device.type, enabled=False):
         return loss(embeddings, labels, **named)
-
-
-def _newest(size: int, stored: Sequence[Tensor], current: Sequence[Tensor]) -> list[Tensor]:
-    """Return the rows a memory of `size` rows would hold after the current ones have entered it."""
-    return [torch.cat([old, new.to(old.dtype)])[-size:] for old, new in zip(stored, current, strict=True)]
 
 
 def _not_plain(arguments: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +20,7 @@ from PIL import Image
 from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner
 from lightning_memdml.cli import MemdmlCLI, main
 from lightning_memdml.cli_messages import COMMANDS, readable
+from lightning_memdml.deploy.predictions import read_embeddings
 
 NET = "--model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8"
 LOSS = "--model.loss=ContrastiveLoss --model.memory_loss=ContrastiveLoss --model.memory_loss.margin=0.7"
@@ -125,10 +125,20 @@ def test_checkpoint_alone_is_enough_to_test_validate_and_predict(
     memdml(f"validate --ckpt_path={moved}")
     assert "val/map_at_r" in capsys.readouterr().out
     memdml(f"predict --ckpt_path {moved}")
-    written = np.load(RUN.with_name("version_3") / "embeddings.npz")
+    memdml(f"predict --ckpt_path {moved} --file_format npy")
     batches = quiet.predict(learner, glyphs)
-    for name in ("embeddings", "labels", "indices"):
-        assert np.array_equal(written[name], torch.cat([batch[name] for batch in batches]))
+    embeddings, labels, indices = (
+        torch.cat([batch[name] for batch in batches]) for name in ("embeddings", "labels", "indices")
+    )
+    for file in ("version_3/embeddings.parquet", "version_4/embeddings.npy"):
+        written, columns = read_embeddings(RUN.parent / file)
+        assert torch.equal(written, embeddings)
+        assert columns == {
+            "path": [glyphs.query_set.paths[index] for index in indices],
+            "label": labels.tolist(),
+            "class": [glyphs.classes[label] for label in labels],
+            "index": indices.tolist(),
+        }
 
 
 def test_command_line_wins_over_the_configuration_in_the_checkpoint(
@@ -416,7 +426,7 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
         *(COMMANDS[name] for name in ("fit", "validate", "test", "predict")),
         "memdml weight-curves",
         "memdml test --ckpt_path",
-        "Weight of the memory term, at least 0.",  # MetricLearner
+        "Weight of the memory term, at least 0",  # MetricLearner
         "lightning_memdml.MultiSimilarityLoss",
         "--model.loss.beta BETA",
         "Which classes train if there are no `train` and `test` folders",  # FolderDataModule

@@ -16,7 +16,15 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_memdml import ContrastiveLoss, MemoryCallback, MetricLearner, MultiSimilarityLoss, SmallConvNet
+from lightning_memdml import (
+    ContrastiveLoss,
+    InstanceMemory,
+    MemoryCallback,
+    MetricLearner,
+    MultiSimilarityLoss,
+    SmallConvNet,
+)
+from lightning_memdml.learner import LinearRamp
 
 IMAGES, BATCH, SIZE, DIM = 14, 4, 20, 6
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -237,6 +245,86 @@ def test_order_of_the_authors_needs_a_loss_that_can_leave_pairs_out() -> None:
 def test_memory_term_without_a_memory_names_the_callback(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Expected a memory, .* pass `Trainer\(callbacks=\[MemoryCallback\(size=8192"):
         trainer().fit(learner(**option), loader())
+
+
+def memory_terms(model: MetricLearner, *callbacks: Callback, epochs: int = 2, **options: Any) -> list[float]:
+    """The logged memory term of every step, weight included."""
+    terms = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            terms.append(trainer.callback_metrics["train/memory_loss"].item())
+
+    trainer(*callbacks, Note(), max_epochs=epochs, **options).fit(model, loader())
+    return terms
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_memory_weight_follows_its_schedule_of_optimiser_steps(accumulate: int) -> None:
+    """A learning rate of 0 keeps the terms comparable; 4 batches an epoch."""
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0)}
+    constant = memory_terms(learner(**still), MemoryCallback(size=SIZE), accumulate_grad_batches=accumulate)
+    for weight in (LinearRamp(2, 6, start=0.5, stop=2), lambda step: {0: 0.5, 1: 0.5, 2: 0.5}.get(step, 2) + step / 9):
+        terms = memory_terms(
+            learner(memory_weight=weight, **still), MemoryCallback(size=SIZE), accumulate_grad_batches=accumulate
+        )
+        expected = [weight(batch // accumulate) * term for batch, term in enumerate(constant)]
+        assert terms == pytest.approx(expected)
+        assert terms[-1] > 0
+
+
+def test_a_ramp_is_constant_before_and_after_and_refuses_an_empty_way() -> None:
+    ramp = LinearRamp(10, 20, start=1, stop=0)
+    assert [ramp(step) for step in (0, 10, 15, 20, 99)] == [1, 1, 0.5, 0, 0]
+    with pytest.raises(ValueError, match="`stop_step` above `start_step`, 5, but got 5"):
+        LinearRamp(5, 5)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_schedule_that_gives_no_weight_is_stopped_at_that_step(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"`memory_weight` to give a weight of at least 0 but got .* at step 2"):
+        memory_terms(learner(memory_weight=lambda step: weight if step == 2 else 1.0), MemoryCallback(size=SIZE))
+
+
+def test_rows_of_the_own_image_are_left_out_by_index_unless_asked_for() -> None:
+    """In the second epoch every anchor meets its own earlier row; the network stands still, so it is at distance 0."""
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "loss": lambda z, y: z[:0].sum()}
+
+    class Pairs(ContrastiveLoss):
+        """Counts positive pairs, and those of an image with itself."""
+
+        def forward(self, z: Tensor, y: Tensor, ref_z: Any = None, ref_y: Any = None, **kw: Any) -> Tensor:
+            positive, _ = self.pair_weights(z, y, ref_z, ref_y, **kw)
+            itself = z @ ref_z.T > 1 - 1e-5
+            found.append((int((positive > 0).sum()), int(((positive > 0) & itself).sum())))
+            return super().forward(z, y, ref_z, ref_y, **kw)
+
+    counts = {}
+    for excluded in (True, False):
+        found: list[tuple[int, int]] = []
+        model = learner(memory_loss=Pairs(), memory_excludes_own_image=excluded, **still)
+        trainer(MemoryCallback(size=SIZE), max_epochs=2).fit(model, loader())
+        counts[excluded] = found[-1]
+    assert counts[True][1] == 0
+    assert counts[False][1] == 2  # the last batch has two images
+    assert counts[False][0] == counts[True][0] + 2
+
+
+def test_an_image_cannot_be_its_own_positive_in_the_batch_that_just_entered() -> None:
+    with pytest.raises(ValueError, match="`memory_excludes_own_image` with `memory_includes_batch`"):
+        learner(memory_includes_batch=True, memory_excludes_own_image=False)
+
+
+@pytest.mark.parametrize("includes", [True, False])
+def test_instance_memory_trains_in_both_orders(includes: bool) -> None:
+    """At momentum 0 and with all images in one epoch it holds what a FIFO as long as the data set does."""
+    records = [Record(), Record()]
+    memories = {"memory": InstanceMemory(momentum=0)}, {"size": IMAGES}
+    for record, options in zip(records, memories, strict=True):
+        model = learner(memory_includes_batch=includes)
+        trainer(MemoryCallback(**options), record, max_epochs=3).fit(model, loader())
+    # Sums are made in another order, as rows stand in another.
+    assert records[0].losses == pytest.approx(records[1].losses, rel=1e-4)
 
 
 def test_negative_memory_weight_is_refused() -> None:

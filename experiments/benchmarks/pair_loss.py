@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -217,7 +218,9 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
 def peak_megabytes(row: dict) -> float:
     """Return what a step adds to the resident memory, measured in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", json.dumps(row)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Nothing that was freed before may serve the step: glibc gives all of it back.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def print_peak(row: dict) -> None:

@@ -102,14 +102,12 @@ class WeightCurveLogger(Callback):
 
     def _losses(self, pl_module: LightningModule) -> dict[str, PairLoss]:
         """Return the loss of each term that can be read."""
-        batch = getattr(pl_module, "loss", None) if self.loss is None else self.loss
-        memory = getattr(pl_module, "memory_loss", None) if self.loss is None else self.loss
-        losses = {"batch": batch, "memory": batch if memory is None else memory}
-        readable = {term: loss for term, loss in losses.items() if isinstance(loss, PairLoss)}
+        readable = readable_losses(pl_module, self.loss)
         if not readable:
+            found = getattr(pl_module, "loss", None) if self.loss is None else self.loss
             raise ValueError(
                 f"WeightCurveLogger needs a PairLoss, which says how it weighs pairs, but found "
-                f"{type(batch).__name__} as `{type(pl_module).__name__}.loss`; pass the loss to read, "
+                f"{type(found).__name__} as `{type(pl_module).__name__}.loss`; pass the loss to read, "
                 "`WeightCurveLogger(loss=ContrastiveLoss())`."
             )
         return readable
@@ -123,3 +121,16 @@ class WeightCurveLogger(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"weights/{term}", [str(picture)], step=trainer.global_step)
+
+
+def readable_losses(pl_module: LightningModule, given: PairLoss | None) -> dict[str, PairLoss]:
+    """Return the losses of a module that say how they weigh pairs, of the terms `batch` and `memory`.
+
+    Args:
+        pl_module: Holds them as `loss` and, if the memory has its own, `memory_loss`.
+        given: The loss of both, for a module that does not hold them so.
+    """
+    batch = getattr(pl_module, "loss", None) if given is None else given
+    memory = getattr(pl_module, "memory_loss", None) if given is None else given
+    losses = {"batch": batch, "memory": batch if memory is None else memory}
+    return {term: loss for term, loss in losses.items() if isinstance(loss, PairLoss)}

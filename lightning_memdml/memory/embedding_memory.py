@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.memory.rows import as_rows, check_dim, check_state, unit_rows
 
 # Rows of the integer table: what is known of each stored embedding.
 _LABEL, _INDEX, _STEP = range(3)
-_STATE = ("embeddings", "labels", "indices", "steps", "offset", "batches", "dropped")
+STATE = ("embeddings", "labels", "indices", "steps", "offset", "batches", "dropped")
 
 
 class EmbeddingMemory:
@@ -66,6 +66,7 @@ class EmbeddingMemory:
         self.batches = 0
         self.dropped = 0
         self.was_read = False
+        self._most_anchors, self._most_shared = 0, 0
         self._end = 0
         self._count = 0
         self._allocate(0)
@@ -96,7 +97,7 @@ class EmbeddingMemory:
             ValueError: For shapes that do not fit each other, or another `D` than that of the stored rows.
         """
         rows, labels, indices = as_rows(embeddings, labels, indices)
-        self._check_dim(rows.shape[1])
+        check_dim(self.dim, rows.shape[1])
         step = self.batches if step is None else step
         # Rows enqueued under inference mode must still be usable in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
@@ -109,6 +110,8 @@ class EmbeddingMemory:
             if self.dim == 0:
                 self._allocate(rows.shape[1])
             self._append(rows, facts)
+            if rows.device.type != "cpu":
+                self._count_shared(len(labels))
         self.batches += 1
         self.dropped += dropped
         return dropped
@@ -122,6 +125,26 @@ class EmbeddingMemory:
         """
         self.was_read = True
         return self._view
+
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `read` would return if these rows had entered, which they do not: copies.
+
+        Args:
+            embeddings: `(B, D)` of unit length.
+            labels: `(B,)`.
+            indices: `(B,)`.
+        """
+        pairs = zip(self.read(), (embeddings.detach(), labels, indices), strict=True)
+        stored, classes, images = (torch.cat([old, new.to(old)])[-self.size :] for old, new in pairs)
+        return stored, classes, images
+
+    def loss_options(self, anchors: int) -> dict[str, Any]:
+        """What to tell a `PairLoss` beside the rows: on a GPU a number it would otherwise have to wait for.
+
+        Args:
+            anchors: Rows of the batch that is compared with the memory.
+        """
+        return {"most_shared": self._most_shared} if anchors <= self._most_anchors else {}
 
     def __len__(self) -> int:
         """The number of valid rows."""
@@ -189,7 +212,7 @@ class EmbeddingMemory:
         Raises:
             ValueError: If entries are missing or do not fit each other.
         """
-        _check_state(state)
+        check_state("EmbeddingMemory", state, STATE)
         rows = state["embeddings"][-self.size :]
         facts = torch.stack([state[name] for name in ("labels", "indices", "steps")])[:, -self.size :]
         self.reset()
@@ -215,6 +238,19 @@ class EmbeddingMemory:
         self._facts[:, start : self._end] = facts
         self._count = kept + len(rows)
         self._expose()
+
+    def _count_shared(self, anchors: int) -> None:
+        """Bound the rows that share a class or an image with any so many anchors.
+
+        Between two steps, where the host waits for the device anyway. A power of two, so that a compiled step does not
+        meet a new number every time.
+        """
+        _, labels, indices = self._view
+        most = 0
+        for ids in (labels, indices[indices >= 0]):
+            sizes = torch.unique(ids, return_counts=True)[1]
+            most += int(sizes.topk(min(anchors, len(sizes))).values.sum())
+        self._most_anchors, self._most_shared = anchors, 1 << max(0, most - 1).bit_length()
 
     def _move_to_front(self, kept: int) -> None:
         """Move the newest `kept` rows to the start of the buffer.
@@ -242,27 +278,3 @@ class EmbeddingMemory:
         self._view = (rows, facts[_LABEL], facts[_INDEX])
         for tensor in self._view:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-    def _check_dim(self, dim: int) -> None:
-        if self.dim not in (0, dim):
-            raise ValueError(
-                f"The memory holds embeddings of D={self.dim}, but the batch has D={dim}. If the memory came "
-                "from a checkpoint, it belongs to another embedding layer: restore the one it was trained "
-                "with, or start without the memory's state; otherwise call `memory.reset()` first."
-            )
-
-
-def _check_state(state: dict[str, Any]) -> None:
-    missing = ", ".join(name for name in _STATE if name not in state)
-    if missing:
-        raise ValueError(
-            f"The state of an EmbeddingMemory needs {', '.join(_STATE)}, but {missing} is missing: "
-            "it was not written by `EmbeddingMemory.state_dict()`, or the checkpoint is damaged."
-        )
-    shapes = {name: tuple(state[name].shape) for name in ("embeddings", "labels", "indices", "steps")}
-    rows = shapes["embeddings"][:1]
-    if len(shapes["embeddings"]) != 2 or any(shapes[name] != rows for name in ("labels", "indices", "steps")):
-        raise ValueError(
-            "The state of an EmbeddingMemory needs embeddings of shape (M, D) and labels, indices and steps "
-            f"of shape (M,), but has {shapes}: the checkpoint is damaged."
-        )

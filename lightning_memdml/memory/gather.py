@@ -22,6 +22,9 @@ class RowGather:
 
     Without a process group of more than one rank, the batch comes back as it is.
 
+    Attributes:
+        counts: Rows of each rank in the last call.
+
     Example:
         >>> gather = RowGather()
         >>> gather(torch.ones(1, 2), torch.tensor([3]), torch.tensor([-1]))
@@ -29,6 +32,7 @@ class RowGather:
     """
 
     def __init__(self) -> None:
+        self.counts: list[int] = []
         self._slots = 0
         self._dim = 0
 
@@ -47,9 +51,11 @@ class RowGather:
             ValueError: On every rank, if the ranks' `D` differ.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            self.counts = [len(labels)]
             return embeddings, labels, indices
         received = self._exchange(self._pack(embeddings, labels, indices))
         rows, dims = received[:, 0, :_HEADER].contiguous().view(torch.int64).T.tolist()
+        self.counts = rows
         if len(set(dims)) > 1:
             raise ValueError(f"Expected embeddings of one D on all ranks but rank 0, 1, ... have D={dims}.")
         if max(rows) > self._slots or dims[0] != self._dim:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,33 @@ def unit_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     # The lower edge is that of F.normalize, below which its result is shorter than 1.
     usable = (lengths > 1e-12) & lengths.isfinite()
     return embeddings / lengths, usable.squeeze(1)
+
+
+def check_dim(held: int, given: int) -> None:
+    """Raise a `ValueError` if a memory that holds rows of `held` numbers is given rows of another length."""
+    if held not in (0, given):
+        raise ValueError(
+            f"The memory holds embeddings of D={held}, but the batch has D={given}. If the memory came "
+            "from a checkpoint, it belongs to another embedding layer: restore the one it was trained "
+            "with, or start without the memory's state; otherwise call `memory.reset()` first."
+        )
+
+
+def check_state(kind: str, state: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise a `ValueError` unless the state of a memory has these entries, and its rows fit each other."""
+    missing = ", ".join(name for name in names if name not in state)
+    if missing:
+        raise ValueError(
+            f"The state of an {kind} needs {', '.join(names)}, but {missing} is missing: it was not written by "
+            f"`{kind}.state_dict()`, or the checkpoint is damaged."
+        )
+    shapes = {name: tuple(state[name].shape) for name in ("embeddings", "labels", "indices", "steps")}
+    rows = shapes["embeddings"][:1]
+    if len(shapes["embeddings"]) != 2 or any(shapes[name] != rows for name in ("labels", "indices", "steps")):
+        raise ValueError(
+            f"The state of an {kind} needs embeddings of shape (M, D) and labels, indices and steps of shape (M,), "
+            f"but has {shapes}: the checkpoint is damaged."
+        )
 
 
 def _check_embeddings(embeddings: Tensor) -> None:

@@ -331,3 +331,19 @@ def test_a_compiled_step_compiles_once_for_an_empty_and_once_for_a_filling_memor
         memory.enqueue(embeddings, labels)
     assert len(memory) == 20
     assert counter.frame_count <= 2
+
+
+@given(labels=st.lists(st.integers(0, 9), min_size=1, max_size=40), anchors=st.integers(1, 8), data=st.data())
+def test_the_bound_of_shared_rows_holds_for_any_batch(labels, anchors, data):
+    """What a GPU is told instead of counting: never below the rows that share a class or an image with the batch."""
+    memory = EmbeddingMemory(30)
+    rows = torch.tensor(labels)
+    memory.enqueue(torch.ones(len(rows), 2), rows, torch.arange(len(rows)) % 7 - 1)
+    assert memory.loss_options(1) == {}  # on a CPU nothing waits
+    memory._count_shared(anchors)  # as `enqueue` does on a GPU
+    batch = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=anchors, max_size=anchors)))
+    images = torch.tensor(data.draw(st.lists(st.integers(-1, 6), min_size=anchors, max_size=anchors)))
+    _, stored, indices = memory.read()
+    shared = torch.isin(stored, batch) | (torch.isin(indices, images) & (indices >= 0))
+    assert shared.sum() <= memory.loss_options(anchors)["most_shared"]
+    assert memory.loss_options(anchors + 1) == {}  # counted for fewer anchors

@@ -1,0 +1,264 @@
+"""A slow copy of the encoder, which writes the rows of a memory, so that they age more slowly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BatchNorm = Literal["batch", "running"]
+
+
+class MomentumEncoder:
+    r"""An exponential moving average of an encoder's weights (He et al. 2020, arXiv 1911.05722).
+
+    .. math:: \theta_k \leftarrow m_t \theta_k + (1 - m_t) \theta, \qquad
+              m_t = \min\Big(m, \frac{1 + t}{r + t}\Big)
+
+    A memory mixes rows of many steps. Where the network moves fast they no longer fit together; written by its slow
+    copy, they do. The copy is a plain object and no module: held by a LightningModule it is in none of its
+    parameters, checkpoints or DDP buckets.
+
+    **Precision.** The copy is float32 whatever the encoder is: at `momentum=0.999` a bfloat16 average would stand
+    still. It is called with its floating point inputs in float32; under autocast its products are in the lower
+    precision, as those of the encoder.
+
+    **Batch norm.** `"batch"` (as MoCo): where the encoder normalises by the batch, so does the copy, with the
+    statistics of its own activations; batch norms that the encoder keeps in evaluation mode (frozen ones) stay so.
+    `"running"`: by the encoder's running statistics, so that a row does not depend on the other images of its batch;
+    but these are statistics of the newest weights, not of the average. Everything else (dropout, stochastic depth) is
+    in evaluation mode.
+
+    **What it leaves alone.** Calling it changes neither buffers, gradients, nor the state of torch's random numbers.
+
+    **Ranks.** Updated on every rank with weights that are equal there, it is equal there. Buffers (running statistics)
+    are those of rank 0: one broadcast of all of them per update.
+
+    Args:
+        encoder: What is averaged. It is copied deeply, with its forward hooks, unless there is a `factory`.
+        momentum: The :math:`m` of later updates, in [0, 1). At 0 the copy is the encoder as it was last updated.
+        ramp: The :math:`r` of the formula, at least 1: the first updates average over about the steps there were. 1 is
+            no ramp. With 10, a momentum of 0.99 is reached after 900 updates, one of 0.999 after 9,000.
+        batch_norm: By which statistics the copy normalises.
+        factory: Builds a module with the parameters of `encoder`, where a deep copy cannot be made or is too large.
+
+    Attributes:
+        module: The copy.
+        updates: How often it was updated.
+
+    Raises:
+        ValueError: If an argument is out of range, or the factory builds another network.
+        TypeError: If the encoder cannot be copied.
+
+    Example:
+        >>> encoder = nn.Linear(3, 2)
+        >>> keys = MomentumEncoder(encoder, momentum=0.9, ramp=1)
+        >>> before = keys.module.weight.clone()
+        >>> with torch.no_grad():
+        ...     _ = encoder.weight.add_(1)
+        >>> keys.update(encoder)
+        >>> torch.testing.assert_close(keys.module.weight, before + 0.1)
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        momentum: float = 0.99,
+        ramp: float = 10,
+        batch_norm: BatchNorm = "batch",
+        factory: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        check_momentum("momentum", momentum)
+        if ramp < 1:
+            raise ValueError(f"Expected `ramp` of at least 1, which is no ramp, but got {ramp}.")
+        if batch_norm not in get_args(BatchNorm):
+            raise ValueError(
+                f"Expected `batch_norm` to be one of {', '.join(get_args(BatchNorm))} but got {batch_norm!r}."
+            )
+        self.momentum = momentum
+        self.ramp = ramp
+        self.batch_norm = batch_norm
+        self.updates = 0
+        self.module = _copied(encoder) if factory is None else _built(factory, encoder)
+        self.module.requires_grad_(False).float()
+        _set_mode(self.module, encoder, batch_norm)
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Encode inputs, without gradient."""
+        with _own_random_numbers(self.module):
+            return self.module(*map(_in_float32, inputs))
+
+    @torch.no_grad()
+    def update(self, encoder: nn.Module) -> None:
+        """Move towards the weights of `encoder`, and take over its buffers and which batch norms it froze.
+
+        Args:
+            encoder: The network of which this is the copy.
+        """
+        averaged: list[Tensor] = list(self.module.parameters())
+        newest = [new.detach().to(old) for old, new in zip(averaged, encoder.parameters(), strict=True)]
+        if averaged:
+            torch._foreach_lerp_(averaged, newest, weight=1 - self.momentum_now)
+        buffers = list(self.module.buffers())
+        for held, buffer in zip(buffers, encoder.buffers(), strict=True):
+            held.copy_(buffer)
+        _share_buffers(buffers)
+        self.updates += 1
+        _set_mode(self.module, encoder, self.batch_norm)
+
+    @property
+    def momentum_now(self) -> float:
+        """The momentum of the next update."""
+        return min(self.momentum, (1 + self.updates) / (self.ramp + self.updates))
+
+    def to(self, device: torch.device | str) -> MomentumEncoder:
+        """Move the copy to a device."""
+        self.module.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights as CPU copies, and the number of updates; only tensors and numbers."""
+        weights = {name: value.detach().to("cpu", copy=True) for name, value in self.module.state_dict().items()}
+        return {"weights": weights, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over weights and number of updates.
+
+        Raises:
+            ValueError: If they are of another network.
+        """
+        weights = state.get("weights", {})
+        own = self.module.state_dict()
+        if {name: value.shape for name, value in weights.items()} != {name: own[name].shape for name in own}:
+            raise ValueError(
+                "The state of the momentum encoder belongs to another network than the one it is to follow "
+                f"({_first_difference(weights, own)}). Restore the network it was trained with, or start without its "
+                "state."
+            )
+        self.module.load_state_dict(weights)
+        self.updates = state["updates"]
+
+
+@contextmanager
+def reading(encoder: nn.Module, batch_norm: BatchNorm) -> Iterator[None]:
+    """Let a network be called inside the block without a trace: no gradient, no statistics, no random numbers.
+
+    Args:
+        encoder: The network; its modules have their modes back after the block.
+        batch_norm: By which statistics it normalises meanwhile; see `MomentumEncoder`.
+    """
+    modes = [(module, module.training) for module in encoder.modules()]
+    tracking = [(norm, norm.track_running_stats) for norm in _batch_norms(encoder)]
+    _set_mode(encoder, encoder, batch_norm)
+    try:
+        with torch.no_grad(), _own_random_numbers(encoder):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for norm, tracked in tracking:
+            norm.track_running_stats = tracked
+
+
+def check_momentum(name: str, momentum: float) -> None:
+    """Raise a `ValueError` unless `momentum` is in [0, 1)."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"Expected `{name}` in [0, 1), as at 1 nothing would ever change, but got {momentum}.")
+
+
+def _copied(encoder: nn.Module) -> nn.Module:
+    # A module built by LightningCLI holds its optimizer as a partial, and in it the parser, the Trainer and DDP.
+    shared = {id(value): value for part in encoder.modules() for value in vars(part).values() if _is_code(value)}
+    try:
+        module = copy.deepcopy(encoder, shared)
+    except Exception as error:  # what a part of it raises; all that matters is that there is no copy
+        raise TypeError(
+            f"{type(encoder).__name__} cannot be copied deeply ({error}). Pass a function that builds the same one: "
+            "`factory=` here, `encoder_factory=` of MemoryCallback, which can also be told by `encoder=` which part is "
+            "the encoder."
+        ) from error
+    for part in module.modules():
+        # `torch.compile` of a LightningModule leaves a forward here that runs the network it was compiled from.
+        compiled = hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        if compiled and not isinstance(part, torch._dynamo.OptimizedModule):
+            del part.__dict__["forward"]
+    return module
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is a partial function that holds no part of the network."""
+    if not isinstance(value, partial):
+        return False
+    held = (getattr(value.func, "__self__", None), *value.args, *value.keywords.values())
+    return not any(isinstance(given, nn.Module | Tensor) for given in held)
+
+
+def _built(factory: Callable[[], nn.Module], encoder: nn.Module) -> nn.Module:
+    module = factory()
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    other = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in other.items()}:
+        raise ValueError(
+            f"Expected the factory to build a network with the parameters and buffers of "
+            f"{type(encoder).__name__} but {_first_difference(own, other)}."
+        )
+    some = next(encoder.parameters(), None)
+    module.to("cpu" if some is None else some.device)
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(other[name])
+    return module
+
+
+def _first_difference(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    for name in (*own, *other):
+        shapes = [tuple(side[name].shape) if name in side else "none" for side in (own, other)]
+        if shapes[0] != shapes[1]:
+            return f"`{name}` of shape {shapes[0]} where {shapes[1]} was expected"
+    return "nothing differs"
+
+
+def _set_mode(module: nn.Module, encoder: nn.Module, batch_norm: BatchNorm) -> None:
+    """Put `module` into evaluation mode, except for batch norms that are to use the statistics of the batch."""
+    by_batch = [batch_norm == "batch" and norm.training for norm in _batch_norms(encoder)]
+    for part in module.modules():
+        part.training = False
+    for norm, training in zip(_batch_norms(module), by_batch, strict=True):
+        norm.training = training
+        # Without this the statistics of the batch would enter the running ones.
+        norm.track_running_stats = not training
+
+
+def _batch_norms(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def _own_random_numbers(module: nn.Module) -> Iterator[None]:
+    """Let what is drawn inside the block not move the generators that the training draws from."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _share_buffers(buffers: list[Tensor]) -> None:
+    """Take over the floating point buffers of rank 0, whose statistics are those of its own batches."""
+    shared = [buffer for buffer in buffers if buffer.is_floating_point()]
+    if not shared or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    message = torch.cat([buffer.flatten() for buffer in shared])
+    dist.broadcast(message, src=0)
+    for buffer, values in zip(shared, message.split([buffer.numel() for buffer in shared]), strict=True):
+        buffer.copy_(values.view_as(buffer))

@@ -1,0 +1,252 @@
+"""A FIFO memory of which every rank keeps a share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_memdml.memory.embedding_memory import STATE, EmbeddingMemory
+from lightning_memdml.memory.gather import RowGather
+from lightning_memdml.memory.rows import as_rows, check_state, unit_rows
+
+_ROWS = ("embeddings", "labels", "indices", "steps")
+
+
+class ShardedMemory:
+    """The rows of an `EmbeddingMemory`, dealt out over the ranks: each keeps every W-th.
+
+    For memories that are too large for one device. The anchors of all ranks visit the shares, and come back with sums
+    that combine to the loss against the whole memory, to rounding. Arithmetic per rank is the same, bytes are `1 / W`,
+    and a step has three more collectives: for the anchors `(W B, D)`, for the few rows of their classes, and for the
+    sums `(W B, D + 4)`. On one rank, and outside of distributed training, it is an `EmbeddingMemory` with that loss.
+
+    A loss has to be told, so it is called with `ranks`; `MetricLearner` and `against_memory` do it by themselves::
+
+        loss(z, y, *memory.read()[:2], ranks=memory)
+
+    Args:
+        size: Rows kept over all ranks, at least 1; rounded up to a multiple of the ranks.
+        dtype: How embeddings are stored, a floating point dtype.
+
+    Attributes:
+        share: The rows of this rank.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: If `size` is below 1.
+        TypeError: If `dtype` is not floating point.
+
+    Example:
+        >>> memory = ShardedMemory(size=3)
+        >>> for label in range(5):
+        ...     _ = memory.enqueue(torch.randn(1, 8), torch.tensor([label]))
+        >>> memory.read()[1]
+        tensor([2, 3, 4])
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.share = EmbeddingMemory(size, dtype)
+        self._size = size
+        self.rank, self.world_size = 0, 1
+        self._gather = RowGather()
+        self.reset()
+
+    # ---------------------------------------------------------------- the interface of every memory
+    def reset(self) -> None:
+        """Forget rows and counters."""
+        self._entered = 0
+        self.dropped = 0
+        self._untold = False
+        self._deal()
+        self.share.reset()
+
+    def enqueue(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, *, step: int | None = None
+    ) -> int:
+        """Append the rows of all ranks, the same on every rank, of which this rank keeps its share.
+
+        Args:
+            embeddings: `(B, D)` floating point.
+            labels: `(B,)` integers.
+            indices: `(B,)` integers, which image each row is of; -1 is unknown.
+            step: The time to note for these rows; by default the number of earlier calls.
+
+        Returns:
+            How many rows were dropped because they had no direction.
+        """
+        if self._untold and len(self):
+            self._untold = False
+            warnings.warn(
+                "A ShardedMemory was read, but the loss saw this rank's share only. Pass `ranks=memory` to the "
+                "loss, or use `against_memory`.",
+                stacklevel=2,
+            )
+        rows, labels, indices = as_rows(embeddings, labels, indices)
+        usable = unit_rows(rows)[1]
+        place = self._entered + usable.cumsum(dim=0) - 1
+        own = usable & (place % self.world_size == self.rank)
+        step = self.batches if step is None else step
+        self.share.enqueue(rows[own], labels[own], indices[own], step=step)
+        dropped = int((~usable).sum())
+        self._entered += len(usable) - dropped
+        self.dropped += dropped
+        return dropped
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share, oldest first: `embeddings (m, D)`, `labels (m,)`, `indices (m,)`; no copy."""
+        self._untold = self.world_size > 1
+        return self.share.read()
+
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Refuse, with a `ValueError`: a share does not know which rows of a batch would be its own."""
+        raise ValueError("A ShardedMemory is read without the batch: leave `memory_includes_batch` out.")
+
+    def loss_options(self, anchors: int) -> dict[str, Any]:
+        """What to tell a `PairLoss` beside the rows: that there are others."""
+        return {"ranks": self}
+
+    def __len__(self) -> int:
+        """The number of valid rows over all ranks."""
+        return min(self._entered, self.size)
+
+    def __repr__(self) -> str:
+        """Size, fill, ranks and the share."""
+        return f"ShardedMemory(size={self.size}, rows={len(self)}, ranks={self.world_size}, share={self.share})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedMemory:
+        """The same object, as for `EmbeddingMemory`."""
+        return self
+
+    @property
+    def size(self) -> int:
+        """Rows kept over all ranks."""
+        return self.share.size * self.world_size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def steps(self) -> Tensor:
+        """For each row of this rank's share the step at which it entered, `(m,)`."""
+        return self.share.steps
+
+    @property
+    def batches(self) -> int:
+        """Calls of `enqueue` so far."""
+        return self.share.batches
+
+    @property
+    def was_read(self) -> bool:
+        """Whether `read` was ever called."""
+        return self.share.was_read
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How embeddings are stored."""
+        return self.share.dtype
+
+    @property
+    def dim(self) -> int:
+        """The `D` of the stored rows; 0 before the first of this share."""
+        return self.share.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the share is."""
+        return self.share.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank."""
+        return self.share.nbytes
+
+    def to(self, device: torch.device | str) -> ShardedMemory:
+        """Move the share to a device."""
+        self.share.to(device)
+        return self
+
+    # ---------------------------------------------------------------- how ranks reach each other, for the losses
+    def gather(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Return the rows of all ranks in rank order, and how many are of each rank."""
+        self._untold = False
+        rows = self._gather(*as_rows(embeddings, labels, indices))
+        return (*rows, self._gather.counts)
+
+    def to_owners(self, states: Tensor, counts: list[int]) -> Tensor:
+        """Send each rank its rows of `(A, S)`, `counts` of each; return those of this rank, `(W, B, S)`."""
+        if self.world_size == 1:
+            return states[None]
+        own = counts[self.rank]
+        received = states.new_empty(self.world_size * own, states.shape[1])
+        dist.all_to_all_single(received, states.contiguous(), [own] * self.world_size, counts)
+        return received.view(self.world_size, own, states.shape[1])
+
+    # ---------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """The rows of all ranks, as an `EmbeddingMemory` of this size would save them.
+
+        All ranks have to call it together; rank 0 has the result, the others get an empty one. Shares travel one after
+        the other, through the CPU of rank 0.
+        """
+        shares = [self.share.state_dict()]
+        if self.world_size > 1:
+            shares = self._collect_on_rank_0(shares[0])
+        if self.rank:
+            return {}
+        # Row n of all that ever entered is row n // W of rank n % W.
+        numbers = torch.cat([self._numbers(rank) for rank in range(self.world_size)])
+        order = numbers.argsort()
+        filled = [share for share in shares if len(share["labels"])] or shares[:1]
+        rows = {name: torch.cat([share[name] for share in filled])[order] for name in _ROWS}
+        offsets = [share["offset"] for share in shares]
+        return {**shares[0], **rows, "offset": 0, "offsets": offsets, "entered": self._entered, "dropped": self.dropped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this rank's share of the rows of an `EmbeddingMemory` or of a memory with any number of ranks.
+
+        Raises:
+            ValueError: If entries are missing or do not fit each other.
+        """
+        check_state("EmbeddingMemory", state, STATE)
+        self.reset()
+        self._entered = state.get("entered", len(state["labels"]))
+        own = torch.arange(self._entered - len(state["labels"]), self._entered) % self.world_size == self.rank
+        offsets = state.get("offsets", [])
+        offset = offsets[self.rank] if len(offsets) == self.world_size else 0
+        self.share.load_state_dict({**state, **{name: state[name][own] for name in _ROWS}, "offset": offset})
+        self.dropped = state["dropped"]
+
+    def _deal(self) -> None:
+        """Find out the number of ranks, and with it the length of a share."""
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.share.size = -(-self._size // self.world_size)
+
+    def _numbers(self, rank: int) -> Tensor:
+        """Return which of all rows that ever entered are in the share of a rank."""
+        end = -(-(self._entered - rank) // self.world_size)
+        return torch.arange(max(0, end - self.share.size), end) * self.world_size + rank
+
+    def _collect_on_rank_0(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        offset = torch.tensor([own["offset"]], device=self.device)
+        if self.rank:
+            for part in (offset, *(own[name].to(self.device) for name in _ROWS)):
+                dist.send(part.contiguous(), dst=0)
+            return []
+        shares = [own]
+        for rank in range(1, self.world_size):
+            dist.recv(offset, src=rank)
+            rows = len(self._numbers(rank))
+            share: dict[str, Any] = {"offset": int(offset)}
+            for name in _ROWS:
+                part = torch.empty(rows, *own[name].shape[1:], dtype=own[name].dtype, device=self.device)
+                dist.recv(part, src=rank)
+                share[name] = part.cpu()
+            shares.append(share)
+        return shares

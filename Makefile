@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo study test check format bench clean
 
 help:
 	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
+	@echo "make study   rerun the study on the glyphs (about 100 minutes on 2 cores)"
 	@echo "make test    run the test suite           make check   lint, types and tests"
 	@echo "make bench   run the benchmarks           make format  format the code"
 	@echo "make clean   remove what the other targets made"
@@ -25,6 +26,9 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	$(BIN)/python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml \
 		--picture runs/demo.png --output runs/demo.md
+
+study: install
+	$(BIN)/memdml study experiments/study/glyphs_*.yaml --processes 2
 
 test: install
 	$(BIN)/python -m pytest

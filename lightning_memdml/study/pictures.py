@@ -1,0 +1,287 @@
+"""The pictures of a study: weight curves beside scores, claims, training, similarities, drift."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lightning_memdml.curves.plot import LETTERS, LOSS_STYLES, SIDE_STYLES
+from lightning_memdml.curves.reading import SIDES
+from lightning_memdml.study.recording import BINS
+from lightning_memdml.study.results import JudgedClaim, Record, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#6b7486"}
+CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
+SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
+
+
+def score_name(score: str) -> str:
+    """Return what a score is called in the field.
+
+    Example:
+        >>> score_name("map_at_r"), score_name("recall_at_10")
+        ('MAP@R', 'Recall@10')
+    """
+    return SCORE_NAMES.get(score, score.replace("recall_at_", "Recall@"))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no window, no state that outlives the figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _bare(axes: Axes, *spines: str) -> None:
+    axes.spines[["top", "right", *spines]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+# ----------------------------------------------------------------------------------------- weight curves beside scores
+def plot_scores(results: Results, data: str, score: str) -> Figure:
+    """Draw a row per arm: how it weighs positives and negatives, and what it scores.
+
+    The curves are those of the term against the memory where there is one, else of the batch, exact where the weight
+    depends on the similarity alone and else the mean of measured pairs; each is drawn to its own largest value. The
+    grey ground is where the pairs of the last batches lie. Dots are seeds, bars the interval of their mean.
+
+    Args:
+        results: What the study has found.
+        data: On which data set.
+        score: Which score.
+    """
+    arms = [arm for arm in results.study.arms if results.of(arm, data)]
+    height = 0.62 * len(arms) + 1.0
+    figure = _figure(9, height)
+    panels = figure.subplots(len(arms), 3, squeeze=False, width_ratios=[1, 1, 2.6], gridspec_kw={"wspace": 0.04})
+    found = {arm: results.score(arm, data, score) for arm in arms}
+    values = [value for one in found.values() if one for value in (*one.values, *_finite(one.over_seeds))]
+    margin = 0.06 * (max(values) - min(values) or 1)
+    span = (min(values) - margin, max(values) + margin)
+    for row, arm in zip(panels, arms, strict=True):
+        reading = _reading(results.of(arm, data))
+        for axes, side in zip(row, SIDES, strict=False):
+            _draw_thumbnail(axes, reading, side)
+        row[0].set_ylabel(arm, rotation=0, ha="right", va="center", fontsize="medium", labelpad=10)
+        _draw_score(row[2], found[arm], span, last=arm == arms[-1])
+    for axes, side in zip(panels[0], SIDES, strict=False):
+        axes.set_title(f"weight of {side}s", fontsize="small", color=SIDE_STYLES[side].color)
+    panels[0][2].set_title(f"{score_name(score)}, percent", fontsize="small")
+    for axes in panels[-1][:2]:
+        axes.set_xticks([-1, 0, 1])
+        axes.set_xlabel("similarity", fontsize="small")
+    return figure
+
+
+def _finite(interval: Sequence[float]) -> list[float]:
+    return [value for value in interval if math.isfinite(value)]
+
+
+def _reading(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Return what was read of the loss against the memory, or else in the batch; the measured pairs of all seeds."""
+    found = [record.get("weights") or {} for record in records]
+    readings = [weights.get("memory", weights.get("batch", {})) for weights in found]
+    if not all(readings):
+        return None
+    pooled = dict(readings[0])
+    for side in SIDES:
+        counted = [reading[side] for reading in readings if reading[side]["pairs"] is not None]
+        sums = {name: np.sum([one[name] for one in counted], axis=0) for name in ("pairs", "mass")} if counted else {}
+        pooled[side] = {**pooled[side], **sums}
+    return pooled
+
+
+def _draw_thumbnail(axes: Axes, reading: dict[str, Any] | None, side: str) -> None:
+    axes.set(xlim=(-1, 1), ylim=(-0.06, 1.15), xticks=[], yticks=[])
+    _bare(axes, "left")
+    if reading is None:
+        axes.text(0, 0.5, "not a pair loss", ha="center", va="center", fontsize="x-small", color="0.5")
+        return
+    packed, color = reading[side], SIDE_STYLES[side].color
+    pairs = np.zeros(BINS) if packed["pairs"] is None else np.asarray(packed["pairs"], dtype=float)
+    if pairs.any():
+        axes.fill_between(CENTERS, pairs / pairs.max(), step="mid", color="0.88", linewidth=0)
+    if packed["curve"] is not None:
+        weight = np.asarray(packed["curve"])
+        similarity = np.linspace(-1, 1, len(weight))
+    else:
+        seen = pairs > 0
+        similarity, weight = CENTERS[seen], np.asarray(packed["mass"])[seen] / pairs[seen]
+    if len(weight):
+        axes.plot(similarity, weight / (weight.max() or 1), color=color, linewidth=1.6)
+    if packed["divided"]:
+        axes.text(
+            0.98, 1.02, f"/ |{LETTERS[side]}|", transform=axes.transAxes, ha="right", va="top", fontsize="x-small"
+        )
+
+
+def _draw_score(axes: Axes, found: Any, span: tuple[float, float], last: bool) -> None:
+    axes.set(xlim=span, ylim=(-1, 1), yticks=[])
+    _bare(axes, "left")
+    axes.grid(axis="x", color="0.92", linewidth=0.8)
+    if not last:
+        axes.tick_params(labelbottom=False, length=0)
+        axes.spines["bottom"].set_visible(False)
+    low, high = found.over_seeds
+    if math.isfinite(low):
+        axes.plot([low, high], [0, 0], color="#1d2433", linewidth=5, alpha=0.25, solid_capstyle="butt")
+    axes.plot(found.values, [0] * len(found.values), "o", color="#0072B2", markersize=4, alpha=0.55, markeredgewidth=0)
+    axes.plot([found.estimate.mean], [0], "|", color="#1d2433", markersize=16, markeredgewidth=2)
+    axes.annotate(
+        f"{found.estimate.mean:.1f}", (found.estimate.mean, 0), (0, 9), textcoords="offset points", ha="center",
+        fontsize="small",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
+    """Draw the decisive interval of every claim; the ground is where the claim says that the difference lies.
+
+    Returns None if no claim has all its runs.
+    """
+    shown = [one for one in judged if not one.missing]
+    if not shown:
+        return None
+    figure = _figure(9, 0.6 * len(shown) + 0.9)
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
+    ends = [value for one in shown for value in (*_finite(one.judgement.interval), one.judgement.estimate.mean)]
+    reach = max([abs(end) for end in ends] + [one.claim.by for one in shown] + [0.5]) * 1.15
+    for axes, one in zip(panels, shown, strict=True):
+        claim, judgement = one.claim, one.judgement
+        color = VERDICT_COLORS[judgement.verdict]
+        region = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
+        axes.axvspan(*region[claim.expects], color="#0072B2", alpha=0.08, linewidth=0)
+        axes.axvline(0, color="0.75", linewidth=0.8)
+        low, high = judgement.interval
+        axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=5, alpha=0.4)
+        axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=6)
+        axes.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[])
+        axes.set_ylabel(claim.name, rotation=0, ha="right", va="center", labelpad=10)
+        axes.text(1.01, 0.5, judgement.verdict, transform=axes.transAxes, color=color, va="center", weight="bold")
+        _bare(axes, "left")
+        if one is not shown[-1]:
+            axes.tick_params(labelbottom=False, length=0)
+            axes.spines["bottom"].set_visible(False)
+    panels[-1].set_xlabel("difference in points; shaded: where the claim says it lies")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- what happened on the way
+class _Panel(NamedTuple):
+    """One number over the steps: the list in a record that holds it, its name there, and what it is multiplied by."""
+
+    title: str
+    rows: str
+    name: str
+    factor: float = 1.0
+
+    def series(self, record: Record) -> list[tuple[float, float]]:
+        rows = (row for row in record.get(self.rows, []) if row.get(self.name) is not None)
+        return [(row["step"], self.factor * row[self.name]) for row in rows]
+
+
+def plot_training(results: Results, data: str, score: str) -> Figure | None:
+    """Draw loss and validation score over the steps, the mean over seeds; None if nothing was recorded."""
+    validated = _Panel(f"{score_name(score)} of validation classes, percent", "validation", score, 100)
+    return _plot_series(results, data, (_Panel("training loss", "training", "loss"), validated))
+
+
+def plot_drift(results: Results, data: str) -> Figure | None:
+    """Draw the drift of the memory over the steps, where a `MemoryReport` measured it; else None."""
+    drift = _Panel("drift of the oldest quarter of the memory, 1 - cosine", "memory", "drift_old")
+    return _plot_series(results, data, (drift, _Panel("weighted negatives per anchor", "memory", "negatives")))
+
+
+def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figure | None:
+    lines = {
+        panel.title: {
+            arm: mean
+            for arm in results.study.arms
+            if (mean := _mean_series([panel.series(record) for record in results.of(arm, data)]))
+        }
+        for panel in panels
+    }
+    lines = {title: arms for title, arms in lines.items() if arms}
+    if not lines:
+        return None
+    arms = list(results.study.arms)
+    legend_rows = math.ceil(len(arms) / 4)
+    figure = _figure(9, 2.9 + 0.22 * legend_rows)
+    drawn = figure.subplots(1, len(lines), squeeze=False)[0]
+    for axes, (title, series) in zip(drawn, lines.items(), strict=True):
+        for arm, points in series.items():
+            place = arms.index(arm)
+            style = LOSS_STYLES[place % len(LOSS_STYLES)]
+            # More arms than styles: the second round is thin, so that no two lines look alike.
+            width = (2.0, 1.0, 0.6)[min(2, place // len(LOSS_STYLES))]
+            marker = style.mark if len(points) == 1 else None  # a single point would be an invisible line
+            axes.plot(
+                *zip(*points, strict=True),
+                color=style.color,
+                linestyle=style.line,
+                linewidth=width,
+                label=arm,
+                marker=marker,
+            )
+        values = [abs(value) for points in series.values() for _, value in points]
+        if max(values) > 20 * max(1.0, float(np.median(values))):
+            axes.set_yscale("symlog", linthresh=1)  # one arm, of another kind of loss, would flatten all others
+        axes.set_title(title, fontsize="small")
+        axes.set_xlabel("optimiser step")
+        axes.grid(color="0.92", linewidth=0.8)
+        _bare(axes)
+    handles = {label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+        handlelength=3,
+    )
+    return figure
+
+
+def _mean_series(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    by_step: dict[float, list[float]] = {}
+    for run in runs:
+        for step, value in run:
+            by_step.setdefault(step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
+
+
+def plot_similarities(results: Results, data: str) -> Figure | None:
+    """Draw how similar test images are to those of their own class and of others, arm by arm; None without records."""
+    arms = [
+        arm for arm in results.study.arms if any(record.get("similarity") for record in results.of(arm, data))
+    ]  # fmt: skip
+    if not arms:
+        return None
+    columns = min(4, len(arms))
+    rows = math.ceil(len(arms) / columns)
+    figure = _figure(9, 1.5 * rows + 0.5)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for place, axes in enumerate(panels.flat):
+        axes.set_visible(place < len(arms))
+        axes.tick_params(labelbottom=place + columns >= len(arms))  # the lowest of each column
+    for axes, arm in zip(panels.flat, arms, strict=False):
+        for side, alpha in (("negative", 0.3), ("positive", 0.3)):
+            counts = np.sum([record["similarity"][side] for record in results.of(arm, data)], axis=0)
+            density = counts / max(1, counts.sum())
+            color = SIDE_STYLES[side].color
+            axes.fill_between(CENTERS, density, step="mid", color=color, alpha=alpha, linewidth=0)
+            axes.step(
+                CENTERS, density, where="mid", color=color, linewidth=1, linestyle=("-", "--")[side == "negative"]
+            )
+        axes.set_title(arm, fontsize="small")
+        axes.set(xlim=(-1, 1), ylim=(0, None), yticks=[])
+        _bare(axes, "left")
+    figure.supxlabel("similarity of test images: same class (solid), other classes (dashed)", fontsize="small")
+    return figure

@@ -1,0 +1,229 @@
+"""``memdml study``: arms x data sets x seeds from one file, with intervals, verdicts and a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lightning_memdml.study.report import claims_table, draw, scores_table, write_report
+from lightning_memdml.study.results import Results
+from lightning_memdml.study.runner import CLI, FailedRunsError, Plan, RunFolder, estimate_seconds, run_all
+from lightning_memdml.study.study_file import Study, read_study
+
+DESCRIPTION = """\
+Train several arms on several data sets with several seeds, at equal budgets, and say what the differences are worth.
+
+  memdml study experiments/study/glyphs_a_memory.yaml
+  memdml study mine.yaml --data.root my/images
+  memdml study experiments/study/glyphs_*.yaml --processes 2
+
+A study file is YAML. Modules beside it can be named in it: a weight function of yours is `my_weights.hard`.
+
+  base: base.yaml             # a configuration of `memdml fit`, beside this file
+  arms:                       # name -> nested overrides of the base
+    threshold: {}
+    mine: {model: {memory_loss: {init_args: {negative: my_weights.hard}}}}
+  seeds: [0, 1, 2, 3, 4]
+  claims:                     # decided by a rule that is fixed here, before any run
+    mine_helps: {compare: mine, with: threshold, expects: more, by: 0.5}
+
+Further keys: `data` (name -> overrides), `search` (options, seed, score), `equal: images`, `scores`, `confidence`,
+`title`, `parts` (a place for YAML anchors).
+
+Every finished run is one JSON file; what is finished is not run again, unless its configuration, its data's options or
+a module beside the study file that it names has changed. Options that are not listed here go to all runs, as to
+`memdml fit`."""
+
+
+def study(arguments: list[str], cli: CLI) -> None:
+    """Run ``memdml study`` with what follows it on the command line.
+
+    Args:
+        arguments: The study file and options.
+        cli: Builds learner, data and Trainer of a run: `MemdmlCLI`.
+
+    Raises:
+        ValueError: If the study file, or a configuration it leads to, is wrong.
+        SystemExit: If runs failed, after all others are done and the report of them is written.
+    """
+    parser = argparse.ArgumentParser(
+        "memdml study",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="+", help="a study file, or several that are run one after the other")
+    parser.add_argument("--output", default="runs/study", help="runs and report are in <output>/<name of the file>")
+    parser.add_argument("--processes", type=int, default=1, help="runs trained at a time; with GPUs one each")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and train none")
+    parser.add_argument("--report_only", action="store_true", help="write the report of what is finished")
+    given, options = parser.parse_known_args(arguments)
+    if given.processes < 1:
+        parser.error(f"argument --processes: expected at least 1 but got {given.processes}")
+    asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only")}
+    for config in given.config:
+        Plan(read_study_beside(config), cli, options)  # before the first of them takes its hour
+    failed = False
+    for config in given.config:
+        failed |= not _run_study_told(config, cli, options, output=Path(given.output, Path(config).stem), **asked)
+    if failed:
+        sys.exit(1)
+
+
+def _run_study_told(config: str, *arguments: Any, **options: Any) -> bool:
+    """Run a study; say which runs failed, and return whether none did."""
+    try:
+        run_study(config, *arguments, **options)
+    except FailedRunsError as error:
+        print(f"error: {config}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def run_study(
+    path: Path | str,
+    cli: CLI,
+    options: Sequence[str] = (),
+    *,
+    output: Path | str | None = None,
+    processes: int = 1,
+    dry_run: bool = False,
+    report_only: bool = False,
+) -> Results:
+    """Run a study, and write its report.
+
+    Args:
+        path: The study file.
+        cli: Builds learner, data and Trainer of a run: `lightning_memdml.cli.MemdmlCLI`.
+        options: Options of `memdml fit` for all runs.
+        output: Folder of runs and report; by default ``runs/study/<name of the file>``.
+        processes: Runs trained at a time, each in a process of its own with its share of the cores; process i has
+            GPU i, if there are GPUs.
+        dry_run: List the runs and what they cost, and train none (but a few steps of each arm).
+        report_only: Train nothing, and write the report of what is finished.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: If the study file, or a configuration it leads to, is wrong.
+        FailedRunsError: If runs failed, after all others are done and the report of them is written.
+    """
+    folder = RunFolder(Path("runs/study", Path(path).stem) if output is None else output)
+    said = read_study_beside(path)
+    plan = Plan(said, cli, options)
+    searching = plan.search_runs()
+    if dry_run:
+        _print_plan(plan, cli, folder)
+        return Results(said, [])
+    failure: FailedRunsError | None = None
+    if not report_only:
+        try:
+            run_all(
+                plan.test_runs(run_all(searching, cli, folder, processes, said.rule_key)),
+                cli,
+                folder,
+                processes,
+                said.rule_key,
+            )
+        except FailedRunsError as error:
+            failure = error
+    searched = folder.finished(searching)
+    # Without the whole search nobody knows which runs are to be tested.
+    records = folder.finished(plan.test_runs(searched)) if len(searched) == len(searching) else []
+    results = Results(said, records, searched)
+    reports = write_report(results, folder.path)
+    _print_results(results, reports)
+    if others := len(list(folder.runs.glob("*.json"))) - len(records) - len(searched):
+        print(f"{others} finished runs in {folder.runs} are of other configurations or options, and are left out.")
+    _log_to_wandb(plan, results, reports)
+    if failure is not None:
+        raise failure
+    return results
+
+
+def read_study_beside(path: Path | str) -> Study:
+    """Read a study file, and let it name modules that lie beside it."""
+    said = read_study(path)
+    if (beside := str(said.path.parent.resolve())) not in sys.path:
+        sys.path.append(beside)
+    return said
+
+
+def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
+    """List the runs, those of the test without their choice while the search is not finished."""
+    search = plan.search_runs()
+    searched = folder.finished(search)
+    open_search = len(searched) < len(search)
+    # What the search will choose is not known; its first try stands for it, and costs the same.
+    stand_in = (
+        [{**_fields(run), "scores": {plan.study.search.score: 0.0}} for run in search] if plan.study.search else []
+    )
+    runs = [*search, *plan.test_runs(stand_in if open_search else searched)]
+    seconds = estimate_seconds(runs, cli, folder)
+    left = 0.0
+    for run in runs:
+        cost = seconds[run.data, run.arm]
+        done = folder.load(run) is not None
+        left += 0 if done else cost
+        words = (
+            f"{run.arm} on {run.data}, seed {run.seed}, as searched"
+            if open_search and run.stage == "test"
+            else run.in_words()
+        )
+        print(f"{run.stage:6}  {'finished' if done else f'{cost:6.1f} s':>10}  {words}")
+    print(
+        f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. Where no run of an arm is finished, "
+        "that is the training alone, without scoring."
+    )
+
+
+def _fields(run: Any) -> dict[str, Any]:
+    return {"key": run.key, "arm": run.arm, "data": run.data, "choice": run.choice}
+
+
+def _print_results(results: Results, reports: Sequence[Path]) -> None:
+    for data in results.study.data:
+        print(f"\n{data}\n")
+        _print_table(scores_table(results, data))
+    judged = results.claims()
+    if judged:
+        print()
+        for row in claims_table(judged).rows:
+            print(f"{row[1]:>12}: {row[0]}  [{row[3]}]")
+    print("\n" + "\n".join(str(report) for report in reports))
+
+
+def _print_table(table: Any) -> None:
+    lines = [table.head, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _log_to_wandb(plan: Plan, results: Results, reports: Sequence[Path]) -> None:
+    """Give W&B the tables, pictures and the page, if the base configures its logger."""
+    logger = plan.logger()
+    if logger.get("class_path", "").rpartition(".")[2] != "WandbLogger":
+        return
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    experiment = WandbLogger(**logger.get("init_args", {})).experiment
+    judged = results.claims()
+    logged: dict[str, Any] = {"study/report": wandb.Html(str(reports[-1]))}
+    for data in results.study.data:
+        table = scores_table(results, data)
+        logged[f"study/scores_{data}"] = wandb.Table(columns=[*table.head], data=table.rows)
+    if judged:
+        table = claims_table(judged)
+        logged["study/claims"] = wandb.Table(columns=[*table.head], data=table.rows)
+    for name in tqdm(draw(results, judged), "Logging to W&B", delay=1, leave=False):
+        logged[f"study/{name}"] = wandb.Image(str(reports[0].parent / "pictures" / f"{name}.png"))
+    experiment.log(logged)
+    experiment.finish()

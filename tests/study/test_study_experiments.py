@@ -1,0 +1,74 @@
+"""Every study in experiments/study says what it costs, plans as many runs as it says, and its arms train."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.study.runner import Plan, train
+from lightning_memdml.study.study_file import read_study
+
+FOLDER = Path(__file__).parents[2] / "experiments/study"
+STUDIES = [file for file in sorted(FOLDER.glob("*.yaml")) if "arms" in yaml.safe_load(file.read_text())]
+FIELDS = ("Command", "Hardware", "Cost", "Expected")
+TINY = ("--data.num_classes=30", "--data.batch_size=8", "--data.images_per_class=2", "--trainer.max_steps=4")
+
+
+def header(config: Path) -> dict[str, str]:
+    """The fields of the comment at the top."""
+    lines = config.read_text().splitlines()
+    top = " ".join(line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")])
+    names = "|".join(FIELDS)
+    return dict(re.findall(rf"({names}):\s*(.+?)(?=\s(?:{names}):|$)", top))
+
+
+def test_every_claim_of_the_paper_has_its_study() -> None:
+    names = {file.stem for file in STUDIES}
+    assert {name[:8] for name in names if name.startswith("glyphs_")} == {f"glyphs_{letter}" for letter in "abcdef"}
+    assert {name[:8] for name in names if name.startswith("images_")} == {f"images_{letter}" for letter in "abcd"}
+
+
+@pytest.mark.parametrize("config", STUDIES, ids=lambda file: file.stem)
+def test_header_tells_command_hardware_cost_and_expected_result(config: Path) -> None:
+    said = header(config)
+    assert set(said) == set(FIELDS)
+    assert shlex.split(said["Command"])[:3] == ["memdml", "study", f"experiments/study/{config.name}"]
+
+
+@pytest.mark.parametrize("config", STUDIES, ids=lambda file: file.stem)
+def test_study_plans_the_runs_it_says(config: Path) -> None:
+    """All arms are parsed to the last option, their budgets compared, and the runs of the header counted."""
+    study = read_study(config)
+    plan = Plan(study, MemdmlCLI)
+    searching = plan.search_runs()
+    stand_in = [{"key": run.key, "scores": {"map_at_r": 0.0}} for run in searching]
+    cost = header(config)["Cost"]
+    assert int(re.findall(r"(\d+) runs", cost)[0]) == len(plan.test_runs(stand_in))
+    assert [int(number) for number in re.findall(r"(\d+) of the search", cost)] == [len(searching)] * bool(searching)
+    assert len(study.seeds) >= (5 if re.match("glyphs_[a-d]", config.stem) else 3)
+    assert study.claims, "a study answers a question"
+
+
+@pytest.mark.parametrize("config", [file for file in STUDIES if file.stem[0] == "g"], ids=lambda file: file.stem)
+def test_arms_train(config: Path, tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps of two arms, with a memory from the second on, and a score."""
+    monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    study = read_study(config)
+    plan = Plan(study, MemdmlCLI, (*TINY, "--model.backbone.width=4", "--data.val_fraction=0"))
+    searching = plan.search_runs()
+    runs = plan.test_runs([{"key": run.key, "scores": {"map_at_r": 0.0}} for run in searching])
+    for run in (runs[1], runs[len(study.arms) - 1]):
+        for callback in run.config["trainer"]["callbacks"] or []:
+            if callback["class_path"].endswith("MemoryCallback"):
+                callback["init_args"]["start_step"] = 1
+        record = train(run, MemdmlCLI, tmp_path)
+        assert record["steps"] == 4
+        assert 0 <= record["scores"]["map_at_r"] <= 1
+        assert set(record["weights"]) == {"batch", "memory"} if run.config["model"]["memory_loss"] else {"batch"}

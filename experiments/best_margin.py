@@ -23,6 +23,7 @@ from typing import Any
 from compare import SCORES, StepClock, build, spread
 
 MARGINS = (0.5, 0.6, 0.7, 0.8, 0.9)
+TALKATIVE = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 Run = dict[str, Any]
 
 
@@ -98,8 +99,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--record", type=Path, required=True, help="a file of finished runs, made or gone on with")
     options, arguments = parser.parse_known_args()
-    for quiet in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     records = Records(options.record)
     searches, results = {}, {}

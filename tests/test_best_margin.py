@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ VALIDATION = {"glyphs_batch": {0.5: 20.0, 0.7: 30.0}, "glyphs_memory": {0.5: 40.
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import best_margin
 
-    return best_margin
+    loggers = [logging.getLogger(name) for name in best_margin.TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    yield best_margin
+    for logger, level in zip(loggers, levels, strict=True):  # which the script lowers for its process
+        logger.setLevel(level)
 
 
 def search(script: Any, monkeypatch: pytest.MonkeyPatch, record: Path) -> list[tuple[str, int, float, str]]:

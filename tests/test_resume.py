@@ -141,8 +141,7 @@ def test_a_run_killed_at_a_random_step_and_resumed_equals_the_uninterrupted_one(
     SIGKILL hits one rank, between backward and optimiser step. The run resumes from the last checkpoint, up
     to two steps before; what was lost is computed again.
     """
-    folder = tmp_path_factory.getbasetemp() / f"ranks{ranks}"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("killed")
     step, rank = random.SystemRandom().randrange(SAVE_EVERY, BATCHES * EPOCHS), ranks - 1
     codes = start(ranks, folder, step, rank)
     logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
@@ -388,3 +390,13 @@ def test_a_memory_has_its_own_size_and_dtype() -> None:
     for options in ({"size": 5}, {"dtype": "float16"}):
         with pytest.raises(ValueError, match="Expected `size` and `dtype` or a `memory`"):
             MemoryCallback(memory=InstanceMemory(5), **options)
+
+
+def test_weights_kept_in_parts_are_refused() -> None:
+    """FSDP gives each rank a part of the weights, of which there is no average of the whole."""
+    callback = MemoryCallback(size=8, encoder_momentum=0.9)
+    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(
+        ValueError, match="which FSDPStrategy keeps in parts; train with `strategy='ddp'`, or leave it out"
+    ):
+        callback._start_keys(trainer, LightningModule(), 0.9)

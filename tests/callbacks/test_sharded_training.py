@@ -51,12 +51,12 @@ def batches(rank, ranks):
     return DataLoader([(x[part], y[part]) for x, y in whole], batch_size=None)
 
 
-def fit(memory, epochs, ranks=2, rank=0, learner=None, **options):
+def fit(memory, epochs, ranks=2, rank=0, learner=None, callbacks=(), **options):
     learner = learner or Learner()
     callback = ml.MemoryCallback(memory=memory)
     trainer = Trainer(
         accelerator="cpu", devices=1, num_nodes=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=epochs,
-        callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[callback, *callbacks], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(learner, batches(rank, ranks), **options)
@@ -66,7 +66,9 @@ def fit(memory, epochs, ranks=2, rank=0, learner=None, **options):
 def program(folder):
     rank = int(os.environ["RANK"])
     whole, _, _ = fit(ml.EmbeddingMemory(SIZE), 2, rank=rank)
-    shared, callback, trainer = fit(ml.ShardedMemory(SIZE), 2, rank=rank)
+    report = ml.MemoryReport(every_n_steps=STEPS, sample=0, dirpath=str(folder / "report"))
+    shared, callback, trainer = fit(ml.ShardedMemory(SIZE), 2, rank=rank, callbacks=[report])
+    assert [found["rows"] for found in report.reports] == [SIZE, SIZE]  # of all ranks
     torch.testing.assert_close(shared.losses, whole.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(shared.net.weight, whole.net.weight, rtol=1e-5, atol=1e-6)
     assert len(callback.memory) == SIZE
@@ -103,6 +105,7 @@ def _folder(tmp_path_factory):
 def test_two_ranks_train_alike_resume_bit_for_bit_and_are_warned_if_the_loss_is_not_told(folder):
     """All of it is asserted in the ranks."""
     assert (folder / "half.ckpt").exists()
+    assert (folder / "report/report.png").exists()
 
 
 @pytest.mark.parametrize("memory", [ml.EmbeddingMemory, ml.ShardedMemory])

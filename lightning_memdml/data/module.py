@@ -126,7 +126,10 @@ class RetrievalDataModule(LightningDataModule):
 
     def records(self) -> Iterable[Record]:
         """Return one record per image, in the same order at every call and on every rank."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which images it has: define `records(self)`, which returns a "
+            "`Record(path, label, role)` for each."
+        )
 
     def images(self, records: Sequence[Record]) -> Tensor | Callable[[int], Image.Image | Tensor]:
         """Return the pixels: all as one uint8 tensor `(N, C, H, W)`, or a function that opens those of `records[row]`.

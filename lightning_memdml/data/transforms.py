@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,15 +104,15 @@ class Shrink(v2.Compose):
         super().__init__([v2.PILToTensor(), v2.Resize(self.side, antialias=True)])
 
 
-class SeededTransform(nn.Module):
+class SeededTransform(nn.Module, ABC):
     """A random transform of a whole batch, whose image `i` depends on `seeds[i]` and on nothing else.
 
     So a batch comes out the same however it is shared among ranks and workers, and one call serves all its images.
     """
 
+    @abstractmethod
     def forward(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Transform `images` `(B, C, H, W)`, or `(C, H, W)`; without `seeds` they are drawn from torch's generator."""
-        raise NotImplementedError
 
 
 class RandomAffine(SeededTransform):

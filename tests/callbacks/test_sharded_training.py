@@ -67,7 +67,7 @@ def program(folder):
     rank = int(os.environ["RANK"])
     whole, _, _ = fit(ml.EmbeddingMemory(SIZE), 2, rank=rank)
     report = ml.MemoryReport(every_n_steps=STEPS, sample=0, dirpath=str(folder / "report"))
-    shared, callback, trainer = fit(ml.ShardedMemory(SIZE), 2, rank=rank, callbacks=[report])
+    shared, callback, _ = fit(ml.ShardedMemory(SIZE), 2, rank=rank, callbacks=[report])
     assert [found["rows"] for found in report.reports] == [SIZE, SIZE]  # of all ranks
     torch.testing.assert_close(shared.losses, whole.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(shared.net.weight, whole.net.weight, rtol=1e-5, atol=1e-6)

@@ -222,3 +222,11 @@ def test_photographs_get_the_transforms_of_the_field_by_default(tmp_path):
     ((images, _, _),) = module.test_dataloader()
     assert images[1].equal(EvaluationTransform(32)(Image.open(tmp_path / "5.png").convert("RGB")))
     assert not isinstance(module.train_set.transform, RandomAffine)
+
+
+def test_a_data_set_that_does_not_say_its_images_is_told_what_to_define() -> None:
+    class Shoes(RetrievalDataModule):
+        """Nothing yet."""
+
+    with pytest.raises(NotImplementedError, match=r"Shoes does not say which images it has: define `records\(self\)`"):
+        Shoes().setup()

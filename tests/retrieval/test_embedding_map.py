@@ -45,7 +45,7 @@ def test_a_map_is_the_same_at_every_call_and_equal_rows_are_one_point() -> None:
 
 
 def test_umap_keeps_classes_apart() -> None:
-    pytest.importorskip("umap", reason="the extra `umap`")
+    pytest.importorskip("umap", reason="umap-learn is not installed: it is the extra `umap`")
     embeddings, labels = sample(90)
     points, shares = map_points(embeddings, "umap", seed=1)
     assert shares == ()

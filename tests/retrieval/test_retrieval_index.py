@@ -148,14 +148,15 @@ def test_what_cannot_be_is_explained(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
-@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this faiss has GPUs")
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this is faiss-gpu: nothing is missing")
 def test_without_a_gpu_faiss_says_how_to_get_one() -> None:
     with pytest.raises(ValueError, match=r"lightning-memdml\[gpu\]"):
         build_index(torch.eye(4), device="cuda")
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or not hasattr(faiss, "StandardGpuResources"), reason="needs faiss-gpu"
+    not torch.cuda.is_available() or not hasattr(faiss, "StandardGpuResources"),
+    reason="needs a GPU, and faiss-gpu in place of faiss-cpu",
 )
 @pytest.mark.parametrize("kind", ["flat", "ivf", "pq"])
 def test_an_index_built_on_a_gpu_finds_what_one_of_the_cpu_finds(kind: str) -> None:

@@ -3,6 +3,7 @@
 from lightning_memdml.data.cars196 import Cars196
 from lightning_memdml.data.cub200 import CUB200
 from lightning_memdml.data.deep_fashion2 import DeepFashion2
+from lightning_memdml.data.features import FeatureDataModule
 from lightning_memdml.data.folder import FolderDataModule
 from lightning_memdml.data.glyphs import GlyphDataModule
 from lightning_memdml.data.images import Record
@@ -18,6 +19,7 @@ __all__ = [
     "CUB200",
     "Cars196",
     "DeepFashion2",
+    "FeatureDataModule",
     "FolderDataModule",
     "GlyphDataModule",
     "INaturalist2018",

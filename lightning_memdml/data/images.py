@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -305,6 +306,28 @@ def required_file(path: Path, data_set: str, hint: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{data_set} looked for the file {path}, which does not exist. {hint}")
     return path
+
+
+def npz_arrays(path: Path, needed: Sequence[str], further: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Read arrays of a `.npz` archive; nothing in it is unpickled.
+
+    Args:
+        path: The archive.
+        needed: Names of arrays that have to be there.
+        further: Names of arrays that are read if they are there.
+
+    Raises:
+        ValueError: If the file is damaged or no archive, or lacks an array.
+    """
+    try:
+        # A file with a single array makes numpy return that: it has no context, which is an error of either type.
+        with np.load(path, allow_pickle=False) as stored:
+            found, arrays = stored.files, {name: stored[name] for name in (*needed, *further) if name in stored}
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no readable .npz archive: {error}.") from error
+    if lacking := [name for name in needed if name not in arrays]:
+        raise ValueError(f"{path} has no array {', '.join(lacking)}. Found: {', '.join(found)}.")
+    return arrays
 
 
 def inside(root: Path, relative: str, where: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lightning_memdml.data.images import ClassSplit, Record, Role, inside, required_file, split_classes
+from lightning_memdml.data.images import ClassSplit, Record, Role, inside, npz_arrays, required_file, split_classes
 from lightning_memdml.data.module import RetrievalDataModule
 
 MISSING = ("", "none", "nan", "null", "<na>")  # how CSV writers spell an empty cell
@@ -190,14 +189,7 @@ class JpegArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in ("jpeg", "offset", "label", "classes") if name in arrays}
-                names = arrays.files
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no readable .npz archive: {error}.") from error
-        if lacking := {"jpeg", "offset", "label"} - set(found):
-            raise ValueError(f"{path} has no array {', '.join(sorted(lacking))}. Found: {', '.join(names)}.")
+        found = npz_arrays(path, ("jpeg", "offset", "label"), ("classes",))
         self.jpeg, self.offset, self.labels = found["jpeg"], found["offset"], found["label"]
         self._names = found.get("classes")
         self._check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -10,6 +9,7 @@ from jsonargparse import auto_cli
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.checking import contact_sheet, describe, in_words
+from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Look at a data set before training on it: the files found, the sets, images per class, missing and damaged images, and
@@ -58,10 +58,8 @@ def check_data(data: RetrievalDataModule, output: str = "runs/data_check", open_
     for line in in_words(problems):
         print(line)
     path = Path(output) / f"{type(data).__name__}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.png")
-    contact_sheet(data).save(unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        contact_sheet(data).save(unfinished)
     print(f"contact sheet: {path}")
     if problems:
         raise SystemExit(1)

@@ -21,14 +21,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "memory": set(),
     "data": set(),
-    "retrieval": set(),
+    "whole_file": set(),
+    "retrieval": {"whole_file"},
     "backbones": set(),
     "runs": set(),
     "curves": {"losses"},
-    "callbacks": {"memory", "losses", "retrieval", "curves", "runs"},
+    "callbacks": {"memory", "losses", "retrieval", "curves", "runs", "whole_file"},
     "learner": {"losses", "retrieval", "backbones"},
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones"},
-    "data_check": {"data", "cli_messages"},
+    "data_check": {"data", "cli_messages", "whole_file"},
 }
 ROOMS = set(MAY_IMPORT)
 MAY_IMPORT |= {

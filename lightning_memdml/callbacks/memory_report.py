@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.runs import run_folder
+from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,17 +237,13 @@ class MemoryReport(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder = run_folder(trainer) / "memory" if self.dirpath is None else Path(self.dirpath)
-        folder.mkdir(parents=True, exist_ok=True)
         picture, table = folder / "report.png", folder / "report.csv"
-        unfinished = folder / f".{table.name}"
-        with unfinished.open("w", newline="") as file:
+        with whole_file(table) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for report in self.reports for name in report)))
             writer.writeheader()
             writer.writerows(self.reports)
-        os.replace(unfinished, table)
-        unfinished = folder / f".{picture.name}"
-        plot_reports(self.reports).savefig(unfinished, dpi=150, format="png")
-        os.replace(unfinished, picture)
+        with whole_file(picture) as unfinished:
+            plot_reports(self.reports).savefig(unfinished, dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("memory/report", [str(picture)], step=trainer.global_step)

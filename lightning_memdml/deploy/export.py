@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from lightning_memdml.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PhotographTransform, Shrink
 from lightning_memdml.deploy.sources import FromFile, input_transform, tensor_shape
 from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
-from lightning_memdml.retrieval.whole_file import whole_file
+from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Export a trained network: from images, prepared as the file beside it says, to unit embeddings, any number at a time.

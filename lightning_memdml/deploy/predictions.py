@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.retrieval.whole_file import whole_file
+from lightning_memdml.whole_file import whole_file
 
 FileFormat = Literal["parquet", "npy"]
 Columns = Mapping[str, Sequence[Any]]

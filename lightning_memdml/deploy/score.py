@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_memdml.deploy.predictions import read_embeddings
 from lightning_memdml.deploy.trained import call
 from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
-from lightning_memdml.retrieval.whole_file import whole_file
+from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Score embeddings in files exactly, as `memdml test` does, whoever made them: without a checkpoint or images.

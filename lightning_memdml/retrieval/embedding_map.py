@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_memdml.retrieval.cells import ClassNames, name_of
 from lightning_memdml.retrieval.checks import check_embeddings, check_finite, check_integers
-from lightning_memdml.retrieval.whole_file import whole_file
+from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

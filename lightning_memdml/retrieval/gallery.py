@@ -12,7 +12,7 @@ from PIL import ImageOps
 from lightning_memdml.retrieval.cells import Cell, ClassNames, ImageSource, gallery_rows
 from lightning_memdml.retrieval.examples import RetrievalExample
 from lightning_memdml.retrieval.page import gallery_html
-from lightning_memdml.retrieval.whole_file import whole_file
+from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -18,8 +17,8 @@ import yaml
 from lightning_memdml.study import pictures
 from lightning_memdml.study.pictures import score_name
 from lightning_memdml.study.results import JudgedClaim, Results
-from lightning_memdml.study.runner import write_whole
 from lightning_memdml.study.study_file import Claim, Study
+from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,13 +59,17 @@ def write_report(results: Results, folder: Path | str) -> list[Path]:
     folder = Path(folder)
     judged = results.claims()
     drawn = {name: _png(figure) for name, figure in draw(results, judged).items()}
-    for name, content in drawn.items():
-        _write_bytes(folder / "pictures" / f"{name}.png", content)
-    write_whole(folder / "runs.csv", runs_csv(results))
     sections = list(compose(results, judged, drawn))
     markdown, page = folder / "report.md", folder / "report.html"
-    write_whole(markdown, to_markdown(results, judged, sections))
-    write_whole(page, to_html(results, judged, sections, drawn))
+    texts = {
+        folder / "runs.csv": runs_csv(results),
+        markdown: to_markdown(results, judged, sections),
+        page: to_html(results, judged, sections, drawn),
+    }
+    pictures_of = {folder / "pictures" / f"{name}.png": content for name, content in drawn.items()}
+    for path, content in (pictures_of | {path: text.encode() for path, text in texts.items()}).items():
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
     return [markdown, page]
 
 
@@ -87,13 +90,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 # -------------------------------------------------------------------------------------------------------- what it says

@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lightning_memdml.study.plan import CLI, Plan
 from lightning_memdml.study.report import claims_table, draw, scores_table, write_report
 from lightning_memdml.study.results import Results
-from lightning_memdml.study.runner import CLI, FailedRunsError, Plan, RunFolder, estimate_seconds, run_all
+from lightning_memdml.study.runner import FailedRunsError, RunFolder, estimate_seconds, run_all
 from lightning_memdml.study.study_file import Study, read_study
 
 DESCRIPTION = """\

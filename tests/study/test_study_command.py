@@ -24,8 +24,9 @@ from PIL import Image
 
 from lightning_memdml.cli import MemdmlCLI, main
 from lightning_memdml.study import runner
+from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.results import Results
-from lightning_memdml.study.runner import FailedRunsError, Plan, RunFolder
+from lightning_memdml.study.runner import FailedRunsError, RunFolder
 from lightning_memdml.study.study_command import run_study
 from lightning_memdml.study.study_file import read_study
 

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from lightning_memdml.cli import MemdmlCLI
-from lightning_memdml.study.runner import Plan, train
+from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.study_file import read_study
+from lightning_memdml.study.training import train
 
 FOLDER = Path(__file__).parents[2] / "experiments/study"
 STUDIES = [file for file in sorted(FOLDER.glob("*.yaml")) if "arms" in yaml.safe_load(file.read_text())]
@@ -31,7 +32,7 @@ def header(config: Path) -> dict[str, str]:
 def test_every_claim_of_the_paper_has_its_study() -> None:
     names = {file.stem for file in STUDIES}
     assert {name[:8] for name in names if name.startswith("glyphs_")} == {f"glyphs_{letter}" for letter in "abcdef"}
-    assert {name[:8] for name in names if name.startswith("images_")} == {f"images_{letter}" for letter in "abcd"}
+    assert {name[:10] for name in names if name.startswith("features_")} == {f"features_{letter}" for letter in "abcd"}
 
 
 @pytest.mark.parametrize("config", STUDIES, ids=lambda file: file.stem)

@@ -1,0 +1,153 @@
+"""One run of a study: trains what its configuration says, scores it, and notes what made it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_memdml.study.plan import CLI, Record, Run, as_if_alone, budget_of
+from lightning_memdml.study.recording import DivergedError, RunRecorder, has_diverged
+
+PACKAGE = Path(__file__).parents[1]
+LIBRARIES = ("lightning-memdml", "lightning", "torch", "torchvision", "numpy")
+
+
+def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Record:
+    """Train a run and score it; nothing is written but what callbacks write into `folder`.
+
+    Args:
+        run: The run.
+        cli: Builds what its configuration says.
+        folder: Where callbacks of the run leave their files.
+        max_steps: Stop after so many steps and score nothing, to see how long a step takes.
+
+    Raises:
+        ValueError: If it took other than its steps, or there are no validation classes to search on.
+    """
+    config = deepcopy(run.config)
+    config["trainer"] |= {
+        "devices": 1,
+        "logger": False,
+        "default_root_dir": str(folder),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    if max_steps is not None:
+        config["trainer"] |= {"max_steps": max_steps, "limit_val_batches": 0}
+    recorder = RunRecorder()
+    with as_if_alone(), _quiet():
+        start = time.perf_counter()
+        built = cli(run=False, args=["--config", yaml.safe_dump(config)])
+        trainer, learner, data = built.trainer, built.model, built.datamodule
+        trainer.callbacks.append(recorder)
+        with contextlib.suppress(DivergedError):
+            trainer.fit(learner, data)
+        diverged = has_diverged(learner)
+        scores = {} if max_steps is not None else _scores(run, trainer, learner, data, diverged)
+    if max_steps is None and not diverged and trainer.global_step != run.config["trainer"]["max_steps"]:
+        raise ValueError(
+            f"Expected {run.config['trainer']['max_steps']} optimiser steps but the training stopped after "
+            f"{trainer.global_step}: leave out what stops it early, as arms are compared at equal budgets."
+        )
+    return {
+        "stage": run.stage,
+        "arm": run.arm,
+        "data": run.data,
+        "seed": run.seed,
+        "choice": run.choice,
+        "key": run.key,
+        "scores": scores,
+        "diverged": diverged,
+        "images_per_step": budget_of(run.config, run.arm).images_per_step,
+        "seconds": round(time.perf_counter() - start, 2),
+        **recorder.record,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made_by": made_by(trainer.strategy.root_device),
+        "config": run.config,
+    }
+
+
+def _scores(run: Run, trainer: Any, learner: Any, data: Any, diverged: bool) -> dict[str, float]:
+    """Score the last step; a searching run never sees the test classes.
+
+    Weights that are NaN or infinite retrieve nothing. That is a result, and a run that had it is not left out.
+    """
+    if diverged:
+        return dict.fromkeys([f"recall_at_{k}" for k in learner.test_metrics.k] + ["map_at_r", "r_precision"], 0.0)
+    stage = "val" if run.stage == "search" else "test"
+    score = trainer.validate if run.stage == "search" else trainer.test
+    results = score(learner, data, verbose=False)
+    found = {name.partition("/")[2]: value for name, value in (results or [{}])[0].items() if name.startswith(stage)}
+    if not found:
+        raise ValueError(
+            "Expected validation classes to search on, but there are none: set `data.val_fraction` above 0, and no "
+            "`trainer.limit_val_batches: 0`. The test classes are not searched on."
+        )
+    return found
+
+
+def made_by(device: torch.device) -> dict[str, Any]:
+    """Return what made a run: commit, versions, hardware."""
+    cuda = device.type == "cuda"
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        "hardware": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {device.type}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Return the commit of the package's repository, `-dirty` if files differ from it; None for an installed copy."""
+    git = ["git", "-C", str(PACKAGE)]
+    try:
+        ours = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=False)
+        if ours.returncode:
+            return None
+        said = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git
+        return None
+    return said.stdout.strip() or None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Lightning not introduce itself at every run."""
+    loggers = [
+        logging.getLogger(f"lightning.{name}") for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # and none of this package
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -40,13 +40,12 @@ class NegativeTerms(NamedTuple):
         weights: Weight of each negative up to the anchor's factor, ``(B, n)``; of an exponential loss the logits.
         values: Value of each negative, ``(B, n)``, or ``None`` where ``combine`` does not read ``negatives.total``. Of
             an exponential loss ``None``, or a factor that multiplies the softmax.
-        per_positive: A sum over these negatives for every positive, ``(B, K)``, from a loss that compares them one by
-            one.
+        sums: Further sums over these negatives that ``combine`` reads, ``(B, S)``; a pair that is none adds 0.
     """
 
     weights: Tensor
     values: Tensor | None = None
-    per_positive: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class AnchorTerms(NamedTuple):
@@ -82,8 +81,8 @@ class PairLoss(nn.Module, ABC):
     exponential: bool = False
     #: ``combine`` reads ``negatives.hardest``.
     needs_hardest: bool = False
-    #: ``combine`` reads ``negatives.per_positive``; ``negative_terms`` then meets ``-inf`` where there is no negative.
-    compares_positives: bool = False
+    #: The similarity that ``negative_terms`` meets where there is no negative.
+    stand_in: float = -1.0
     #: The positives' weights depend on the negatives.
     coupled: bool = True
     #: Number of the most similar negatives of each anchor that are kept; ``None`` keeps all.
@@ -161,8 +160,8 @@ class PairLoss(nn.Module, ABC):
                 index is unknown and equals none.
             ref_indices: Data-set index of each reference's image, ``(M,)``.
             most_shared: An upper bound of the references that share a class or an image with the batch, such as
-                ``EmbeddingMemory.most_shared(B)``. With it the host never waits for a GPU here, except in a
-                :class:`TripletLoss`; without, it waits once, for their number. A CPU does not need it.
+                ``EmbeddingMemory.most_shared(B)``. With it the host never waits for a GPU here, except in the hinge
+                form of :class:`TripletLoss`; without, it waits once, for their number. A CPU does not need it.
             ranks: How to reach the other ranks, if these references are only this rank's share of all, such as a
                 ``ShardedMemory``. Every rank then has to call the loss in the same step, a rank without rows too.
 
@@ -238,8 +237,7 @@ class PairLoss(nn.Module, ABC):
         if self.hardest_negatives is not None:
             mask = hardest(similarity, mask, self.hardest_negatives)
         hidden = similarity.masked_fill(~mask, -torch.inf)
-        block = hidden.clone() if self.compares_positives else similarity.masked_fill(~mask, -1.0)
-        weights, values, per_positive = self.negative_terms(block, context)
+        weights, values, sums = self.negative_terms(similarity.masked_fill(~mask, self.stand_in), context)
         if self.exponential:
             logits = weights.masked_fill(~mask, -torch.inf)
             total = torch.logsumexp(logits, dim=1)
@@ -249,9 +247,9 @@ class PairLoss(nn.Module, ABC):
             weights = torch.where(mask, weights, 0.0)
             total = torch.zeros_like(similarity[:, 0]) if values is None else torch.where(mask, values, 0.0).sum(dim=1)
         weighted = torch.where(mask, weights * similarity, 0.0).sum(dim=1)
-        if per_positive is None:
-            per_positive = similarity.new_zeros(similarity.shape[0], 0)
-        return weights, NegativeTotals(mask.sum(dim=1), total, weighted, row_max(hidden), per_positive)
+        if sums is None:
+            sums = similarity.new_zeros(similarity.shape[0], 0)
+        return weights, NegativeTotals(mask.sum(dim=1), total, weighted, row_max(hidden), sums)
 
     def _dense(self, anchors: Tensor, references: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """Return the loss with gradient to anchors and references, through the whole similarity matrix."""

@@ -28,14 +28,14 @@ class NegativeTotals(NamedTuple):
         weighted: Sum of weight times similarity; for an exponential loss with the softmax as weights.
         hardest: Largest similarity among the negatives with weight (``-inf`` without any); only where the loss
             asks for it.
-        per_positive: Sums for each positive, ``(B, K)``; only where the loss defines them.
+        sums: Further sums, ``(B, S)``; only where the loss defines them.
     """
 
     number: Tensor
     total: Tensor
     weighted: Tensor
     hardest: Tensor
-    per_positive: Tensor
+    sums: Tensor
 
 
 class Negatives:
@@ -49,7 +49,7 @@ class Negatives:
         self.shift = anchors.new_full((rows,), torch.finfo(anchors.dtype).min)  # largest logit so far
         self.gradient = torch.zeros_like(anchors) if with_gradient else None
         self.hardest = anchors.new_full((rows,), -torch.inf)
-        self.per_positive = anchors.new_zeros(rows, 0)
+        self.sums = anchors.new_zeros(rows, 0)
 
     def add(self, similarity: Tensor, references: Tensor, columns: Columns, drop: Drop | None = None) -> None:
         """Add a block; ``similarity`` is overwritten.
@@ -60,16 +60,15 @@ class Negatives:
             columns: Where the block stands among all references.
             drop: Fills the pairs that are no negatives.
         """
-        needs_hardest, compares = self.loss.needs_hardest, self.loss.compares_positives
-        if drop is not None and (needs_hardest or compares):
-            drop(similarity, -torch.inf)
-        if needs_hardest:
+        if self.loss.needs_hardest:
+            if drop is not None:
+                drop(similarity, -torch.inf)
             torch.maximum(self.hardest, row_max(similarity), out=self.hardest)
-        if drop is not None and not compares:  # a finite stand-in: a weight function need not bear -inf
-            drop(similarity, -1.0)
-        weights, values, per_positive = self.loss.negative_terms(similarity, self.context)
-        if per_positive is not None:
-            self.per_positive = per_positive if self.per_positive.shape[1] == 0 else self.per_positive + per_positive
+        if drop is not None:  # mostly a finite number: a weight function need not bear -inf
+            drop(similarity, self.loss.stand_in)
+        weights, values, sums = self.loss.negative_terms(similarity, self.context)
+        if sums is not None:
+            self.sums = sums if self.sums.shape[1] == 0 else self.sums + sums
         if self.loss.exponential:
             self._add_exponential(weights, values, references, drop)
         else:
@@ -101,12 +100,12 @@ class Negatives:
         """Return all that was added up, as one row per anchor."""
         gradient = self.anchors[:, :0] if self.gradient is None else self.gradient
         each = torch.stack([self.total, self.shift, self.hardest], dim=1)
-        return torch.cat([each, gradient, self.per_positive], dim=1)
+        return torch.cat([each, gradient, self.sums], dim=1)
 
     def merge(self, state: Tensor) -> None:
         """Add what was added up elsewhere, over other references."""
         width = 0 if self.gradient is None else self.anchors.shape[1]
-        each, gradient, per_positive = state.split([3, width, state.shape[1] - 3 - width], dim=1)
+        each, gradient, sums = state.split([3, width, state.shape[1] - 3 - width], dim=1)
         total, other_shift, hardest = each.unbind(dim=1)
         shift = torch.maximum(self.shift, other_shift)
         own_scale, other_scale = torch.exp(self.shift - shift), torch.exp(other_shift - shift)
@@ -115,7 +114,7 @@ class Negatives:
             self.gradient = self.gradient * own_scale[:, None] + gradient * other_scale[:, None]
         self.shift = shift
         self.hardest = torch.maximum(self.hardest, hardest)
-        self.per_positive = self.per_positive + per_positive
+        self.sums = self.sums + sums
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block; the gradient is normalised with them."""
@@ -126,7 +125,7 @@ class Negatives:
             if self.loss.exponential:
                 self.gradient.div_(norm[:, None])
             weighted = (self.anchors * self.gradient).sum(dim=1)
-        return NegativeTotals(number, total, weighted, self.hardest, self.per_positive)
+        return NegativeTotals(number, total, weighted, self.hardest, self.sums)
 
 
 class HardestNegatives(Negatives):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import exp_
+from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums
 
 # Up to so many positives per anchor, comparing block and positive in three plain passes beats bisection.
 FEW_POSITIVES = 24
-# The product of so many terms `1 + exp(s - s')`, each at most 8.4, fits in float32.
-FACTORS = 40
+# The soft form's terms of a triplet and their derivative, in the powers of s_in and of s_ip.
+SOFTPLUS = DifferencePolynomial(lambda difference: np.logaddexp(0, difference))
+SIGMOID = DifferencePolynomial(lambda difference: 1 / (1 + np.exp(-difference)))
 
 
 class TripletLoss(PairLoss):
@@ -23,8 +25,9 @@ class TripletLoss(PairLoss):
     .. math:: w^+_{ip} = |\{n : s_{in} > s_{ip} - m\}|, \qquad w^-_{in} = |\{p : s_{ip} < s_{in} + m\}|
 
     (soft: counts become sums of :math:`\sigma(s_{in} - s_{ip})`). No triplet is ever stored.
-    The positives of an anchor are compared with its negatives one after the other, so their number has a price; for it
-    the host waits for a GPU.
+    The hinge form compares the positives of an anchor with its negatives one after the other, so their number has a
+    price; for it the host waits for a GPU. The soft form costs the same for any number: its terms are taken as
+    polynomials of the two similarities, exact up to rounding for embeddings of unit length and for no others.
 
     Denominator: summed over triplets, averaged over the B anchors; it grows with the memory.
 
@@ -42,46 +45,57 @@ class TripletLoss(PairLoss):
         tensor(0.2533)
     """
 
-    compares_positives = True
-
     def __init__(self, margin: float = 0.1, soft: bool = False) -> None:
         super().__init__()
         self.margin, self.soft = margin, soft
+        self.stand_in = 0.0 if soft else -torch.inf  # adds nothing to the sums of powers, or to the counts
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """State the positives' similarities, ascending and padded with ``inf``, and where they stood, ``(B, K)``."""
+        """State the positives' similarities, ascending and padded with ``inf``, and where they stood, ``(B, K)``.
+
+        The soft form states the sums of their powers, and the coefficients of the negatives' weights, both of shape
+        ``(B, degree + 1)``.
+        """
+        if self.soft:
+            sums = _with_number(mask.sum(dim=1), power_sums(similarity.masked_fill(~mask, 0.0)))
+            return sums, sums @ SIGMOID.like(sums).T
         most = int(mask.sum(dim=1).max()) if mask.numel() else 0
         ordered, order = similarity.masked_fill(~mask, torch.inf).sort(dim=1)
         return ordered[:, :most].contiguous(), order[:, :most]
 
     def negative_cut(self, context: Context) -> Tensor | float:
         """Return the similarity below which a negative trails every positive by the margin."""
+        if self.soft:
+            return -torch.inf
         positives = context[0]
-        if self.soft or positives.shape[1] == 0:
-            return -torch.inf if self.soft else torch.inf
-        return positives[:, 0] - self.margin
+        return positives[:, 0] - self.margin if positives.shape[1] else torch.inf
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return how many positives each negative offends, and how many negatives each positive."""
-        positives = context[0]
         if self.soft:
-            return _soft_offences(similarity, positives)
-        edges = positives - self.margin
-        if positives.shape[1] <= FEW_POSITIVES:
+            return NegativeTerms(polynomial(similarity, context[1]), sums=power_sums(similarity))
+        edges = context[0] - self.margin
+        if edges.shape[1] <= FEW_POSITIVES:
             return _counted_one_by_one(similarity, edges)
         return _counted_by_bisection(similarity, edges)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Give each positive the number of negatives that offend it."""
-        positives, columns = context
-        offences = negatives.per_positive[:, : positives.shape[1]]
-        weights = torch.zeros_like(similarity).scatter(1, columns, offences)
         if self.soft:
-            value = negatives.per_positive[:, -1]
-        else:  # sum of (s - edge) over the offences
+            sums = _with_number(negatives.number, negatives.sums)
+            weights = polynomial(similarity, sums @ SIGMOID.like(sums))
+            value = (sums @ SOFTPLUS.like(sums) * context[0]).sum(dim=1)
+        else:
+            positives, columns = context
+            offences = negatives.sums[:, : positives.shape[1]]
+            weights = torch.zeros_like(similarity).scatter(1, columns, offences)
             edges = (positives - self.margin).masked_fill(positives.isinf(), 0.0)
-            value = negatives.weighted - (offences * edges).sum(dim=1)
+            value = negatives.weighted - (offences * edges).sum(dim=1)  # sum of (s - edge) over the offences
         return AnchorTerms(value, weights, torch.ones_like(value))
+
+
+def _with_number(number: Tensor, sums: Tensor) -> Tensor:
+    return torch.cat([number[:, None].to(sums.dtype), sums], dim=1)  # the sums of powers 0, 1, 2, ...
 
 
 def _rows_with_positive(positives: Tensor) -> list[int]:
@@ -100,7 +114,7 @@ def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
         above = torch.gt(similarity[:rows], edges[:rows, k, None], out=scratch[:rows])
         weights[:rows] += above
         counts[:rows, k] = above.sum(dim=1)
-    return NegativeTerms(weights, per_positive=counts)
+    return NegativeTerms(weights, sums=counts)
 
 
 def _counted_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
@@ -110,51 +124,4 @@ def _counted_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     histogram = torch.bincount((offended + rows).flatten(), minlength=edges.shape[0] * bins)
     at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives that offend at most so many positives
     counts = at_most[:, -1:] - at_most[:, :-1]
-    return NegativeTerms(offended.to(similarity.dtype), per_positive=counts.to(similarity.dtype))
-
-
-def _soft_offences(similarity: Tensor, positives: Tensor) -> NegativeTerms:
-    reach = positives.isfinite().sum(dim=1)
-    if not (reach.diff() > 0).any():
-        weights, per_positive = _soft_sums(similarity, positives)
-    else:
-        order = reach.argsort(descending=True)
-        weights, per_positive = (block[order.argsort()] for block in _soft_sums(similarity[order], positives[order]))
-    return NegativeTerms(weights, per_positive=per_positive)
-
-
-def _soft_sums(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum ``a / (a + q)`` with ``a = exp(s)``, ``q = exp(s')`` over the positives s' and over the negatives s.
-
-    Written as products and sums over ``a + q``, a positive costs five plain passes and no exponential. A last column
-    beside the sums over the negatives has those of ``log(1 + a / q)`` over both. Rows come in falling order of length.
-    """
-    negative, positive = exp_(similarity), positives.exp()
-    weights, factors, scratch = torch.zeros_like(similarity), torch.empty_like(similarity), torch.empty_like(similarity)
-    inverse_sums, logs = torch.zeros_like(positives), similarity.new_zeros(similarity.shape[0], 1)
-    ends = _rows_with_positive(positives)
-    for first in range(0, len(ends), FACTORS):
-        chunk = positives[:, first : first + FACTORS]
-        factors.copy_(chunk.masked_fill(chunk.isinf(), 0.0).sum(dim=1, keepdim=True).neg().exp())
-        for k, rows in enumerate(ends[first : first + FACTORS], start=first):
-            term = torch.add(negative[:rows], positive[:rows, k, None], out=scratch[:rows])
-            factors[:rows] *= term
-            weights[:rows] += term.reciprocal_()
-            inverse_sums[:rows, k] = term.sum(dim=1)
-        logs += _sum_of_logs(factors, chunk.shape[1])
-    offences = torch.where(positives.isfinite(), similarity.shape[1] - positive * inverse_sums, 0.0)
-    return weights.mul_(negative), torch.cat([offences, logs], dim=1)
-
-
-def _sum_of_logs(factors: Tensor, terms: int) -> Tensor:
-    """Return each row's sum of logarithms, ``(B, 1)``, of products of so many terms; ``factors`` is overwritten.
-
-    A logarithm costs ten times a product, so as many columns as float32 holds are multiplied first.
-    """
-    logs = factors.new_zeros(factors.shape[0], 1)
-    while 2 * terms <= FACTORS:
-        half = factors.shape[1] // 2
-        logs += factors[:, 2 * half :].log().sum(dim=1, keepdim=True)
-        factors = factors[:, :half].mul_(factors[:, half : 2 * half])
-        terms *= 2
-    return logs + factors.log_().sum(dim=1, keepdim=True)
+    return NegativeTerms(offended.to(similarity.dtype), sums=counts.to(similarity.dtype))

@@ -280,8 +280,31 @@ def test_triplets_of_an_anchor_with_many_positives_follow_the_formula(soft):
     loss, row_loss = ml.TripletLoss(0.15, soft), oracles.soft_triplet() if soft else oracles.triplet(0.15)
     x, y = unit(6, spread=1.0), labels_of(6, 3)
     r, ry = unit(400, seed=2, spread=1.0), labels_of(400, 5, seed=3)
-    assert (y[:, None] == ry).sum(dim=1).min() > 64  # more than fit into one product, and than are counted one by one
+    assert (y[:, None] == ry).sum(dim=1).min() > 64  # more than are counted one by one
     assert_same(value_and_gradient(loss, x, y, r, ry), expected(row_loss, x, y, r, ry))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("length", [1.0, 1.009])  # the longest that passes as unit length is 1.01
+def test_soft_triplets_are_exact_up_to_rounding_from_one_end_of_similarities_to_the_other(dtype, tolerance, length):
+    loss, row_loss = ml.TripletLoss(soft=True), oracles.soft_triplet()
+    x, y = length * unit(4, dim=3, spread=9.0), torch.arange(4)
+    r, ry = length * unit(1500, dim=3, seed=2, spread=9.0), labels_of(1500, 3)  # 500 positives for each of 3 anchors
+    r = torch.cat([r, x, -x, x, -x])
+    ry = torch.cat([ry, torch.full((8,), 8), torch.arange(4).repeat(2)])
+    positive, negative = oracles.masks(y, ry)
+    assert (positive.sum(dim=1)[:3] > 400).all()
+    for side in (positive, negative):
+        assert (x @ r.T)[side].max() > 0.999 * length**2
+        assert (x @ r.T)[side].min() < -0.999 * length**2
+    pairs = (x.to(dtype), y, r.to(dtype), ry)
+    value, gradient = value_and_gradient(loss, *pairs)
+    torch.testing.assert_close(value.double(), expected(row_loss, x, y, r, ry)[0], rtol=tolerance, atol=0)
+    wanted = oracles.weights_of(row_loss, x @ r.T, positive, negative)
+    weights = [actual.double() for actual in loss.pair_weights(*pairs)]
+    torch.testing.assert_close(weights, list(wanted), rtol=tolerance, atol=0)
+    wanted_gradient = (wanted[1] - wanted[0]) @ r / 4
+    assert (gradient - wanted_gradient).norm() <= 3 * tolerance * wanted_gradient.norm()
 
 
 def test_the_hardest_negatives_are_those_of_the_whole_memory(monkeypatch):

@@ -1,0 +1,61 @@
+r"""Sums over all pairs of two sets of similarities, at the price of sums over each set.
+
+Between similarities, a smooth function of their difference is a polynomial of both up to rounding,
+:math:`f(x - y) = \sum_{ik} c_{ik} x^i y^k`. Its sum over all pairs then needs only the sums of the powers of either
+side, and its sum over all y is one polynomial in x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.checks import UNIT_TOLERANCE
+
+REACH = (1 + UNIT_TOLERANCE) ** 2  # the largest similarity of embeddings that pass as unit length
+# With its nearest poles at +-i pi, the error of a function falls by 6 with every degree, here to that of the type.
+DEGREES = {torch.float32: 8, torch.float64: 20}
+
+
+class DifferencePolynomial:
+    r"""The polynomial in two similarities that stands for a function of their difference.
+
+    Its coefficients fall with the degree and similarities are at most 1: nothing large cancels, in float32 either.
+
+    Args:
+        function: A function that is analytic within :math:`\pi` of the real line.
+    """
+
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.coefficients = {dtype: _interpolate(function, degree) for dtype, degree in DEGREES.items()}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return the coefficients, a row per power of x and a column per power of y, on the tensor's device."""
+        coefficients = torch.tensor(self.coefficients[tensor.dtype], dtype=tensor.dtype, device="cpu")
+        return coefficients.to(tensor.device, non_blocking=True)  # else the host would wait for a GPU
+
+
+def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[list[float]]:
+    nodes = REACH * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    powers = np.vander(nodes, increasing=True)
+    values = function(nodes[:, None] - nodes)
+    return np.linalg.solve(powers, np.linalg.solve(powers, values).T).T.tolist()
+
+
+def power_sums(block: Tensor) -> Tensor:
+    """Return each row's sums of the powers 1, 2, ..., ``(B, degree)``."""
+    power = block.square()
+    higher = (power.mul_(block).sum(dim=1) for _ in range(2, DEGREES[block.dtype]))
+    return torch.stack([block.sum(dim=1), power.sum(dim=1), *higher], dim=1)
+
+
+def polynomial(block: Tensor, coefficients: Tensor) -> Tensor:
+    """Return a polynomial of each entry, with the coefficients of its row, ``(B, degree + 1)``, constants first."""
+    *lower, highest = coefficients.split(1, dim=1)
+    value = highest.expand_as(block).clone()
+    for coefficient in reversed(lower):
+        torch.addcmul(coefficient, value, block, out=value)
+    return value

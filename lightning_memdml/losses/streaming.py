@@ -40,7 +40,6 @@ NEAR_ELEMENTS = 1 << 19  # pairs of the batch with the references of its classes
 HASH_SIZE = 1 << 16
 SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
 SIEVE_SHARE = 0.25  # and above this share, computing them a second time
-SIEVE_DIM = 64  # below, the passes over a block cost more than its product
 
 
 class Pairs(NamedTuple):
@@ -234,9 +233,7 @@ class Sieve:
     def of(cls, anchors: Tensor, references: Tensor) -> Sieve | None:
         """Return a sieve where it can pay."""
         in_float32 = anchors.dtype == references.dtype == torch.float32
-        if in_float32 and anchors.shape[1] >= SIEVE_DIM and bfloat16.has_fast_products(anchors.device):
-            return cls(anchors)
-        return None
+        return cls(anchors) if in_float32 and bfloat16.pays(anchors.device, anchors.shape[1]) else None
 
     def product(self, block: Tensor, out: Tensor) -> float | None:
         """Write the similarities ``(B, n)`` of a block ``(n, D)``, and return a bound of their error.

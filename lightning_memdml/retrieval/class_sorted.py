@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_memdml.retrieval.tiles import split_rows
 
 FLOAT64_BUDGET = 2**20  # elements of a float64 temporary
+PAIR_BUDGET = 2**16  # elements of a temporary that is passed over several times and should stay in the cache
 
 
 class ClassSortedEmbeddings:
@@ -88,6 +89,31 @@ def exact_similarities(
     parts = split_rows(columns.stop - columns.start, size)
     references = (slice(columns.start + part.start, columns.start + part.stop) for part in parts)
     return torch.cat([query @ gallery.exact(part).T for part in references], dim=1)
+
+
+def pair_similarities(
+    queries: ClassSortedEmbeddings, query: Tensor, gallery: ClassSortedEmbeddings, reference: Tensor, *, exact: bool
+) -> Tensor:
+    """Similarity of each (query, reference) pair of positions, both `(P,)`; in float64 if `exact`, else in float32."""
+    first, last, low, high = torch.stack([query.min(), query.max(), reference.min(), reference.max()]).tolist()
+    last, high = last + 1, high + 1
+    # A pair gathered and multiplied alone costs at least 32 times its share of a matrix product, which is what a
+    # collapsed model or binary codes, where everything is close, must use.
+    if len(query) * 32 > (last - first) * (high - low):
+        rows, columns = slice(first, last), slice(low, high)
+        block = (
+            exact_similarities(queries, rows, gallery, columns)
+            if exact
+            else queries.unit[rows] @ gallery.unit[columns].T
+        )
+        return block.flatten()[(query - first) * (high - low) + (reference - low)]
+
+    def gathered(samples: ClassSortedEmbeddings, rows: Tensor) -> Tensor:
+        return samples.exact(rows) if exact else samples.unit.index_select(0, rows)
+
+    size = max(1, PAIR_BUDGET // max(1, queries.unit.shape[1]))
+    parts = zip(query.split(size), reference.split(size), strict=True)
+    return torch.cat([gathered(queries, q).mul_(gathered(gallery, r)).sum(1) for q, r in parts])
 
 
 def largest_class(queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings) -> int:

@@ -6,8 +6,9 @@ maximum reaches a query's *live threshold*, the lowest positive whose rank can s
 that can no longer enter the top R leave, the best one leaves once `depth` negatives beat it. What remains are
 a few hits per query, each counted against the positives it beats.
 
-Float32 decides nothing it cannot decide: a hit that lies within the rounding bound of a positive is computed
-again in float64. Ranks are therefore those of float64 arithmetic, whatever order a matrix product sums in.
+No precision decides what it cannot decide: a hit that lies within the rounding bound of a positive is computed
+again, from a bfloat16 tile in float32, from there in float64. Ranks are therefore those of float64 arithmetic,
+whatever a tile was computed in and whatever order a matrix product sums in.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 from lightning_memdml.retrieval.class_sorted import (
     FLOAT64_BUDGET,
     ClassSortedEmbeddings,
-    exact_similarities,
     largest_class,
     padded_width,
+    pair_similarities,
     positive_similarities,
 )
+from lightning_memdml.retrieval.sieve import Rounding, SimilarityTiles, float32_rounding
 from lightning_memdml.retrieval.tiles import full_precision_products, ramped_tiles, split_rows
 
 TIE = 1e-12
@@ -34,6 +36,7 @@ TIE = 1e-12
 _SEGMENT = 128  # columns that share one maximum when a tile is searched
 _BATCH = 2**16  # hits counted together
 _HIT_BUDGET = 2**20  # elements of a tile searched at a time; bounds the index tensors to about 60 MB
+_NO_THRESHOLD = 2.0  # above any cosine and its rounding: nothing can change the scores of this query any more
 _STATE_BUDGET = 2**23  # (query, positive) entries of one counter, 12 bytes each
 
 
@@ -70,8 +73,7 @@ class RankCounter:
     ) -> None:
         self.queries, self.gallery, self.rows = queries, gallery, rows
         self.depth, self.every_positive = depth, every_positive
-        # Unit rows are rounded once (2u), a D-term float32 sum errs by at most D u, the threshold by u.
-        self.error = (queries.unit.shape[1] + 8) * 2.0**-24
+        self._rounding = self._float32 = float32_rounding(queries.unit.shape[1])
         self.positives, self.relevant = positive_similarities(queries, gallery, rows)
         self.width = self.positives.shape[1]
         self.counts = torch.zeros(len(self.positives), self.width + 1, dtype=torch.int32, device=queries.unit.device)
@@ -82,10 +84,19 @@ class RankCounter:
         for part in split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width)):
             self._update_threshold(torch.arange(part.start, part.stop, device=queries.unit.device))
 
-    def observe(self, tile: Tensor, first_query: int, first_reference: int) -> None:
-        """Count a tile of similarities `(queries, references)`, -inf where a reference is no negative."""
+    def observe(self, tile: Tensor, rounding: Rounding, first_query: int, first_reference: int) -> int:
+        """Count a tile of similarities `(queries, references)`, -inf where a reference is no negative.
+
+        Returns:
+            How many of them were hits, which had to be looked at one by one.
+        """
+        if rounding != self._rounding:
+            self._count_pending()
+            self._rounding = rounding
         start = first_query - self.rows.start
-        threshold = self.threshold[start : start + tile.shape[0]]
+        lowest = self.threshold[start : start + tile.shape[0]]
+        threshold = lowest - rounding.bound(lowest)
+        hits = 0
         segment = _SEGMENT if tile.shape[1] % _SEGMENT == 0 else tile.shape[1]
         segments = tile.unflatten(1, (-1, segment))
         reached = (_segment_maxima(tile, segment) >= threshold[:, None]).nonzero()
@@ -95,6 +106,8 @@ class RankCounter:
             hit, column = (searched >= threshold[row, None]).nonzero().unbind(1)
             reference = place[hit].mul_(segment).add_(column).add_(first_reference)
             self._collect(row[hit].add_(start), reference, searched[hit, column])
+            hits += len(hit)
+        return hits
 
     def _collect(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:
         """Count hits at once if they are many, else when enough have come together to be worth the calls."""
@@ -114,16 +127,28 @@ class RankCounter:
             self._count(row, reference, similarity)
 
     def _count(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:
-        similarity = similarity.double()
-        beaten_from = self._positives_above(row, similarity - self.error)
-        nearest = self.positives.take(row * self.width + (beaten_from - 1).clamp_min(0))
-        close = ((beaten_from > 0) & (nearest <= similarity + self.error)).nonzero().squeeze(1)
+        beaten_from, close = self._beaten(row, similarity, self._rounding)
+        if len(close) and self._rounding != self._float32:
+            similarity = self._recomputed(row[close], reference[close], exact=False)
+            beaten_from[close], still_close = self._beaten(row[close], similarity, self._float32)
+            close = close[still_close]
         if len(close):
-            exact = self._exact_similarity(row[close], reference[close])
-            beaten_from[close] = self._positives_above(row[close], exact + TIE)
+            similarity = self._recomputed(row[close], reference[close], exact=True)
+            beaten_from[close] = self._positives_above(row[close], similarity + TIE)
         cell = row * (self.width + 1) + beaten_from
         self.counts.view(-1).index_add_(0, cell, self.counts.new_ones(()).expand(len(cell)))
         self._update_threshold(row.unique())
+
+    def _beaten(self, row: Tensor, similarity: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """Number of positives above each hit, and the places of the hits that are too close to one to tell."""
+        similarity = similarity.double()
+        error = rounding.bound(similarity)
+        beaten_from = self._positives_above(row, similarity - error)
+        nearest = self.positives.take(row * self.width + (beaten_from - 1).clamp_min(0))
+        return beaten_from, ((beaten_from > 0) & (nearest <= similarity + error)).nonzero().squeeze(1)
+
+    def _recomputed(self, row: Tensor, reference: Tensor, *, exact: bool) -> Tensor:
+        return pair_similarities(self.queries, row + self.rows.start, self.gallery, reference, exact=exact)
 
     def _positives_above(self, row: Tensor, value: Tensor) -> Tensor:
         """Number of a row's positives greater than the value: a binary search over 2^m - 1 entries."""
@@ -135,25 +160,6 @@ class RankCounter:
             found += higher * step
             step //= 2
         return found
-
-    def _exact_similarity(self, row: Tensor, reference: Tensor) -> Tensor:
-        """Float64 cosine of each (query, reference) pair."""
-        query = row + self.rows.start
-        first, last, low, high = torch.stack([query.min(), query.max(), reference.min(), reference.max()]).tolist()
-        last, high = last + 1, high + 1
-        # A pair gathered and multiplied alone costs about 32 times its share of a float64 matrix product,
-        # which is what a collapsed model or binary codes, where everything is close, must use.
-        if len(query) * 32 > (last - first) * (high - low):
-            return exact_similarities(self.queries, slice(first, last), self.gallery, slice(low, high)).flatten()[
-                (query - first) * (high - low) + (reference - low)
-            ]
-        size = max(1, FLOAT64_BUDGET // self.queries.unit.shape[1])
-        return torch.cat(
-            [
-                (self.queries.exact(q) * self.gallery.exact(r)).sum(1)
-                for q, r in zip(query.split(size), reference.split(size), strict=True)
-            ]
-        )
 
     def _ranks(self, row: Tensor | slice) -> Tensor:
         """Rank of each positive, 1-based: its place among the positives plus the negatives at or above it."""
@@ -168,8 +174,8 @@ class RankCounter:
             alive = rank <= relevant
             alive[:, 0] |= (rank[:, 0] <= self.depth) & (relevant[:, 0] > 0)
         last = alive.sum(1)  # the living are a prefix: rank grows with place
-        lowest = self.positives.take(row * self.width + (last - 1).clamp_min(0)) - self.error
-        self.threshold[row] = torch.where(last > 0, lowest, torch.inf).float()
+        lowest = self.positives.take(row * self.width + (last - 1).clamp_min(0))
+        self.threshold[row] = torch.where(last > 0, lowest, _NO_THRESHOLD).float()
 
     def statistics(self) -> RankStatistics:
         """What was counted, for each query of `rows`."""
@@ -203,8 +209,9 @@ def count_ranks(
     """Count the ranks of all queries, in sorted order.
 
     Self-retrieval (one object given twice) computes each tile once and counts it in both directions, so it costs half
-    a matrix product. Between two sets, and where classes are so large that the state of all queries would not fit the
-    memory bound, queries go block by block.
+    a matrix product, a quarter where tiles can be computed in bfloat16 (see `SimilarityTiles`). Between two sets, and
+    where classes are so large that the state of all queries would not fit the memory bound, queries go block by
+    block.
     """
     size = tile_size or (4096 if queries.unit.is_cuda else 1024)
     width = padded_width(largest_class(queries, gallery))
@@ -222,14 +229,16 @@ def _concatenated(parts: list[RankStatistics]) -> RankStatistics:
 
 def _count_symmetric(samples: ClassSortedEmbeddings, size: int, depth: int, every_positive: bool) -> RankCounter:
     counter = RankCounter(samples, samples, slice(0, len(samples)), depth=depth, every_positive=every_positive)
-    buffer = torch.empty(min(size, len(samples)) ** 2, device=samples.unit.device)
+    similarities = SimilarityTiles(samples, samples, min(size, len(samples)) ** 2)
     tiles = list(ramped_tiles(len(samples), size))
     for position, rows in enumerate(tiles):
         for columns in tiles[position:]:
-            tile = _negatives_tile(samples, rows, samples, columns, buffer)
-            counter.observe(tile, rows.start, columns.start)
+            tile, rounding = similarities.compute(rows, columns)
+            hits, pairs = counter.observe(tile, rounding, rows.start, columns.start), tile.numel()
             if columns.start != rows.start:
-                counter.observe(tile.T, columns.start, rows.start)
+                hits += counter.observe(tile.T, rounding, columns.start, rows.start)
+                pairs *= 2
+            similarities.choose(hits, pairs)
     return counter
 
 
@@ -241,30 +250,15 @@ def _count_blocks(
     depth: int,
     every_positive: bool,
 ) -> Iterator[RankCounter]:
-    buffer = torch.empty(min(block, len(queries)) * min(size, len(gallery)), device=queries.unit.device)
+    similarities = SimilarityTiles(queries, gallery, min(block, len(queries)) * min(size, len(gallery)))
     tiles = list(ramped_tiles(len(gallery), size))
     for rows in split_rows(len(queries), block):
         counter = RankCounter(queries, gallery, rows, depth=depth, every_positive=every_positive)
+        similarities.sieving = False  # new queries have all their positives alive, and many hits
         for columns in tiles:
-            counter.observe(_negatives_tile(queries, rows, gallery, columns, buffer), rows.start, columns.start)
+            tile, rounding = similarities.compute(rows, columns)
+            similarities.choose(counter.observe(tile, rounding, rows.start, columns.start), tile.numel())
         yield counter
-
-
-def _negatives_tile(
-    queries: ClassSortedEmbeddings,
-    rows: slice,
-    gallery: ClassSortedEmbeddings,
-    columns: slice,
-    buffer: Tensor,
-) -> Tensor:
-    """Float32 similarities of a tile, pairs of one class at minus infinity."""
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    tile = buffer[: height * width].view(height, width)
-    torch.mm(queries.unit[rows], gallery.unit[columns].T, out=tile)
-    anchor, reference = queries.labels[rows], gallery.labels[columns]
-    if anchor[0] <= reference[-1] and reference[0] <= anchor[-1]:
-        tile.masked_fill_(anchor[:, None] == reference, -torch.inf)
-    return tile
 
 
 def _segment_maxima(tile: Tensor, segment: int) -> Tensor:

@@ -25,7 +25,7 @@ LOSSES = {
 @pytest.fixture
 def sieved(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """Sieve on any processor, in blocks of 256 columns; the list has the bound of every sieved block."""
-    monkeypatch.setattr(bfloat16, "has_fast_products", lambda device: True)
+    monkeypatch.setattr(bfloat16, "pays", lambda device, dim: True)
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1)
     bounds: list[float | None] = []
     product = streaming.Sieve.product
@@ -59,7 +59,7 @@ def test_the_sieve_changes_nothing(name: str, scale: float, sieved: list[float |
     value, gradient = evaluated(loss, x, y, scale * r, ry)
     assert len(sieved) >= 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bfloat16, "has_fast_products", lambda device: False)
+        patch.setattr(bfloat16, "pays", lambda device, dim: False)
         plain = evaluated(loss, x, y, scale * r, ry)
     torch.testing.assert_close((value, gradient), plain, rtol=1e-5, atol=1e-5 * scale)
 

@@ -1,0 +1,151 @@
+"""The bfloat16 sieve: its error bound, and ranks equal to those without it and to a float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_memdml import bfloat16
+from lightning_memdml.retrieval import QueryRanks, rank_queries, sieve
+from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
+from lightning_memdml.retrieval.sieve import SimilarityTiles, bfloat16_rounding
+
+FIELDS = ("relevant", "best_rank", "r_precision", "average_precision_at_r", "average_precision")
+
+
+def use_bfloat16(patch: pytest.MonkeyPatch, use: bool) -> None:
+    """Compute every tile but the first in bfloat16, on any processor and however little it pays; or none."""
+    patch.setattr(bfloat16, "pays", lambda device, dim: use)
+    patch.setattr(sieve, "_HIT_SHARE", 1.0)
+
+
+def ranks(use: bool, *args: Tensor, depth: int = 20, tile_size: int = 8, **kwargs: Tensor) -> QueryRanks:
+    with pytest.MonkeyPatch.context() as patch:
+        use_bfloat16(patch, use)
+        return rank_queries(*args, depth=depth, mean_average_precision=True, tile_size=tile_size, **kwargs)
+
+
+def assert_equal(left: QueryRanks, right: QueryRanks) -> None:
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(left, name), getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def oracle_ranks(embeddings: Tensor, labels: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Best rank and MAP@R of each query from all float64 cosines, the wrong references first among equals."""
+    cosine = F.normalize(embeddings.double(), dim=1) @ F.normalize(embeddings.double(), dim=1).T
+    best, precision = [], []
+    for query, row in enumerate(cosine.unbind()):
+        match = labels == labels[query]
+        negatives = row[~match]
+        match[query] = False
+        positives = row[match].sort(descending=True).values
+        above = (negatives >= positives[:, None] - 1e-12).sum(1)
+        rank = above + torch.arange(1, len(positives) + 1)
+        best.append(int(rank[0].clamp_max(depth + 1)))
+        places = torch.arange(1, len(positives) + 1)
+        precision.append(float(((places / rank.double()) * (rank <= len(positives))).sum() / len(positives)))
+    return torch.tensor(best), torch.tensor(precision, dtype=torch.float64)
+
+
+def embeddings_of(kind: str, count: int, dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, dim, generator=generator)
+    return {
+        "spread": noise,
+        "within one bfloat16 step": 1 + 1e-3 * noise,  # cosines differ by less than 1e-5
+        "copies": noise[torch.arange(count) % 7],
+        "opposite": torch.cat([noise[: count // 2], -noise[: count - count // 2]]),
+        "codes": noise.sign(),
+        "zero rows": noise * (torch.arange(count) % 3 > 0)[:, None],
+        "collapsed": noise[:1].expand(count, dim),
+    }[kind]
+
+
+KINDS = ["spread", "within one bfloat16 step", "copies", "opposite", "codes", "zero rows", "collapsed"]
+
+
+@pytest.mark.parametrize("dim", [1, 3, 64, 1500])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sieved_ranks_equal_float64(kind: str, dim: int) -> None:
+    embeddings, labels = embeddings_of(kind, 90, dim), torch.arange(90) // 3
+    found = ranks(True, embeddings, labels, depth=50, tile_size=32)
+    best, precision = oracle_ranks(embeddings, labels, depth=50)
+    assert torch.equal(found.best_rank, best)
+    torch.testing.assert_close(found.average_precision_at_r, precision, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_sieve_changes_nothing(data: st.DataObject) -> None:
+    dim, count = data.draw(st.sampled_from([1, 2, 17, 130])), data.draw(st.integers(2, 40))
+    embeddings = embeddings_of(data.draw(st.sampled_from(KINDS)), count, dim)
+    embeddings = embeddings[data.draw(st.permutations(range(count)))]
+    small = st.lists(st.integers(0, 5), min_size=count, max_size=count)
+    labels, groups = torch.tensor(data.draw(small)), torch.tensor(data.draw(small))
+    options: dict = {"depth": data.draw(st.sampled_from([1, 5, 100])), "tile_size": data.draw(st.integers(1, 20))}
+    cut = data.draw(st.integers(0, count))  # 0: self-retrieval
+    arguments = (embeddings, labels)
+    if data.draw(st.booleans()):
+        options["groups"] = groups
+    if cut:
+        arguments = (embeddings[:cut], labels[:cut], embeddings, labels)
+        options |= {"indices": torch.arange(cut), "gallery_indices": torch.arange(count)}
+        if "groups" in options:
+            options |= {"groups": groups[:cut], "gallery_groups": groups}
+    assert_equal(ranks(True, *arguments, **options), ranks(False, *arguments, **options))
+
+
+@pytest.mark.parametrize("dim", [1, 64, 700, 4096])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_tiles_keep_to_their_bound(kind: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_bfloat16(monkeypatch, True)
+    samples = ClassSortedEmbeddings(embeddings_of(kind, 120, dim), torch.arange(120))
+    exact = samples.exact(slice(0, 120)) @ samples.exact(slice(0, 120)).T
+    tiles = SimilarityTiles(samples, samples, 120 * 120)
+    tiles.choose(hits=0, pairs=1)
+    for rows in (slice(0, 120), slice(5, 6), slice(0, 2)):
+        tile, rounding = tiles.compute(rows, slice(0, 120))
+        assert rounding == bfloat16_rounding(samples, samples)
+        distinct = torch.isfinite(tile)
+        error = (tile - exact[rows]).abs()
+        assert (error <= rounding.bound(tile.double()))[distinct].all()
+        assert (error <= rounding.bound(exact[rows]))[distinct].all()
+    assert rounding.absolute < 2.1 * 2.0**-8 + 4 * dim * 2.0**-24
+
+
+def test_bfloat16_is_taken_only_while_hits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "pays", lambda device, dim: True)
+    precisions = []
+    compute = SimilarityTiles.compute
+
+    def recorded(self: SimilarityTiles, rows: slice, columns: slice) -> tuple:
+        tile, rounding = compute(self, rows, columns)
+        precisions.append(rounding.relative > 0)
+        return tile, rounding
+
+    monkeypatch.setattr(SimilarityTiles, "compute", recorded)
+    labels = torch.arange(600) // 3
+    rank_queries(torch.eye(200, 256)[labels] + 0.01 * embeddings_of("spread", 600, 256), labels, tile_size=64)
+    assert not precisions[0]
+    assert all(precisions[1:])
+    precisions.clear()
+    rank_queries(embeddings_of("collapsed", 600, 256), labels, tile_size=64)
+    assert not any(precisions)
+
+
+def test_it_is_used_where_it_pays_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    cpu = torch.device("cpu")
+    assert bfloat16.pays(cpu, 64)
+    assert not bfloat16.pays(cpu, 63)
+    assert not bfloat16.pays(torch.device("cuda"), 512)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert not bfloat16.pays(cpu, 64)
+    samples = ClassSortedEmbeddings(embeddings_of("spread", 20, 256), torch.arange(20))
+    tiles = SimilarityTiles(samples, samples, 400)
+    tiles.choose(hits=0, pairs=1)
+    assert tiles.compute(slice(0, 20), slice(0, 20))[1].relative == 0

@@ -10,7 +10,7 @@ export WANDB_MODE ?= offline
 
 help:
 	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
-	@echo "make study   rerun the study on the glyphs (about 100 minutes on 2 cores)"
+	@echo "make study   rerun the study: glyphs, and photographs if they are in data/ (100 minutes on 2 cores)"
 	@echo "make test    run the test suite           make check   lint, types and tests"
 	@echo "make bench   run the benchmarks           make format  format the code"
 	@echo "make clean   remove what the other targets made"
@@ -27,8 +27,15 @@ demo: install
 	$(BIN)/python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml \
 		--picture runs/demo.png --output runs/demo.md
 
-study: install
-	$(BIN)/memdml study experiments/study/glyphs_*.yaml --processes 2
+# The photographs are not part of the repository: see experiments/README.md.
+PHOTOGRAPHS := $(wildcard data/birds.npz data/grocery.npz)
+FEATURES    := $(PHOTOGRAPHS:.npz=_features.npz)
+
+study: install $(FEATURES)
+	$(BIN)/memdml study experiments/study/glyphs_*.yaml $(if $(FEATURES),experiments/study/features_*.yaml) --processes 2
+
+data/%_features.npz: data/%.npz data/mobilenet_v2.pth | install
+	OMP_NUM_THREADS= $(BIN)/python experiments/freeze.py $< $@ --weights data/mobilenet_v2.pth
 
 test: install
 	$(BIN)/python -m pytest

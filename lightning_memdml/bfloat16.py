@@ -1,4 +1,4 @@
-"""Where bfloat16 products are fast, and how far their results may lie from the exact ones."""
+"""Where bfloat16 products are fast, and what they lose: for deciding what has to be computed in full precision."""
 
 from __future__ import annotations
 
@@ -16,22 +16,3 @@ def pays(device: torch.device, dim: int) -> bool:
     """
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # the public `get_capabilities` is newer than 2.8
     return dim >= SMALLEST_DIM and device.type == "cpu" and native is not None and native()
-
-
-def similarity_error(dim: int, longest: float = 1.0) -> float:
-    r"""Return a bound of the error of similarities that are multiplied in bfloat16, summed in float32 and rounded.
-
-    .. math:: 1.02 \, (3 \cdot 2^{-8} + D \, 2^{-23}) \max_i \|x_i\| \max_j \|r_j\|
-
-    One :math:`2^{-8}` each for the rounding of x, of r and of the result; sums may truncate, which doubles their error;
-    2 % are for products of two errors.
-
-    Args:
-        dim: Length D of the rows.
-        longest: Product of the largest lengths of either side.
-
-    Example:
-        >>> round(similarity_error(128), 4)
-        0.012
-    """
-    return 1.02 * (3 * ROUNDOFF + dim * 2.0**-23) * longest

@@ -17,7 +17,6 @@ Two observations make this as fast as the two bare products:
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_memdml import bfloat16
 from lightning_memdml.losses.masks import pair_masks
+from lightning_memdml.losses.sieve import Sieve
 from lightning_memdml.losses.totals import Negatives, negatives
 
 if TYPE_CHECKING:
@@ -216,39 +215,6 @@ def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: T
             elif hits.shape[0]:
                 near = block[hits]
                 part.add(similarity[:, hits] if error is None else anchors @ near.T, near, hits + start)
-
-
-class Sieve:
-    """Similarities in bfloat16, and how far they may be off.
-
-    Args:
-        anchors: ``(B, D)``, float32.
-    """
-
-    def __init__(self, anchors: Tensor) -> None:
-        self._anchors = anchors.bfloat16()
-        self._longest = _longest(anchors)
-
-    @classmethod
-    def of(cls, anchors: Tensor, references: Tensor) -> Sieve | None:
-        """Return a sieve where it can pay."""
-        in_float32 = anchors.dtype == references.dtype == torch.float32
-        return cls(anchors) if in_float32 and bfloat16.pays(anchors.device, anchors.shape[1]) else None
-
-    def product(self, block: Tensor, out: Tensor) -> float | None:
-        """Write the similarities ``(B, n)`` of a block ``(n, D)``, and return a bound of their error.
-
-        ``None`` if there is no bound, as a row is not finite; nothing is written then.
-        """
-        error = bfloat16.similarity_error(block.shape[1], self._longest * _longest(block))
-        if not math.isfinite(error):
-            return None
-        out.copy_(self._anchors @ block.bfloat16().T)  # maxima of bfloat16 columns take 7 times those of float32
-        return error
-
-
-def _longest(rows: Tensor) -> float:
-    return torch.linalg.vector_norm(rows, dim=1).max().item()
 
 
 # References in 16 bits are multiplied in 16 bits on a GPU, whose tensor cores add up in float32 all the same. A CPU

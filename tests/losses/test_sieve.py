@@ -12,6 +12,7 @@ from torch import Tensor
 import lightning_memdml as ml
 from lightning_memdml import bfloat16
 from lightning_memdml.losses import streaming
+from lightning_memdml.losses.sieve import Sieve
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(margin=0.6),
@@ -28,10 +29,8 @@ def sieved(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     monkeypatch.setattr(bfloat16, "pays", lambda device, dim: True)
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1)
     bounds: list[float | None] = []
-    product = streaming.Sieve.product
-    monkeypatch.setattr(
-        streaming.Sieve, "product", lambda *args, **kw: bounds.append(product(*args, **kw)) or bounds[-1]
-    )
+    product = Sieve.product
+    monkeypatch.setattr(Sieve, "product", lambda *args, **kw: bounds.append(product(*args, **kw)) or bounds[-1])
     return bounds
 
 
@@ -78,7 +77,7 @@ def test_no_column_above_the_cut_is_missed(dim: int, logarithm: int, seed: int, 
     wanted = 0.6 + 2.0**logarithm * torch.linspace(-1, 1, 600)[:, None]
     r = scale * (wanted * x[:1] + (1 - wanted**2).sqrt() * noise)
     exact, similarity = (x.double() @ r.double().T), torch.empty(4, 600)
-    error = streaming.Sieve(x).product(r, out=similarity)
+    error = Sieve(x).product(r, out=similarity)
     assert ((similarity - exact).abs() <= error).all()
     assert error <= 0.03 * scale
     hits = streaming._reached_columns(similarity[:, ::2], 0.6 * scale, torch.zeros(300, dtype=torch.bool), error)

@@ -8,7 +8,6 @@ The first view of an image is as for a test, the others are augmented as for tra
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from lightning_memdml.backbones import build_backbone
 from lightning_memdml.data import TableDataModule
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.transforms import TrainingTransform
+from lightning_memdml.whole_file import whole_file
 
 BATCH = 32
 
@@ -47,10 +47,9 @@ def main() -> None:
             for view, transform in enumerate([plain] + [augmented] * (given.views - 1))
         ]
     is_train = np.arange(len(labels)) < len(data.train_set)
-    unfinished = given.output.with_name(f".{given.output.name}")
-    with unfinished.open("wb") as file:
-        np.savez(file, feature=torch.stack(views, dim=1).half().numpy(), label=labels.numpy(), train=is_train)
-    os.replace(unfinished, given.output)
+    feature = torch.stack(views, dim=1).half().numpy()
+    with whole_file(given.output) as unfinished:
+        np.savez(unfinished, feature=feature, label=labels.numpy(), train=is_train)
 
 
 @torch.inference_mode()

@@ -191,15 +191,16 @@ def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: T
     width = max(256, (BLOCK_ELEMENTS if on_host else GPU_BLOCK_ELEMENTS) // anchors.shape[0])
     scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
     sieve, sieving = Sieve.of(anchors, references), False
-    for start in range(0, references.shape[0], width):
-        block = references[start : start + width]
+    first = width if sieve is None else max(256, width // 8)  # which tells whether the sieve pays
+    for columns in [slice(0, first), *(slice(i, i + width) for i in range(first, references.shape[0], width))]:
+        block = references[columns]
         if on_host or anchors.dtype != torch.float32:
             block = block.to(anchors.dtype)
         similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
         error = sieve.product(block, out=similarity) if sieve is not None and sieving else None
         if error is None:
             _product(anchors, block.T, out=similarity)
-        irregular = shared[start : start + width]
+        irregular = shared[columns]
         # On a GPU, counting columns would stall it at every block.
         drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(fill_masked, irregular)
         sieving = True
@@ -211,10 +212,10 @@ def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: T
                     _product(anchors, block.T, out=similarity)
                     error = None
                 own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
-                part.add(own, block, slice(start, start + width), drop)
+                part.add(own, block, columns, drop)
             elif hits.shape[0]:
                 near = block[hits]
-                part.add(similarity[:, hits] if error is None else anchors @ near.T, near, hits + start)
+                part.add(similarity[:, hits] if error is None else anchors @ near.T, near, hits + columns.start)
 
 
 # References in 16 bits are multiplied in 16 bits on a GPU, whose tensor cores add up in float32 all the same. A CPU

@@ -10,7 +10,7 @@ export WANDB_MODE ?= offline
 
 help:
 	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
-	@echo "make study   rerun the study: glyphs, and photographs if they are in data/ (about 2 hours)"
+	@echo "make study   rerun the study: glyphs, and photographs if they are in data/ (110 minutes)"
 	@echo "make test    run the test suite           make check   lint, types and tests"
 	@echo "make bench   run the benchmarks           make format  format the code"
 	@echo "make clean   remove what the other targets made"

@@ -35,9 +35,11 @@ class FeatureDataModule(RetrievalDataModule):
         ValueError: If the file is damaged, lacks an array, or its arrays do not fit together.
 
     Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/features.npz"
         >>> arrays = {"label": [0, 0, 1, 1, 2, 2], "train": [True] * 4 + [False] * 2}
-        >>> np.savez("features.npz", feature=np.ones((6, 3, 8), np.float16), **arrays)
-        >>> features = FeatureDataModule("features.npz", batch_size=4, images_per_class=2, val_fraction=0)
+        >>> np.savez(path, feature=np.ones((6, 3, 8), np.float16), **arrays)
+        >>> features = FeatureDataModule(path, batch_size=4, images_per_class=2, val_fraction=0)
         >>> rows, labels, indices = next(iter(features.train_dataloader()))
         >>> rows.shape, rows.dtype
         (torch.Size([4, 8]), torch.float32)
@@ -49,8 +51,9 @@ class FeatureDataModule(RetrievalDataModule):
 
     def records(self) -> Iterator[Record]:
         """Yield a record per image, named by its row."""
-        for row, (label, train) in enumerate(zip(*(self.archive[name].tolist() for name in ARRAYS[1:]), strict=True)):
-            yield Record(f"{self.path}#{row}", label, "train" if train else "test")
+        labels, train = self.archive["label"].tolist(), self.archive["train"]
+        for row, label in enumerate(labels):
+            yield Record(f"{self.path}#{row}", label, "train" if train[row] else "test")
 
     def images(self, records: Sequence[Record]) -> Tensor:
         """Return all views of all images, `(N, V, F)`."""

@@ -28,8 +28,7 @@ demo: install
 		--picture runs/demo.png --output runs/demo.md
 
 # The photographs are not part of the repository: see experiments/README.md.
-PHOTOGRAPHS := $(wildcard data/birds.npz data/grocery.npz)
-FEATURES    := $(PHOTOGRAPHS:.npz=_features.npz)
+FEATURES := $(and $(wildcard data/birds.npz),$(wildcard data/grocery.npz),data/birds_features.npz data/grocery_features.npz)
 
 study: install $(FEATURES)
 	$(BIN)/memdml study experiments/study/glyphs_*.yaml $(if $(FEATURES),experiments/study/features_*.yaml) --processes 2
@@ -57,4 +56,5 @@ bench: install
 
 clean:
 	rm -rf $(VENV) runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(FEATURES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,8 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Give another name in the same folder to write to; what was written takes the place of `path` at the end.
 
-    Folders are made. After an error nothing is left, and a file that was there before is as it was.
+    Folders are made. After an error nothing is left, and a file that was there before is as it was. Of several
+    processes that write the same file, the last one's stays.
 
     Example:
         >>> import tempfile
@@ -23,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         ('all of it', ['file.txt'])
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.part{path.suffix}")  # writers go by the ending
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers go by the ending
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,6 +20,26 @@ os.environ.setdefault("LIGHTNING_MEMDML_CACHE", tempfile.mkdtemp(prefix="memdml"
 def glyph_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in which the characters are drawn once for all tests."""
     return str(tmp_path_factory.mktemp("glyphs"))
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """Opens a page in a real browser without a network, with flags, and returns what it prints."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    browser = os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser among {', '.join(names)}, nor in $CHROMIUM")
+
+    def browse(page: Path, *flags: str) -> str:
+        command = [
+            browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            f"--user-data-dir={tmp_path}/profile", "--host-resolver-rules=MAP * ~NOTFOUND", *flags, page.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return browse
 
 
 @pytest.fixture

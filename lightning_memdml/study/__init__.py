@@ -1,1 +1,1 @@
-"""What weighting does: commands that read the weights of losses and of trained checkpoints."""
+"""What weighting does: the weights of losses and of trained checkpoints, and studies that compare arms."""

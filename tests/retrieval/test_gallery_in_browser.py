@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,6 @@ import torch
 from PIL import Image
 
 from lightning_memdml.retrieval import gallery_html, retrieval_examples
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser among {', '.join(NAMES)}, nor in $CHROMIUM")
 
 # The page has no script; the test adds one that measures what the browser has made of it.
 MEASURE = """<script>
@@ -31,21 +25,12 @@ window.onload = () => {
   say("requests", performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length);
 };
 </script>"""
+Browse = Callable[..., str]
 COLOURS = [(200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 190, 20)]
 
 
 def picture(position: int) -> Image.Image:
     return Image.new("RGB", (300, 200), COLOURS[position])
-
-
-def browse(page: Path, *flags: str) -> str:
-    command = [
-        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-        f"--user-data-dir={page.parent}/profile", "--host-resolver-rules=MAP * ~NOTFOUND", *flags, page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -59,9 +44,8 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [1280, 500])
-def test_every_picture_is_drawn_and_the_page_fits_the_window(page: Path, width: int) -> None:
+def test_every_picture_is_drawn_and_the_page_fits_the_window(page: Path, width: int, browse: Browse) -> None:
     page.write_text(page.read_text().replace("</body>", f"{MEASURE}</body>"))
     shown = browse(page, f"--window-size={width},1000", "--virtual-time-budget=5000", "--dump-dom")
     said = dict(re.findall(r'data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", shown)[0]))  # type: ignore[index]
@@ -70,8 +54,9 @@ def test_every_picture_is_drawn_and_the_page_fits_the_window(page: Path, width: 
     assert (said["rows"], said["frame"], said["requests"]) == ("4", "dashed", "0")
 
 
-@needs_browser
-def test_what_is_seen_has_the_pictures_and_the_colours_of_right_and_wrong(page: Path, tmp_path: Path) -> None:
+def test_what_is_seen_has_the_pictures_and_the_colours_of_right_and_wrong(
+    page: Path, tmp_path: Path, browse: Browse
+) -> None:
     browse(page, "--window-size=1280,1000", f"--screenshot={tmp_path}/seen.png")
     seen = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB")).astype(int)
 

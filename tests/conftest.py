@@ -11,7 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+# Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Doctests draw a few characters too; nothing of a test run stays in the user's cache.
 os.environ.setdefault("LIGHTNING_MEMDML_CACHE", tempfile.mkdtemp(prefix="memdml"))
 

@@ -14,7 +14,7 @@ import pytest
 import lightning_memdml
 
 PACKAGE = Path(lightning_memdml.__file__).parent
-OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn"}
+OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn", "triton"}
 
 # What each room may import of the package, beside itself. A new room says here on what it stands.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -41,6 +41,7 @@ MAY_IMPORT |= {
     "__init__": ROOMS - {"cli_messages"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = PACKAGE / "losses" / "fused.py"  # Triton reads its decorators when it is imported: import it where it is used
 
 
 def room_of(file: Path) -> str:
@@ -84,7 +85,9 @@ def test_a_room_imports_only_the_rooms_it_stands_on(file: Path) -> None:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_optional_libraries_are_imported_where_they_are_used(file: Path) -> None:
-    assert not {name.split(".")[0] for name in imported_at_once(file)} & OPTIONAL
+    found = {name.split(".")[0] for name in imported_at_once(file)} & OPTIONAL
+    assert found == ({"triton"} if file == KERNELS else set())
+    assert not any(name.startswith("lightning_memdml.losses.fused") for name in imported_at_once(file))
 
 
 def test_the_rules_are_read_from_the_imports() -> None:
@@ -99,7 +102,7 @@ def test_the_rules_are_read_from_the_imports() -> None:
 
 WITHOUT_OPTIONAL_LIBRARIES = """
 import sys
-for name in ("wandb", "faiss", "timm", "pytorch_metric_learning"):
+for name in ("wandb", "faiss", "timm", "pytorch_metric_learning", "triton"):
     sys.modules[name] = None  # importing it fails, as if it were not installed
 import torch
 from lightning.pytorch import Trainer

@@ -1,13 +1,15 @@
 """Times the memory term of one training step, forward and backward, against the two bare matrix products.
 
-Every method runs on the same inputs, interleaved, on one thread, in one process; the time is CPU time, the least of
-the rounds. ``ratio`` is to the floor: similarities ``S = X M^T`` and gradient ``G = W M``, the better of the whole
-product and one in blocks. ``trained`` inputs have hard negatives in about 1 of 2,000 pairs, ``untrained`` ones share a
-direction, so that nearly all negatives are above the margin. With ``--checkpoint`` there are inputs of a trained
-network too: augmented training images, as a memory holds them. Peak memory is measured in a process of its own.
+Every method runs on the same inputs, interleaved, on one thread, in one process; the time is CPU time, or that until
+the GPU is done, the least of the rounds. ``ratio`` is to the floor: similarities ``S = X M^T`` and gradient
+``G = W M``, the better of the whole product and one in blocks. ``trained`` inputs have hard negatives in about 1 of
+2,000 pairs, ``untrained`` ones share a direction, so that nearly all negatives are above the margin. With
+``--checkpoint`` there are inputs of a trained network too: augmented training images, as a memory holds them. Peak
+memory is measured in a process of its own, on a GPU by its allocator.
 
     python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
     python experiments/benchmarks/pair_loss.py --regime --checkpoint runs/memdml/version_0/checkpoints/last.ckpt
+    python experiments/benchmarks/pair_loss.py --device cuda --dtype bfloat16 --batch 512 --memory 1048576 --dim 512
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +110,9 @@ def trained_inputs(checkpoint: str, batch: int, memory: int) -> Inputs:
 
 def floors(inputs: Inputs) -> list[Step]:
     """Return the two bare products, whole and in blocks."""
-    x, m = inputs[0].detach(), inputs[2]
-    similarity, gradient = torch.empty(len(x), len(m)), torch.empty_like(x)
-    block = torch.empty(len(x), 8192)
+    m = inputs[2] if inputs[2].is_cuda else inputs[2].float()  # CPUs have no fast product in 16 bits
+    x = inputs[0].detach().to(m.dtype)
+    similarity, gradient, block = x.new_empty(len(x), len(m)), torch.empty_like(x), x.new_empty(len(x), 8192)
 
     def whole() -> None:
         torch.mm(x, m.T, out=similarity)
@@ -124,24 +127,45 @@ def floors(inputs: Inputs) -> list[Step]:
     return [whole, blocks]
 
 
-def step(loss: Callable[..., Tensor], inputs: Inputs) -> Step:
+def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step:
     """Return forward and backward of a loss called as this package's are."""
 
     def run() -> None:
         inputs[0].grad = None
-        loss(*inputs).backward()
+        loss(*inputs, **options).backward()
 
     return run
 
 
+def ours(inputs: Inputs, names: list[str] | None) -> dict[str, Step]:
+    """Return this package's losses; on a GPU, with references in 16 bits, those by the fused kernel too."""
+    _, labels, references, ref_labels = inputs
+    most_shared = int(torch.isin(ref_labels, labels).sum())
+    chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
+    steps = {name: step(loss, inputs, most_shared=most_shared) for name, loss in chosen.items()}
+
+    def fused(run: Step) -> Step:
+        def run_fused() -> None:
+            with mock.patch.dict(os.environ, LIGHTNING_MEMDML_FUSED="1"):
+                run()
+
+        return run_fused
+
+    if references.is_cuda and references.dtype != torch.float32:
+        steps |= {f"{name} (fused)": fused(run) for name, run in steps.items()}
+    return steps
+
+
 def masked_contrastive(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
     """Compute the contrastive loss as one would write it in a few lines of torch."""
+    m = m.to(x.dtype)
     s, same = x @ m.T, y[:, None] == my
     return (((1 - s) * same).sum() + (s * (~same & (s > 0.5))).sum()) / len(x)
 
 
 def masked_multi_similarity(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
     """Compute the mined multi-similarity loss as one would write it in a few lines of torch."""
+    m = m.to(x.dtype)
     s, same = x @ m.T, y[:, None] == my
     with torch.no_grad():
         least = s.masked_fill(~same, torch.inf).amin(1, keepdim=True)
@@ -167,7 +191,11 @@ def peers(inputs: Inputs) -> dict[str, Step]:
         ("multi-similarity, mined (pytorch-metric-learning)", multi, miners.MultiSimilarityMiner(0.1)),
     ):
         memory = losses.CrossBatchMemory(loss, m.shape[1], memory_size=len(m), miner=miner)
-        memory.embedding_memory, memory.label_memory, memory.has_been_filled = m.clone(), my.clone(), True
+        memory.embedding_memory, memory.label_memory, memory.has_been_filled = (
+            m.to(x.dtype, copy=True),
+            my.clone(),
+            True,
+        )
 
         def run(memory: torch.nn.Module = memory) -> None:
             x.grad = None
@@ -177,42 +205,68 @@ def peers(inputs: Inputs) -> dict[str, Step]:
     return steps
 
 
-def measure(steps: dict[str, Step], rounds: int, slow: int) -> dict[str, float]:
-    """Return the least CPU seconds of each step; the slow peers run ``slow`` rounds."""
+def seconds(run: Step, device: str) -> float:
+    """Return the CPU seconds of a step, or the seconds until the GPU has done it."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(steps: dict[str, Step], rounds: int, slow: int, device: str) -> dict[str, float]:
+    """Return the least seconds of each step; the slow peers run ``slow`` rounds."""
     best = dict.fromkeys(steps, float("inf"))
     for k in range(rounds + 1):
         for name, run in steps.items():
             if k > slow and "(pytorch-metric-learning)" in name:
                 continue
-            start = time.process_time()
-            run()
+            taken = seconds(run, device)
             if k:  # the first round warms up
-                best[name] = min(best[name], time.process_time() - start)
+                best[name] = min(best[name], taken)
     return best
 
 
 def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[dict]:
     """Measure one size, and return a row per method."""
+    inputs = to_device(inputs, options.device, options.dtype)
     batch, memory, dim = len(inputs[0]), *inputs[2].shape
-    chosen = {name: loss for name, loss in OURS.items() if not options.losses or name in options.losses}
-    steps = {f"floor {k}": run for k, run in enumerate(floors(inputs))}
-    steps |= {name: step(loss, inputs) for name, loss in chosen.items()}
+    steps = {f"floor {k}": run for k, run in enumerate(floors(inputs))} | ours(inputs, options.losses)
     if not options.ours_only and batch * memory <= MOST_PAIRS_OF_PEERS:
         steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
         steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
         steps |= peers(inputs)
-    seconds = measure(steps, options.rounds, slow=1)
-    floor = min(value for name, value in seconds.items() if name.startswith("floor"))
-    size = {"regime": regime, "batch": batch, "memory": memory, "dim": dim, "floor_ms": round(1e3 * floor, 2)}
+    best = measure(steps, options.rounds, slow=1, device=options.device)
+    floor = min(value for name, value in best.items() if name.startswith("floor"))
+    size = {"device": options.device, "dtype": options.dtype, "regime": regime, "batch": batch, "memory": memory}
+    size |= {"dim": dim, "floor_ms": round(1e3 * floor, 2)}
     rows = [
         {**size, "method": name, "ms": round(1e3 * value, 2), "ratio": round(value / floor, 2)}
-        for name, value in seconds.items()
+        for name, value in best.items()
         if not name.startswith("floor")
     ]
     if options.peak:
         for row in rows if regime != "network" else ():
-            row["peak_mb"] = peak_megabytes(row)
+            row["peak_mb"] = peak_megabytes(row) if options.device == "cpu" else peak_on_gpu(steps[row["method"]])
     return rows
+
+
+def to_device(inputs: Inputs, device: str, dtype: str) -> Inputs:
+    """Return the inputs where they are to be measured, the references in the type of a memory."""
+    x, y, m, my = inputs
+    return x.detach().to(device).requires_grad_(), y.to(device), m.to(device, getattr(torch, dtype)), my.to(device)
+
+
+def peak_on_gpu(run: Step) -> float:
+    """Return by how many megabytes a step raises what is allocated."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_megabytes(row: dict) -> float:
@@ -226,7 +280,7 @@ def peak_megabytes(row: dict) -> float:
 def print_peak(row: dict) -> None:
     """Run one method twice and print by how many megabytes the second call raised the peak (Linux)."""
     inputs = make_inputs(row["regime"], row["batch"], row["memory"], row["dim"])
-    steps = {name: step(loss, inputs) for name, loss in OURS.items()} | peers(inputs)
+    steps = ours(inputs, None) | peers(inputs)
     steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
     steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
     small = make_inputs(row["regime"], row["batch"], 512, row["dim"])
@@ -270,6 +324,10 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", help="only these of ours")
     parser.add_argument("--ours-only", action="store_true", help="leave out the peers, which take minutes")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the references"
+    )
     parser.add_argument("--peak", action="store_true", help="also measure the peak extra memory (Linux)")
     parser.add_argument("--json", type=Path, help="append a line per row to this file")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -278,7 +336,8 @@ def main() -> None:
     if options.peak_of:
         print_peak(json.loads(options.peak_of))
         return
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, one thread\n")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "one thread"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, references in {options.dtype}\n")
     rows = []
     for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):
         rows += benchmark(make_inputs(regime, batch, memory, dim), regime, options)

@@ -76,8 +76,7 @@ def evaluate_sharded(loss: PairLoss, pairs: Pairs, ranks: Ranks) -> tuple[Tensor
     for part, states_of_part in zip(parts, received[1:], strict=True):
         place = torch.arange(near.shape[0], device=near.device)
         part.add(similarity[own].clone(), near, place, partial(streaming.fill_masked, ~negative[own]))
-        for state in states_of_part:
-            part.merge(state)
+        part.merge(states_of_part)
     number = negative[own].sum(dim=1) + received[0].sum(dim=(0, 2)).long()
     return streaming.finish(loss, similarity[own], positive[own], own_contexts, parts, number, near)
 

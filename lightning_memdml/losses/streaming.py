@@ -17,6 +17,7 @@ Two observations make this as fast as the two bare products:
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -186,6 +187,12 @@ def _members(ids: Tensor, members: Tensor) -> Tensor:
 
 def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> None:
     """Add every column that is not ``shared``, block by block; all parts read the same similarities."""
+    if _fuses(references):
+        from lightning_memdml.losses import fused  # Triton is not everywhere
+
+        parts = fused.add_plain_negatives(parts, references, shared)
+        if not parts:
+            return
     anchors = parts[0].anchors
     on_host = _on_host(anchors)
     width = max(256, (BLOCK_ELEMENTS if on_host else GPU_BLOCK_ELEMENTS) // anchors.shape[0])
@@ -216,6 +223,11 @@ def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: T
             elif hits.shape[0]:
                 near = block[hits]
                 part.add(similarity[:, hits] if error is None else anchors @ near.T, near, hits + columns.start)
+
+
+def _fuses(references: Tensor) -> bool:
+    """Tell whether one kernel was asked for in place of the blocks."""
+    return references.is_cuda and os.environ.get("LIGHTNING_MEMDML_FUSED") == "1"
 
 
 # References in 16 bits are multiplied in 16 bits on a GPU, whose tensor cores add up in float32 all the same. A CPU

@@ -102,19 +102,19 @@ class Negatives:
         each = torch.stack([self.total, self.shift, self.hardest], dim=1)
         return torch.cat([each, gradient, self.sums], dim=1)
 
-    def merge(self, state: Tensor) -> None:
-        """Add what was added up elsewhere, over other references."""
+    def merge(self, states: Tensor) -> None:
+        """Add what was added up elsewhere, over other references, ``(W, B, S)``: a state from each place."""
         width = 0 if self.gradient is None else self.anchors.shape[1]
-        each, gradient, sums = state.split([3, width, state.shape[1] - 3 - width], dim=1)
-        total, other_shift, hardest = each.unbind(dim=1)
-        shift = torch.maximum(self.shift, other_shift)
-        own_scale, other_scale = torch.exp(self.shift - shift), torch.exp(other_shift - shift)
-        self.total = self.total * own_scale + total * other_scale
+        each, gradients, sums = states.split([3, width, states.shape[2] - 3 - width], dim=2)
+        totals, shifts, hardest = each.unbind(dim=2)
+        shift = torch.maximum(self.shift, shifts.amax(dim=0))
+        own_scale, scales = torch.exp(self.shift - shift), torch.exp(shifts - shift)
+        self.total = self.total * own_scale + (totals * scales).sum(dim=0)
         if self.gradient is not None:
-            self.gradient = self.gradient * own_scale[:, None] + gradient * other_scale[:, None]
+            self.gradient = self.gradient * own_scale[:, None] + (gradients * scales[:, :, None]).sum(dim=0)
         self.shift = shift
-        self.hardest = torch.maximum(self.hardest, hardest)
-        self.sums = self.sums + sums
+        self.hardest = torch.maximum(self.hardest, hardest.amax(dim=0))
+        self.sums = self.sums + sums.sum(dim=0)
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block; the gradient is normalised with them."""
@@ -161,12 +161,13 @@ class HardestNegatives(Negatives):
         rows = F.pad(self.references[self.columns].to(similarity.dtype), (0, 0, 0, missing))
         return torch.cat([similarity, rows.flatten(1)], dim=1)
 
-    def merge(self, state: Tensor) -> None:
-        """Keep the hardest of those kept so far and of those kept elsewhere."""
+    def merge(self, states: Tensor) -> None:
+        """Keep the hardest of those kept so far and of those kept elsewhere, ``(W, B, S)``."""
         assert self.loss.hardest_negatives is not None
-        similarity, rows = state.split([self.loss.hardest_negatives, state.shape[1] - self.loss.hardest_negatives], 1)
-        columns = torch.arange(similarity.numel(), device=state.device).view_as(similarity) + self.references.shape[0]
-        self.references = torch.cat([self.references, rows.reshape(-1, self.anchors.shape[1])])
+        number, dim = self.loss.hardest_negatives, self.anchors.shape[1]
+        similarity, rows = (part.transpose(0, 1).flatten(1) for part in states.tensor_split([number], dim=2))
+        columns = torch.arange(similarity.numel(), device=states.device).view_as(similarity) + self.references.shape[0]
+        self.references = torch.cat([self.references, rows.reshape(-1, dim)])
         self._keep(similarity, columns)
 
     def totals(self, number: Tensor) -> NegativeTotals:
@@ -192,4 +193,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     # References in 16 bits meet weights in 16 bits, as anchors in `streaming._product`.
     if right.dtype == left.dtype:
         return total.addmm_(left, right)
+    if right.dtype == torch.float16:  # which ends at 65,504 and at 6e-8
+        peak = left.amax(dim=1, keepdim=True).clamp_min_(1e-30) if left.shape[1] else 1.0
+        return total.add_(torch.mm(left.div_(peak).to(right.dtype), right, out_dtype=left.dtype).mul_(peak))
     return total.add_(torch.mm(left.to(right.dtype), right, out_dtype=left.dtype))

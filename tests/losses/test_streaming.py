@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses import streaming, totals
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(),
@@ -182,6 +182,18 @@ def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dt
     assert (value.shape, value.dtype) == ((64,), torch.float32)
     assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
     assert products.large == {(dtype, torch.float32)}
+
+
+@pytest.mark.parametrize("scale", [1e9, 1.0, 1e-12])
+def test_weights_are_scaled_to_the_range_of_half_precision(scale, monkeypatch):
+    """In float16, 65,504 is the largest number and 6e-8 the smallest; CPUs lack the product that GPUs have."""
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    generator = torch.Generator().manual_seed(0)
+    weights, references = torch.rand(5, 40, generator=generator), torch.rand(40, 3, generator=generator).half()
+    weights[0] = 0.0
+    total = totals._add_product(torch.zeros(5, 3), weights * scale, references)
+    torch.testing.assert_close(total, scale * (weights @ references.float()), rtol=1e-3, atol=0.0)
+    assert totals._add_product(torch.zeros(5, 3), weights[:, :0], references[:0]).count_nonzero() == 0
 
 
 class ProductTypes(TorchDispatchMode):

@@ -1,0 +1,194 @@
+"""One Triton kernel in place of two matrix products and what stands between them.
+
+Each program takes some anchors and a share of the references. Tile by tile it forms the similarities, turns them into
+weights by the loss' own lines (:mod:`lightning_memdml.losses.symbols`), and adds ``weights @ tile`` to a gradient it
+keeps in registers: a tile is read once for both products, and no similarity leaves the chip. The shares' totals are
+then merged as those of several ranks are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_memdml.losses.symbols import NoKernelError, Terms, read_terms
+from lightning_memdml.losses.totals import Negatives
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Tiles(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        anchors: Anchors per program.
+        references: References per tile.
+        warps: Warps per program.
+        stages: Tiles that are on their way at once.
+    """
+
+    anchors: int
+    references: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, dim: int) -> int:
+        """Return the bytes that the anchors, the tiles on their way and the weights of one tile take."""
+        return 2 * ((self.anchors + self.stages * self.references) * dim + self.anchors * self.references)
+
+
+# Per length of rows, the first that fits. More warps per anchor read the anchors' tile more often than they multiply.
+TILES = {
+    128: [Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3)],
+    256: [Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(64, 32, 4, 2)],
+    512: [Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)],
+}
+
+
+@triton.jit
+def _add_negatives(  # type: ignore[no-untyped-def]
+    anchors, references, shared, columns, states, num_anchors, num_references, share, constants, stand_in,
+    dim: tl.constexpr, padded_dim: tl.constexpr, num_columns: tl.constexpr, terms: tl.constexpr,
+    exponential: tl.constexpr, has_values: tl.constexpr, needs_hardest: tl.constexpr, with_gradient: tl.constexpr,
+    anchors_per_program: tl.constexpr, references_per_tile: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
+    d = tl.arange(0, padded_dim)
+    is_anchor = i < num_anchors
+    x = tl.load(anchors + i[:, None] * dim + d[None, :], mask=is_anchor[:, None] & (d < dim)[None, :], other=0.0)
+    gradient = tl.zeros((anchors_per_program, padded_dim), tl.float32)
+    total = tl.zeros((anchors_per_program,), tl.float32)
+    shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `Negatives`
+    hardest = tl.full((anchors_per_program,), float("-inf"), tl.float32)
+    peak = tl.full((anchors_per_program,), 1e-30, tl.float32)  # largest weight so far
+    start = tl.program_id(1) * share
+    stop = tl.minimum(start + share, num_references)
+    rows_of_share = references + start.to(tl.int64) * dim
+    for first in tl.range(start, stop, references_per_tile):
+        j = tl.arange(0, references_per_tile)
+        drop = (tl.load(shared + first + j, mask=first + j < stop, other=1) != 0)[None, :]
+        # Beyond the end stands the last row again, and is dropped: a mask would cost registers.
+        j = tl.minimum(j, num_references - 1 - first)
+        places = rows_of_share + ((first - start + j) * dim)[:, None] + d[None, :]
+        tile = tl.load(places) if dim == padded_dim else tl.load(places, mask=(d < dim)[None, :], other=0.0)
+        similarity = tl.dot(x, tl.trans(tile), input_precision="ieee")
+        if needs_hardest:
+            hardest = tl.maximum(hardest, tl.max(tl.where(drop, float("-inf"), similarity), 1))
+        weights, values = terms(tl.where(drop, stand_in, similarity), columns, i, is_anchor, constants, num_columns)
+        if exponential:
+            logits = tl.where(drop, float("-inf"), weights)
+            shift_before = shift
+            shift = tl.maximum(shift, tl.max(logits, 1))
+            rescale = tl.exp(shift_before - shift)
+            weights = tl.exp(logits - shift[:, None])
+            total = total * rescale + tl.sum(weights, 1)
+            if with_gradient:
+                gradient = gradient * rescale[:, None]
+                if has_values:
+                    weights = weights * values
+        else:
+            weights = tl.where(drop, 0.0, weights)
+            if has_values:
+                total += tl.sum(tl.where(drop, 0.0, values), 1)
+            if with_gradient and tile.dtype == tl.float16:  # which ends at 65,504 and at 6e-8
+                peak_before = peak
+                peak = tl.maximum(peak, tl.max(weights, 1))
+                gradient = gradient * (peak_before / peak)[:, None]
+                weights = weights / peak[:, None]
+        if with_gradient:
+            gradient = tl.dot(weights.to(tile.dtype), tile, gradient, input_precision="ieee")
+    if not exponential and references.dtype.element_ty == tl.float16:
+        gradient = gradient * peak[:, None]
+    width = 3 + dim if with_gradient else 3
+    state = states + (tl.program_id(1).to(tl.int64) * num_anchors + i) * width
+    tl.store(state, total, mask=is_anchor)
+    tl.store(state + 1, shift, mask=is_anchor)
+    tl.store(state + 2, hardest, mask=is_anchor)
+    if with_gradient:
+        tl.store(state[:, None] + 3 + d[None, :], gradient, mask=is_anchor[:, None] & (d < dim)[None, :])
+
+
+@functools.lru_cache
+def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
+    """Return the loss' lines as a function that the kernel calls."""
+    name = f"terms_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    loads = [
+        f"column{k} = tl.load(columns + i * num_columns + {k}, mask=is_anchor)[:, None]" for k in range(num_columns)
+    ]
+    lines = [f"def {name}(similarity, columns, i, is_anchor, constants, num_columns: tl.constexpr):"]
+    lines += [f"    {line}" for line in [*loads, *text.splitlines()]]
+    file = f"<{name}>"
+    # Triton reads the source of what it compiles; no file is needed for that.
+    linecache.cache[file] = (0, None, [f"{line}\n" for line in lines], file)
+    namespace = {"tl": tl, "__name__": __name__}
+    exec(compile("\n".join(lines), file, "exec"), namespace)
+    return triton.jit(namespace[name])
+
+
+def add_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> list[Negatives]:
+    """Add every column that is not ``shared`` to the parts; return those for which there is no kernel."""
+    if references.dtype not in DTYPES or references.shape[1] > max(TILES) or not references.is_contiguous():
+        return parts
+    return [part for part in parts if not _add(part, references, shared)]
+
+
+def _add(part: Negatives, references: Tensor, shared: Tensor) -> bool:
+    """Add the columns to one part, if its loss is said element by element, and tell whether."""
+    if part.loss.hardest_negatives is not None:
+        return False
+    try:
+        terms = read_terms(part.loss, part.context, part.anchors.shape[0])
+    except NoKernelError:
+        return False
+    part.merge(_launch(part, terms, references, shared))
+    return True
+
+
+def _launch(part: Negatives, terms: Terms, references: Tensor, shared: Tensor) -> Tensor:
+    """Return the state of every share of the references, ``(shares, B, 3 + D)``."""
+    (rows, dim), loss = part.anchors.shape, part.loss
+    processors, shared_memory = _device(references.device)
+    padded_dim, tiles = choose_tiles(rows, dim, shared_memory)
+    groups = triton.cdiv(rows, tiles.anchors)
+    share = triton.cdiv(references.shape[0], max(1, processors // groups))  # one program for every processor
+    share = triton.cdiv(share, tiles.references) * tiles.references
+    shares = triton.cdiv(references.shape[0], share)
+    columns = [column.to(part.anchors).expand(rows, 1) for column in terms.columns]
+    states = part.anchors.new_empty(shares, rows, 3 + (0 if part.gradient is None else dim))
+    _add_negatives[(groups, shares)](
+        part.anchors.to(references.dtype), references, shared.view(torch.uint8),
+        torch.cat(columns, dim=1) if columns else states, states,
+        rows, references.shape[0], share, terms.constants or (0.0,), float(loss.stand_in),
+        dim=dim, padded_dim=padded_dim, num_columns=len(columns), terms=compile_terms(terms.text, len(columns)),
+        exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
+        with_gradient=part.gradient is not None,
+        anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return states
+
+
+def choose_tiles(rows: int, dim: int, shared_memory: int) -> tuple[int, Tiles]:
+    """Return the padded length of rows, and the largest tiles that are not mostly padding and fit."""
+    padded_dim = next(size for size in TILES if size >= dim)
+    fitting = [
+        tiles
+        for tiles in TILES[padded_dim]
+        if tiles.shared_memory(padded_dim) <= shared_memory and tiles.anchors <= max(rows, 64)
+    ]
+    return padded_dim, (fitting or TILES[padded_dim][-1:])[0]
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Return the number of processors, and the bytes of memory that a program may share."""
+    if device.type == "cpu":  # Triton's interpreter
+        return 4, 1 << 17
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

@@ -1,0 +1,201 @@
+"""The fused kernel, on a GPU if there is one and in Triton's interpreter otherwise, against the blocks in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lightning_memdml as ml
+from lightning_memdml.losses import streaming
+from lightning_memdml.losses.streaming import Pairs
+
+pytest.importorskip("triton", reason="comes with torch for CUDA")
+
+from lightning_memdml.losses import fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOSSES: dict[str, ml.PairLoss] = {
+    "contrastive": ml.ContrastiveLoss(0.3),
+    "direct": ml.DirectWeightLoss(negative=lambda s: torch.relu(s - 0.1), normalize="sum"),
+    "everywhere": ml.DirectWeightLoss(negative=ml.Exponential(2)),
+    "binomial deviance": ml.BinomialDevianceLoss(),
+    "multi-similarity": ml.MultiSimilarityLoss(),
+    "circle": ml.CircleLoss(),
+    "SupCon": ml.SupConLoss(),
+    "hybrid": ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss()),  # two parts, the second without a gradient
+}
+NOT_FUSED: dict[str, ml.PairLoss] = {
+    "triplet": ml.TripletLoss(),
+    "hardest": ml.DirectWeightLoss(hardest_negatives=3),
+    "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss(soft=True)),
+}
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Fuse on any device and in any precision; the list has the shape of every launch's result."""
+    shapes: list[tuple] = []
+    launch = fused._launch
+
+    def recorded(*args: object) -> Tensor:
+        states = launch(*args)
+        shapes.append(tuple(states.shape))
+        return states
+
+    monkeypatch.setattr(fused, "_launch", recorded)
+    monkeypatch.setattr(fused, "DTYPES", (torch.float16, torch.bfloat16, torch.float32))
+    monkeypatch.setattr(streaming, "_fuses", lambda references: references.dtype != torch.float64)
+    return shapes
+
+
+def pairs(rows: int, references: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Pairs:
+    """Clustered embeddings; a third of the classes is in both, and a few references are anchors."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(30, dim, generator=generator), dim=1)
+    labels, ref_labels = (
+        torch.randint(low, low + 20, (n,), generator=generator) for low, n in ((10, rows), (0, references))
+    )
+    x, r = (F.normalize(centres[y] + 0.6 * torch.randn(len(y), dim, generator=generator) / dim**0.5, dim=1)
+            for y in (labels, ref_labels))  # fmt: skip
+    parts = x.to(dtype).float(), labels, r.to(dtype), ref_labels, torch.arange(rows), torch.arange(references) - 3
+    return Pairs(*(part.to(DEVICE) for part in parts))
+
+
+def check(loss: ml.PairLoss, given: Pairs, tolerance: float) -> None:
+    value, gradient = streaming.evaluate(loss, given)
+    wide = given._replace(anchors=given.anchors.double(), references=given.references.double())
+    wanted, wanted_gradient = streaming.evaluate(loss, wide)
+    scale = wanted.abs().max().clamp_min(1e-12), wanted_gradient.norm(dim=1).max().clamp_min(1e-12)
+    assert ((value - wanted).abs().max() / scale[0]).item() <= tolerance
+    assert ((gradient - wanted_gradient).norm(dim=1).max() / scale[1]).item() <= tolerance
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_kernel_gives_what_the_blocks_give(name: str, launches: list) -> None:
+    check(LOSSES[name], pairs(20, 700, 24, torch.float32), 1e-5)
+    widths = [27, 3] if name == "hybrid" else [27]
+    assert [shape[2] for shape in launches] == widths
+    assert launches[0][0] > 1, "several shares are merged"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_costs_what_rounding_the_weights_costs(name: str) -> None:
+    check(LOSSES[name], pairs(20, 700, 24, torch.float16), 2e-3)
+
+
+@pytest.mark.parametrize("name", NOT_FUSED)
+def test_what_has_no_kernel_takes_the_blocks(name: str, launches: list) -> None:
+    check(NOT_FUSED[name], pairs(20, 700, 24, torch.float32), 1e-5)
+    assert len(launches) == (name == "half")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 70), references=st.integers(1, 400), dim=st.sampled_from([1, 16, 17, 128, 130]),
+    name=st.sampled_from(sorted(LOSSES)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(rows: int, references: int, dim: int, name: str, seed: int) -> None:
+    check(LOSSES[name], pairs(rows, references, dim, torch.float32, seed), 1e-4)
+
+
+def test_weights_beyond_half_precision() -> None:
+    """In float16, 65,504 is the largest number and 6e-8 the smallest: weights are scaled by the row."""
+    for center in (-1.0, 2.0):  # weights up to e^40, and up to e^-20
+        check(ml.DirectWeightLoss(negative=ml.Exponential(20, center)), pairs(20, 700, 24, torch.float16), 2e-3)
+
+
+def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
+    wide = pairs(4, 50, 513, torch.float32)
+    check(LOSSES["contrastive"], wide, 1e-5)
+    narrow = pairs(4, 50, 16, torch.float32)
+    check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), 1e-5)
+    assert launches == []
+
+
+def test_tiles_fit_the_device() -> None:
+    for dim in (1, 128, 129, 512):
+        for kilobytes in (99, 163, 227):  # compute capabilities 8.6, 8.0 and 9.0
+            padded, tiles = fused.choose_tiles(512, dim, kilobytes << 10)
+            assert padded >= dim
+            assert tiles.shared_memory(padded) <= kilobytes << 10
+    assert fused.choose_tiles(16, 128, 227 << 10)[1].anchors == 64, "a few anchors are not padded to many"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the device itself is used above")
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "direct"])
+def test_the_launch_reads_no_number_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fake tensors of a GPU, whatever needs their content raises."""
+    arguments: list = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple) -> object:
+            return lambda *args, **options: arguments.append((grid, options))
+
+    monkeypatch.setattr(fused, "_add_negatives", Kernel())
+    monkeypatch.setattr(fused, "_device", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(streaming, "_fuses", lambda references: True)
+    with FakeTensorMode():
+        x, r = torch.empty(512, 512, device="cuda"), torch.empty(2**20, 512, device="cuda", dtype=torch.bfloat16)
+        y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
+        value, gradient = streaming.evaluate(LOSSES[name], Pairs(x, y, r, ry, y, ry, most_shared=5000))
+    assert (value.shape, gradient.shape) == ((512,), (512, 512))
+    grid, options = arguments[0]
+    assert grid == (8, 16), "one program for nearly every processor"
+    assert options["padded_dim"] == 512
+
+
+COMPILE = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import lightning_memdml as ml
+from lightning_memdml.losses import fused
+from lightning_memdml.losses.symbols import read_terms
+
+def build(capability, dim, tiles, loss, context):
+    terms = read_terms(loss, context, 64)
+    number = len(terms.columns)
+    constants = dict(
+        dim=dim, padded_dim=dim, num_columns=number, terms=fused.compile_terms(terms.text, number), with_gradient=True,
+        exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
+        anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
+    )
+    types = dict(
+        anchors="*bf16", references="*bf16", shared="*u8", columns="*fp32", states="*fp32", num_anchors="i32",
+        num_references="i32", share="i32", constants=("fp32",) * len(terms.constants), stand_in="fp32",
+    )
+    aligned = ("anchors", "references", "shared", "columns", "states", "share")
+    attributes = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(types) if name in aligned}
+    source = ASTSource(fused._add_negatives, {**types, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
+    options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+curve, softmax = (ml.ContrastiveLoss(), ()), (ml.MultiSimilarityLoss(), (torch.zeros(64),))
+for capability, dim, case in ((80, 128, softmax), (90, 128, softmax), (90, 256, curve), (90, 512, curve)):
+    padded, tiles = fused.choose_tiles(512, dim, {80: 163, 90: 227}[capability] << 10)
+    built = build(capability, dim, tiles, *case)
+    products = built.asm["ptx"].count("wgmma.mma_async")
+    print(json.dumps([capability, built.metadata.shared, tiles.shared_memory(padded), products]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for CUDA")
+def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(built) == 4
+    for capability, used, estimated, warp_group_products in built:
+        assert used <= estimated, "the tiles were chosen by this estimate"
+        assert (warp_group_products > 0) == (capability >= 90), "tensor cores of its own generation"

@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.3),
     "direct": ml.DirectWeightLoss(negative=lambda s: torch.relu(s - 0.1), normalize="sum"),
-    "everywhere": ml.DirectWeightLoss(negative=ml.Exponential(2)),
+    "everywhere": ml.DirectWeightLoss(negative=ml.Exponential(2), normalize="sum"),
     "binomial deviance": ml.BinomialDevianceLoss(),
     "multi-similarity": ml.MultiSimilarityLoss(),
     "circle": ml.CircleLoss(),

@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 # Per length of rows, the first that fits. More warps per anchor read the anchors' tile more often than they multiply.
 TILES = {
     128: [Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3)],
-    256: [Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(64, 32, 4, 2)],
+    256: [Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(64, 32, 8, 2)],
     512: [Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)],
 }
 
@@ -59,6 +59,12 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     exponential: tl.constexpr, has_values: tl.constexpr, needs_hardest: tl.constexpr, with_gradient: tl.constexpr,
     anchors_per_program: tl.constexpr, references_per_tile: tl.constexpr,
 ):  # fmt: skip
+    """Write the state of some anchors over one share of the references.
+
+    Shapes: anchors ``(B, dim)`` and references ``(M, dim)`` of one type; shared ``(M,)``, bytes; columns
+    ``(B, num_columns)``; states ``(shares, B, 3 + dim)``, or 3 without a gradient, as `Negatives.state` orders them.
+    A share is a multiple of a tile.
+    """
     i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
     d = tl.arange(0, padded_dim)
     is_anchor = i < num_anchors
@@ -134,7 +140,8 @@ def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
 
 def add_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> list[Negatives]:
     """Add every column that is not ``shared`` to the parts; return those for which there is no kernel."""
-    if references.dtype not in DTYPES or references.shape[1] > max(TILES) or not references.is_contiguous():
+    fits = references.dtype in DTYPES and references.shape[1] <= max(TILES) and references.is_contiguous()
+    if not fits or references.shape[0] == 0:
         return parts
     return [part for part in parts if not _add(part, references, shared)]
 

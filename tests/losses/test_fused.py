@@ -119,6 +119,8 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
     check(LOSSES["contrastive"], wide, 1e-5)
     narrow = pairs(4, 50, 16, torch.float32)
     check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), 1e-5)
+    none = narrow._replace(references=narrow.references[:0], ref_labels=narrow.ref_labels[:0])
+    check(LOSSES["contrastive"], none._replace(ref_indices=narrow.ref_indices[:0]), 1e-5)
     assert launches == []
 
 

@@ -22,6 +22,8 @@ from lightning_memdml.losses.symbols import NoKernelError, Terms, read_terms
 from lightning_memdml.losses.totals import Negatives
 
 DTYPES = (torch.float16, torch.bfloat16)
+# Older tensor cores are not for Triton, and newer ones keep the sums elsewhere: other tiles would fit there.
+GENERATIONS = (8, 9)
 
 
 class Tiles(NamedTuple):
@@ -141,7 +143,7 @@ def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
 def add_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> list[Negatives]:
     """Add every column that is not ``shared`` to the parts; return those for which there is no kernel."""
     fits = references.dtype in DTYPES and references.shape[1] <= max(TILES) and references.is_contiguous()
-    if not fits or references.shape[0] == 0:
+    if not fits or references.shape[0] == 0 or _device(references.device).generation not in GENERATIONS:
         return parts
     return [part for part in parts if not _add(part, references, shared)]
 
@@ -161,10 +163,10 @@ def _add(part: Negatives, references: Tensor, shared: Tensor) -> bool:
 def _launch(part: Negatives, terms: Terms, references: Tensor, shared: Tensor) -> Tensor:
     """Return the state of every share of the references, ``(shares, B, 3 + D)``."""
     (rows, dim), loss = part.anchors.shape, part.loss
-    processors, shared_memory = _device(references.device)
-    padded_dim, tiles = choose_tiles(rows, dim, shared_memory)
+    device = _device(references.device)
+    padded_dim, tiles = choose_tiles(rows, dim, device.shared_memory)
     groups = triton.cdiv(rows, tiles.anchors)
-    share = triton.cdiv(references.shape[0], max(1, processors // groups))  # one program for every processor
+    share = triton.cdiv(references.shape[0], max(1, device.processors // groups))  # one program for every processor
     share = triton.cdiv(share, tiles.references) * tiles.references
     shares = triton.cdiv(references.shape[0], share)
     columns = [column.to(part.anchors).expand(rows, 1) for column in terms.columns]
@@ -193,9 +195,16 @@ def choose_tiles(rows: int, dim: int, shared_memory: int) -> tuple[int, Tiles]:
     return padded_dim, (fitting or TILES[padded_dim][-1:])[0]
 
 
-def _device(device: torch.device) -> tuple[int, int]:
-    """Return the number of processors, and the bytes of memory that a program may share."""
+class _Device(NamedTuple):
+    """Compute capability without the minor number, multiprocessors, and bytes of memory that a program may share."""
+
+    generation: int
+    processors: int
+    shared_memory: int
+
+
+def _device(device: torch.device) -> _Device:
     if device.type == "cpu":  # Triton's interpreter
-        return 4, 1 << 17
+        return _Device(generation=9, processors=4, shared_memory=1 << 17)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return _Device(properties.major, properties.multi_processor_count, properties.shared_memory_per_block_optin)

@@ -124,6 +124,13 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
     assert launches == []
 
 
+@pytest.mark.parametrize("generation", [7, 10])
+def test_other_generations_take_the_blocks(generation: int, launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_device", lambda device: fused._Device(generation, 132, 227 << 10))
+    check(LOSSES["contrastive"], pairs(4, 50, 16, torch.float32), 1e-5)
+    assert launches == []
+
+
 def test_tiles_fit_the_device() -> None:
     for dim in (1, 128, 129, 512):
         for kilobytes in (99, 163, 227):  # compute capabilities 8.6, 8.0 and 9.0
@@ -144,7 +151,7 @@ def test_the_launch_reads_no_number_from_the_device(name: str, monkeypatch: pyte
             return lambda *args, **options: arguments.append((grid, options))
 
     monkeypatch.setattr(fused, "_add_negatives", Kernel())
-    monkeypatch.setattr(fused, "_device", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(fused, "_device", lambda device: fused._Device(9, 132, 227 << 10))
     monkeypatch.setattr(streaming, "_fuses", lambda references: True)
     with FakeTensorMode():
         x, r = torch.empty(512, 512, device="cuda"), torch.empty(2**20, 512, device="cuda", dtype=torch.bfloat16)

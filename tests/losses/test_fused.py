@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
@@ -71,11 +70,11 @@ def pairs(rows: int, references: int, dim: int, dtype: torch.dtype, seed: int = 
     return Pairs(*(part.to(DEVICE) for part in parts))
 
 
-def check(loss: ml.PairLoss, given: Pairs, tolerance: float) -> None:
+def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-12) -> None:
     value, gradient = streaming.evaluate(loss, given)
     wide = given._replace(anchors=given.anchors.double(), references=given.references.double())
     wanted, wanted_gradient = streaming.evaluate(loss, wide)
-    scale = wanted.abs().max().clamp_min(1e-12), wanted_gradient.norm(dim=1).max().clamp_min(1e-12)
+    scale = wanted.abs().max().clamp_min(least), wanted_gradient.norm(dim=1).max().clamp_min(least)
     assert ((value - wanted).abs().max() / scale[0]).item() <= tolerance
     assert ((gradient - wanted_gradient).norm(dim=1).max() / scale[1]).item() <= tolerance
 
@@ -105,7 +104,7 @@ def test_what_has_no_kernel_takes_the_blocks(name: str, launches: list) -> None:
     name=st.sampled_from(sorted(LOSSES)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape(rows: int, references: int, dim: int, name: str, seed: int) -> None:
-    check(LOSSES[name], pairs(rows, references, dim, torch.float32, seed), 1e-4)
+    check(LOSSES[name], pairs(rows, references, dim, torch.float32, seed), 1e-4, least=0.1)  # in 1-d all may cancel
 
 
 def test_weights_beyond_half_precision() -> None:
@@ -140,71 +139,58 @@ def test_tiles_fit_the_device() -> None:
     assert fused.choose_tiles(16, 128, 227 << 10)[1].anchors == 64, "a few anchors are not padded to many"
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the device itself is used above")
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "direct"])
-def test_the_launch_reads_no_number_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fake tensors of a GPU, whatever needs their content raises."""
-    arguments: list = []
-
-    class Kernel:
-        def __getitem__(self, grid: tuple) -> object:
-            return lambda *args, **options: arguments.append((grid, options))
-
-    monkeypatch.setattr(fused, "_add_negatives", Kernel())
-    monkeypatch.setattr(fused, "_device", lambda device: fused._Device(9, 132, 227 << 10))
-    monkeypatch.setattr(streaming, "_fuses", lambda references: True)
-    with FakeTensorMode():
-        x, r = torch.empty(512, 512, device="cuda"), torch.empty(2**20, 512, device="cuda", dtype=torch.bfloat16)
-        y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
-        value, gradient = streaming.evaluate(LOSSES[name], Pairs(x, y, r, ry, y, ry, most_shared=5000))
-    assert (value.shape, gradient.shape) == ((512,), (512, 512))
-    grid, options = arguments[0]
-    assert grid == (8, 16), "one program for nearly every processor"
-    assert options["padded_dim"] == 512
-
-
 COMPILE = """
-import json, sys, torch, triton
+import json, torch, triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 import lightning_memdml as ml
-from lightning_memdml.losses import fused
-from lightning_memdml.losses.symbols import read_terms
+from lightning_memdml.losses import fused, streaming
 
-def build(capability, dim, tiles, loss, context):
-    terms = read_terms(loss, context, 64)
-    number = len(terms.columns)
-    constants = dict(
-        dim=dim, padded_dim=dim, num_columns=number, terms=fused.compile_terms(terms.text, number), with_gradient=True,
-        exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
-        anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
-    )
-    types = dict(
-        anchors="*bf16", references="*bf16", shared="*u8", columns="*fp32", states="*fp32", num_anchors="i32",
-        num_references="i32", share="i32", constants=("fp32",) * len(terms.constants), stand_in="fp32",
-    )
-    aligned = ("anchors", "references", "shared", "columns", "states", "share")
-    attributes = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(types) if name in aligned}
-    source = ASTSource(fused._add_negatives, {**types, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
-    options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+class Driver:
+    def __init__(self, capability):
+        self.capability = capability
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+    def get_current_device(self):
+        return self.capability  # by whose number Triton remembers what it compiled
+    def get_current_stream(self, device):
+        return 0
 
-curve, softmax = (ml.ContrastiveLoss(), ()), (ml.MultiSimilarityLoss(), (torch.zeros(64),))
-for capability, dim, case in ((80, 128, softmax), (90, 128, softmax), (90, 256, curve), (90, 512, curve)):
-    padded, tiles = fused.choose_tiles(512, dim, {80: 163, 90: 227}[capability] << 10)
-    built = build(capability, dim, tiles, *case)
-    products = built.asm["ptx"].count("wgmma.mma_async")
-    print(json.dumps([capability, built.metadata.shared, tiles.shared_memory(padded), products]))
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            args = [triton.MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+            built = self.kernel.warmup(*args, grid=grid, **options)
+            cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
+            estimate = fused.Tiles(*cut).shared_memory(options["padded_dim"])
+            print(json.dumps([grid, built.metadata.shared, estimate, built.asm["ptx"].count("wgmma.mma_async")]))
+        return launch
+
+fused._add_negatives = Compiled(fused._add_negatives)
+streaming._fuses = lambda references: True
+contrastive, mined = ml.ContrastiveLoss(), ml.MultiSimilarityLoss()
+hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss())
+for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive)):
+    driver.set_active(Driver(capability))
+    fused._device = lambda device: fused._Device(capability // 10, 132, kilobytes << 10)
+    with FakeTensorMode():
+        x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
+        y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
+        value, gradient = streaming.evaluate(loss, streaming.Pairs(x, y, r, ry, y, ry, most_shared=5000))
+    assert (value.shape, gradient.shape) == ((512,), (512, dim))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for CUDA")
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
+    """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(built) == 4
-    for capability, used, estimated, warp_group_products in built:
-        assert used <= estimated, "the tiles were chosen by this estimate"
-        assert (warp_group_products > 0) == (capability >= 90), "tensor cores of its own generation"
+    grids, used, estimated, warp_group_products = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert grids == ([4, 33], [4, 33], [4, 33], [8, 16]), "one program for nearly every processor"
+    assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"
+    assert [number > 0 for number in warp_group_products] == [False, True, True, True], "tensor cores of 9.0 alone"

@@ -110,7 +110,7 @@ class _Recorder:
         result = _OPERATIONS[name](self, *args, **kwargs)
         if target is None:
             return result
-        target.name = result.as_float().name  # what it is stored in holds floats
+        target.name, target.mask = result.as_float().name, False  # what it is stored in holds floats
         return target
 
 

@@ -328,6 +328,6 @@ class Assigned(torch.autograd.Function):
 
 def stream(loss: PairLoss, pairs: Pairs) -> Tensor:
     """Return the scalar loss of the anchors against references that carry no gradient."""
-    constant = pairs._replace(anchors=pairs.anchors.detach(), references=pairs.references.detach())
-    value, gradient = torch.ops.lightning_memdml.stream(loss.key, *constant)
-    return Assigned.apply(pairs.anchors, value, gradient)
+    anchors, labels, references, *rest = pairs
+    value, gradient = torch.ops.lightning_memdml.stream(loss.key, anchors.detach(), labels, references.detach(), *rest)
+    return Assigned.apply(anchors, value, gradient)

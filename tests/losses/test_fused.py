@@ -18,9 +18,11 @@ import lightning_memdml as ml
 from lightning_memdml.losses import streaming
 from lightning_memdml.losses.streaming import Pairs
 
-pytest.importorskip("triton", reason="comes with torch for CUDA")
+triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
-from lightning_memdml.losses import fused
+import triton.language as tl  # noqa: E402
+
+from lightning_memdml.losses import fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSSES: dict[str, ml.PairLoss] = {
@@ -38,6 +40,23 @@ NOT_FUSED: dict[str, ml.PairLoss] = {
     "hardest": ml.DirectWeightLoss(hardest_negatives=3),
     "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss(soft=True)),
 }
+
+
+@triton.jit
+def _count(numbers, stop):
+    for k in tl.range(0, stop):
+        tl.store(numbers + k, k)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _looping() -> None:
+    """Older interpreters of Triton cannot loop with newer versions of NumPy."""
+    try:
+        _count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
+    except Exception as error:
+        if "0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip(f"Triton {triton.__version__} cannot loop in its interpreter with this NumPy")
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml import bfloat16
 
 
 class Sieve:
-    """Similarities in bfloat16, and how far they may be off.
+    """Similarities in bfloat16, with an allowance for how far they may be off.
 
     Args:
         anchors: ``(B, D)``, float32.
@@ -20,6 +21,7 @@ class Sieve:
     def __init__(self, anchors: Tensor) -> None:
         self._anchors = anchors.bfloat16()
         self._longest = _longest(anchors)
+        self._zeros = anchors.new_zeros(anchors.shape[0])
 
     @classmethod
     def of(cls, anchors: Tensor, references: Tensor) -> Sieve | None:
@@ -27,20 +29,24 @@ class Sieve:
         in_float32 = anchors.dtype == references.dtype == torch.float32
         return cls(anchors) if in_float32 and bfloat16.pays(anchors.device, anchors.shape[1]) else None
 
-    def product(self, block: Tensor, out: Tensor) -> float | None:
-        r"""Write the similarities ``(B, n)`` of a block ``(n, D)``, and return a bound of their error.
+    def reached(self, block: Tensor, cuts: list[Tensor | float]) -> Tensor:
+        r"""Return which references ``(n, D)`` may have a similarity above a cut of its anchor, ``(n,)``.
+
+        Near 0, a similarity less its cut, which is a tensor ``(B,)`` or a number, is off by at most
 
         .. math:: 1.02 \, (3 \cdot 2^{-8} + D \, 2^{-23}) \max_i \|x_i\| \max_j \|r_j\|
 
-        One :math:`2^{-8}` each for the rounding of x, of r and of the result; sums may truncate, which doubles their
-        error; 2 % are for products of two errors. ``None`` if there is no bound, as a row is not finite; nothing is
-        written then.
+        One :math:`2^{-8}` each for the rounding of x, of r and of the cut; the difference itself is rounded last, which
+        leaves its sign. Sums may truncate, which doubles their error; 2 % are for products of two errors. There is no
+        bound if a row is not finite: then all are returned.
         """
         error = 1.02 * (3 * bfloat16.ROUNDOFF + block.shape[1] * 2.0**-23) * self._longest * _longest(block)
         if not math.isfinite(error):
-            return None
-        out.copy_(self._anchors @ block.bfloat16().T)  # maxima of bfloat16 columns take 7 times those of float32
-        return error
+            return torch.ones_like(block[:, 0], dtype=torch.bool)
+        lowest = torch.stack([self._zeros + cut for cut in cuts]).amin(dim=0)
+        above = F.linear(block.bfloat16(), self._anchors, (error - lowest).bfloat16())  # (n, B)
+        # Its bits, read as an integer, have the same sign; the maxima of floats take 6 times as long.
+        return above.view(torch.int16).amax(dim=1) > 0
 
 
 def _longest(rows: Tensor) -> float:

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from lightning_memdml.losses.pair_loss import Context, PairLoss
 
 
-BLOCK_ELEMENTS = 1 << 19  # similarities per block on a CPU: 2 MiB in fp32 stay in the second-level cache
-GPU_BLOCK_ELEMENTS = 1 << 24  # on a GPU, where a block costs a dozen kernel launches
+BLOCK_ELEMENTS = 1 << 19  # of a block and of its similarities on a CPU; 2 MiB each in fp32 stay near the core
+GPU_BLOCK_ELEMENTS = 1 << 24  # similarities per block on a GPU, where a block costs a dozen kernel launches
 NEAR_ELEMENTS = 1 << 19  # pairs of the batch with the references of its classes that are held at once
 HASH_SIZE = 1 << 16
+SAMPLE = 256  # columns that tell, mostly, whether many are hit
 SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
-SIEVE_SHARE = 0.25  # and above this share, computing them a second time
+SIEVE_SHARE = 0.25  # up to this share the sieve is tried, which lets some more pass
 
 
 class Pairs(NamedTuple):
@@ -75,7 +76,7 @@ def evaluate(loss: PairLoss, pairs: Pairs) -> tuple[Tensor, Tensor]:
     special = special_columns(pairs)
     if anchors.shape[0] > 1 and anchors.shape[0] * special.columns.shape[0] > most_near_elements(anchors):
         return in_halves(partial(evaluate, loss), pairs)
-    near = references[special.columns].to(anchors.dtype)  # (Q, D): every reference that may be no plain negative
+    near = references.index_select(0, special.columns).to(anchors.dtype)  # (Q, D): all that may be no plain negatives
     near_indices = ref_indices[special.columns] if indices is not None and ref_indices is not None else None
     masks = pair_masks(labels, ref_labels[special.columns], indices, near_indices)
     positive, negative = (mask & special.valid for mask in masks)
@@ -172,11 +173,11 @@ def _padded_columns(shared: Tensor, most: int) -> _Special:
 
 
 def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
-    # A wrong hit only moves a column to the masked part, so a table of hashes is exact enough and costs 2 gathers;
-    # torch.isin costs 5 times as much, comparing with every member 20 times.
+    # A wrong hit only moves a column to the masked part, so a table of hashes is exact enough, and costs 1 gather;
+    # indexing by brackets costs 4 times as much, torch.isin 20 times, comparing with every member 60 times.
     table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
     table[members.long() & (HASH_SIZE - 1)] = True
-    return table[ids.long() & (HASH_SIZE - 1)]
+    return table.index_select(0, ids.long() & (HASH_SIZE - 1))
 
 
 def _members(ids: Tensor, members: Tensor) -> Tensor:
@@ -195,34 +196,50 @@ def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: T
             return
     anchors = parts[0].anchors
     on_host = _on_host(anchors)
-    width = max(256, (BLOCK_ELEMENTS if on_host else GPU_BLOCK_ELEMENTS) // anchors.shape[0])
-    scratch = anchors.new_empty(anchors.shape[0] * min(width, references.shape[0]))
-    sieve, sieving = Sieve.of(anchors, references), False
-    first = width if sieve is None else max(256, width // 8)  # which tells whether the sieve pays
-    for columns in [slice(0, first), *(slice(i, i + width) for i in range(first, references.shape[0], width))]:
-        block = references[columns]
-        if on_host or anchors.dtype != torch.float32:
-            block = block.to(anchors.dtype)
-        similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
-        error = sieve.product(block, out=similarity) if sieve is not None and sieving else None
-        if error is None:
+    width = max(256, BLOCK_ELEMENTS // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0])
+    sieve, sieving, start = Sieve.of(anchors, references), False, 0
+    # The first columns tell whether the sieve pays; what it keeps of a column is half as long, so it takes two blocks.
+    size, widest = (width, width) if sieve is None else (SAMPLE, 2 * width)
+    scratch = anchors.new_empty(anchors.shape[0] * min(widest, references.shape[0]))
+    while start < references.shape[0]:
+        columns = slice(start, start + size)
+        block, irregular = references[columns], shared[columns]
+        if sieve is None or not sieving or not _add_sieved(parts, sieve, block, irregular, start):
+            if on_host or anchors.dtype != torch.float32:
+                block = block.to(anchors.dtype)
+            similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
             _product(anchors, block.T, out=similarity)
-        irregular = shared[columns]
-        # On a GPU, counting columns would stall it at every block.
-        drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(fill_masked, irregular)
-        sieving = True
-        for part in parts:
-            hits = _reached_columns(similarity, part.cut, irregular, error or 0.0) if on_host else None
-            sieving &= hits is not None and hits.shape[0] <= SIEVE_SHARE * block.shape[0]
-            if hits is None:
-                if error is not None:
-                    _product(anchors, block.T, out=similarity)
-                    error = None
-                own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
-                part.add(own, block, columns, drop)
-            elif hits.shape[0]:
-                near = block[hits]
-                part.add(similarity[:, hits] if error is None else anchors @ near.T, near, hits + columns.start)
+            few = _add_block(parts, similarity, block, irregular, columns)
+            sieving = few and not sieving and sieve is not None  # not again at once where the sieve let many pass
+        start, size = columns.stop, widest if sieving else width
+
+
+def _add_sieved(parts: list[Negatives], sieve: Sieve, block: Tensor, irregular: Tensor, start: int) -> bool:
+    """Add the columns that may be above a cut of any part, unless they are many; return whether it was done."""
+    hits = _columns(sieve.reached(block, [part.cut for part in parts]), irregular)
+    if hits.shape[0] > SPARSE_SHARE * block.shape[0]:
+        return False
+    near = block.index_select(0, hits)
+    similarity = parts[0].anchors @ near.T
+    for part in parts:
+        part.add(similarity.clone(), near, hits + start)
+    return True
+
+
+def _add_block(parts: list[Negatives], similarity: Tensor, block: Tensor, irregular: Tensor, columns: slice) -> bool:
+    """Add a block, and return whether few columns are above a cut."""
+    on_host, few = _on_host(similarity), True
+    # On a GPU, counting columns would stall it at every block.
+    drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(fill_masked, irregular)
+    for part in parts:
+        hits = _reached_columns(similarity, part.cut, irregular) if on_host else None
+        few &= hits is not None and hits.shape[0] <= SIEVE_SHARE * block.shape[0]
+        if hits is None:
+            own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
+            part.add(own, block, columns, drop)
+        else:
+            part.add(similarity.index_select(1, hits), block.index_select(0, hits), hits + columns.start)
+    return few
 
 
 def _fuses(references: Tensor) -> bool:
@@ -247,19 +264,24 @@ def fill_masked(mask: Tensor, block: Tensor, value: float) -> Tensor:
     return block.masked_fill_(mask, value)
 
 
-def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor, error: float) -> Tensor | None:
-    """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all.
-
-    Similarities may be off by ``error``: some more columns are returned, none is missed.
-    """
-    if isinstance(cut, Tensor):
-        reached = (similarity - (cut - error)[:, None]).amax(dim=0) > 0
-    elif cut > -1.0:
-        reached = similarity.amax(dim=0) > cut - error
-    else:
+def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor) -> Tensor | None:
+    """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all."""
+    if not isinstance(cut, Tensor) and cut <= -1.0:
         return None
-    hits = (reached & ~irregular).nonzero().squeeze(1)
+    if _reached(similarity[:, :SAMPLE], cut).sum() > SPARSE_SHARE * SAMPLE:
+        return None
+    hits = _columns(_reached(similarity, cut), irregular)
     return None if hits.shape[0] > SPARSE_SHARE * similarity.shape[1] else hits
+
+
+def _reached(similarity: Tensor, cut: Tensor | float) -> Tensor:
+    if isinstance(cut, Tensor):
+        return (similarity - cut[:, None]).amax(dim=0) > 0
+    return similarity.amax(dim=0) > cut
+
+
+def _columns(reached: Tensor, irregular: Tensor) -> Tensor:
+    return (reached & ~irregular).nonzero().squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------ autograd, compile

@@ -104,17 +104,17 @@ def _rows_with_positive(positives: Tensor) -> list[int]:
     The streamed evaluation orders anchors by their number of positives: the padding of the shorter rows costs nothing.
     """
     row_number = torch.arange(1, positives.shape[0] + 1, device=positives.device)
-    return (positives.isfinite() * row_number[:, None]).amax(dim=0).tolist()
+    return ((positives < torch.inf) * row_number[:, None]).amax(dim=0).tolist()
 
 
 def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     weights, scratch = torch.zeros_like(similarity), torch.empty_like(similarity)
-    counts = torch.zeros_like(edges)
-    for k, rows in enumerate(_rows_with_positive(edges)):
-        above = torch.gt(similarity[:rows], edges[:rows, k, None], out=scratch[:rows])
-        weights[:rows] += above
-        counts[:rows, k] = above.sum(dim=1)
-    return NegativeTerms(weights, sums=counts)
+    counts = torch.zeros_like(edges.T)
+    for rows, edge, count in zip(_rows_with_positive(edges), edges.T[:, :, None], counts, strict=True):
+        above = torch.gt(similarity[:rows], edge[:rows], out=scratch[:rows])
+        weights[:rows].add_(above)
+        torch.sum(above, dim=1, out=count[:rows])
+    return NegativeTerms(weights, sums=counts.T)
 
 
 def _counted_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -24,6 +25,18 @@ os.environ.setdefault("LIGHTNING_MEMDML_CACHE", tempfile.mkdtemp(prefix="memdml"
 def glyph_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in which the characters are drawn once for all tests."""
     return str(tmp_path_factory.mktemp("glyphs"))
+
+
+@pytest.fixture
+def fake_gpu() -> FakeTensorMode:
+    """Tensors of a GPU that need not be there: whatever needs their content raises."""
+    with FakeTensorMode() as mode:
+        numbers = torch.zeros(2, dtype=torch.int64, device="cuda")
+        try:
+            numbers[numbers]
+        except RuntimeError as error:
+            pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {error}")
+    return mode
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_a_module_without_memory(glyphs: GlyphDataModule) -> None:
         def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
             seen.append((type(exception), hasattr(pl_module, "memory")))
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with pytest.raises(SystemExit):
             fit(glyphs, callback, Look(), Signal(3, signal.SIGINT))

@@ -60,7 +60,7 @@ def test_they_are_the_transforms_of_the_field(size):
             torch.manual_seed(seed)
             levels = (found - field(image)).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
             assert levels.max() < 2.01
-            assert levels.mean() < 0.3
+            assert levels.mean() < 0.35
 
 
 def test_training_crops_and_mirrors():

@@ -204,6 +204,7 @@ for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, h
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for CUDA")
+@pytest.mark.usefixtures("fake_gpu")
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

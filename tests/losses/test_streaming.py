@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
@@ -173,9 +172,8 @@ def test_a_bound_that_is_too_low_is_no_silent_mistake(loss, like_a_gpu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "triplet"])  # as its documentation says
-def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dtype):
-    """Fake tensors of a GPU, which this machine need not have: whatever needs their content raises."""
-    with FakeTensorMode(), ProductTypes() as products:
+def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dtype, fake_gpu):
+    with fake_gpu, ProductTypes() as products:
         x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
         value, gradient = streaming.evaluate(LOSSES[name], streaming.Pairs(x, y, r, ry, y, ry, most_shared=5000))

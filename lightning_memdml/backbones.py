@@ -46,10 +46,16 @@ class SmallConvNet(nn.Module):
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(pool)
+        self.in_channels = in_channels
         self.num_features = channels[-1] * pool**2
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to ``(B, num_features)``."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"Expected images of shape (B, {self.in_channels}, H, W) for a SmallConvNet with in_channels="
+                f"{self.in_channels} but got {tuple(images.shape)}; pass in_channels=1 for grey images, 3 for RGB."
+            )
         return self.pool(self.layers(images)).flatten(1)
 
 
@@ -60,8 +66,7 @@ class Embedder(nn.Module):
         backbone: Maps images to features ``(B, num_features)``.
         num_features: Width of the backbone's features.
         embedding_dim: Width of the embedding.
-        freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics
-            stay,
+        freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics stay,
             their scale and shift still learn.
     """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,18 +16,20 @@ import torch
 import yaml
 from jsonargparse import Namespace, _typehints
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_memdml.cli_messages import COMMANDS, ArgumentParser
+import lightning_memdml
+from lightning_memdml.cli_messages import COMMANDS, ArgumentParser, readable
 from lightning_memdml.data_check import data_command
 from lightning_memdml.deploy.commands import index, search
 from lightning_memdml.deploy.export import export
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.deploy.score import score
 from lightning_memdml.learner import MetricLearner
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint, run_folder
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint, run_folder
 from lightning_memdml.study.commands import weight_curves
 from lightning_memdml.study.study_command import study
 
@@ -75,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (command := OWN_COMMANDS.get(" ".join(sys.argv[1:2]))) is not None:
             command(sys.argv[2:])
             return
-        sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
-        cli = MemdmlCLI()
+        given = sys.argv[1:]
+        sys.argv[1:] = with_config_of_checkpoint(given)
+        with only_known_kinds() if sys.argv[1:] != given else nullcontext():
+            cli = MemdmlCLI()
     except (ValueError, TypeError, OSError, ImportError) as error:
         sentence = _sentence_of_this_package(error)
         if sentence is None:
             raise
-        sys.exit(f"error: {sentence}")
+        sys.exit(f"error: {readable(sentence)}")
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # or the next run of this process would be logged into this one
@@ -93,8 +99,32 @@ def _sentence_of_this_package(error: BaseException | None) -> str | None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
             return str(error)
+        if (sentence := _sentence_of_a_worker(str(error))) is not None:
+            return sentence
         error = error.__cause__  # jsonargparse wraps what a class says
     return None
+
+
+def _sentence_of_a_worker(text: str) -> str | None:
+    """Return what this package said in a process that opens images: torch hands on the traceback as text."""
+    files = re.findall(r'^ *File "(.+)", line \d+, in ', text, re.MULTILINE)
+    if not text.startswith("Caught ") or not files or Path(__file__).parent not in Path(files[-1]).parents:
+        return None
+    return text.strip().rpartition("\n")[2].partition(": ")[2]
+
+
+def _require_order(arguments: Sequence[str]) -> None:
+    """Refuse an option of a class before the class, which starts from its own defaults and would forget it.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    seen: set[str] = set()
+    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        early = sorted(other for other in seen if other.startswith(f"{name}."))
+        if early and not {name, f"{name}+"} & seen:
+            raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
+        seen.add(name)
 
 
 class MemdmlCLI(LightningCLI):
@@ -111,7 +141,7 @@ class MemdmlCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # `--model.optimizer` it is, which knows the backbone's own rate
             parser_class=ArgumentParser,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": DESCRIPTION, "version": lightning_memdml.__version__},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             **options,
@@ -134,6 +164,9 @@ class MemdmlCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; another class than that of the configuration starts from its own defaults."""
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, Sequence):
+            _require_order(given)
         with mock.patch.object(_typehints, "discard_init_args_on_class_path_change", _forget_options_of_another_class):
             super().parse_arguments(parser, args)
 
@@ -156,8 +189,12 @@ class MemdmlCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Ask for no first weights where a checkpoint holds the trained ones."""
-        if self.subcommand in ("validate", "test", "predict") and self._get(self.config, "ckpt_path") is not None:
+        if self.subcommand not in ("validate", "test", "predict"):
+            return
+        if self._get(self.config, "ckpt_path") is not None:
             self._get(self.config, "model").weights = None
+        else:
+            rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
 
     def after_fit(self) -> None:
         """Save the trained state under a name that can be known beforehand."""
@@ -212,6 +249,15 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
                 logger.log_hyperparams(yaml.safe_load(self._text()))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell a training that was interrupted how it goes on."""
+        written = trainer.checkpoint_callback
+        if isinstance(exception, KeyboardInterrupt) and isinstance(written, ModelCheckpoint):
+            last = written.last_model_path or written.best_model_path
+            rank_zero_info(
+                f"Interrupted. {f'To go on: memdml fit --ckpt_path {last}' if last else 'Nothing is saved.'}"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say how to build everything, wherever it is moved."""

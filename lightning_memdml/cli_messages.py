@@ -91,12 +91,17 @@ def readable(message: str, options: Sequence[str] = ()) -> str:
         "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?"
     """
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
-    for find in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes, _missing):
+    for find in (_refused, _wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
         if found := list(dict.fromkeys(find(message))):
             return "\n".join(f"{key}: {sentence}" if key else sentence for sentence in found)
-    if found := list(_wrong_options(message, options)):
+    if found := [*_missing(message, key, options), *_wrong_options(message, options)]:
         return "\n".join(found)
+    message = re.sub(r'^Parser key "([\w.]+)":\s+', r"\1: ", message)
     return "\n".join(dict.fromkeys(line for line in message.splitlines() if line.strip() and not NOISE.search(line)))
+
+
+def _refused(message: str) -> Iterator[str]:
+    yield from re.findall(r"Refused to build .*?torch\.nn\.Module\.$", message, re.MULTILINE)
 
 
 def _wrong_classes(message: str) -> Iterator[str]:
@@ -110,8 +115,11 @@ def _wrong_classes(message: str) -> Iterator[str]:
 def _wrong_parameters(message: str) -> Iterator[str]:
     classes = [locate(path) for path in re.findall(r"class_path[= ]'([\w.]+)'", message)]
     names = [name for found in classes if found is not None for name in _parameters(found)]
-    for name in re.findall(r"Option '([\w.]+)' is not accepted", message):
-        yield _unknown("option", name, names)
+    owners: dict[str, str] = {}
+    for owner, name in re.findall(r"(?:class_path '(?:\w+\.)*(\w+)':\s+)?Option '([\w.]+)' is not accepted", message):
+        owners.setdefault(name, owner)
+    for name, owner in owners.items():
+        yield f"{f'{owner} has' if owner else 'There is'} no option {name!r}.{nearest(name, names)}"
 
 
 def _parameters(found: Any) -> Iterator[str]:
@@ -124,7 +132,12 @@ def _parameters(found: Any) -> Iterator[str]:
 def _wrong_values(message: str) -> Iterator[str]:
     for kind, value in re.findall(r"Expected a (\S.*?)\. Got value: (.+?)(?:\. Got value.*)?$", message, re.MULTILINE):
         kind = re.sub(r"<class '(.*)'>|typing\.", r"\1", kind)
-        yield f"Expected {kind} but got {value!r}."
+        if "Sequence" in kind or kind.startswith("list"):
+            yield f"Expected a list, such as [{value}], but got {value!r}."
+            continue
+        choices = re.findall(r"'([^']*)'", kind) if kind.startswith("Literal") else []
+        kind = f"one of {', '.join(choices)}" if choices else kind
+        yield f"Expected {kind} but got {value!r}.{nearest(value, choices)}"
 
 
 def _misplaced_classes(message: str) -> Iterator[str]:
@@ -132,17 +145,23 @@ def _misplaced_classes(message: str) -> Iterator[str]:
         yield f"The class {name!r} does not belong here."
 
 
-def _missing(message: str) -> Iterator[str]:
-    for names in re.findall(r"arguments are required: (.*)", message):
-        typed = re.sub(r"\w+\.([\w.]+)", r"--\1", names)  # jsonargparse says fit.model.loss
-        yield f"Expected {typed}, on the command line or in a file given with --config."
+def _missing(message: str, key: str, options: Sequence[str]) -> Iterator[str]:
+    for names in dict.fromkeys(re.findall(r"arguments are required: (.*)", message)):
+        # jsonargparse says `fit.model.loss` of a command, and `root` of the class at the key `data`.
+        typed = [f"{key}.{name}" if key else re.sub(r"^\w+\.", "", name) for name in names.split(", ")]
+        shown = ", ".join(f"--{name}" if key or f"--{name}" in options else name for name in typed)
+        evaluated = re.match(r"(validate|test|predict)\.", names)
+        checkpoint = ", or a checkpoint of `memdml fit` as --ckpt_path" if evaluated else ""
+        yield f"Expected {shown}, on the command line or in a file given with --config{checkpoint}."
+    if 'expected "subcommand"' in message:
+        yield f"Expected a command: {', '.join(COMMANDS)}. `memdml --help` tells more."
 
 
 def _wrong_options(message: str, options: Sequence[str]) -> Iterator[str]:
     for name in re.findall(r"(?:not accept option '|ambiguous option: --|unrecognized arguments: --)([\w.]+)", message):
         yield _unknown("option", f"--{name}", options)
     for name in re.findall(r"argument subcommand: invalid choice: '([\w-]*)'", message):
-        yield _unknown("command", name, COMMANDS)
+        yield _unknown("command", name, COMMANDS) + f" There are {', '.join(COMMANDS)}."
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:

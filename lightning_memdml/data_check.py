@@ -8,7 +8,7 @@ from jsonargparse import auto_cli
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import RetrievalDataModule
-from lightning_memdml.data.checking import contact_sheet, describe, in_words
+from lightning_memdml.data.checking import contact_sheet, describe, in_words, sets_of
 from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
@@ -25,6 +25,8 @@ def data_command(arguments: list[str]) -> None:
     Raises:
         ValueError: If that does not begin with ``check``.
     """
+    if arguments in (["--help"], ["-h"]):
+        arguments = ["check", "--help"]
     if arguments[:1] != ["check"]:
         raise ValueError("Expected `memdml data check --data CLASS`; `memdml data check --help` tells more.")
     auto_cli(
@@ -57,9 +59,12 @@ def check_data(data: RetrievalDataModule, output: str = "runs/data_check", open_
     problems = data.verify() if open_images else data.count_problems()
     for line in in_words(problems):
         print(line)
-    path = Path(output) / f"{type(data).__name__}.png"
-    with whole_file(path) as unfinished:
-        contact_sheet(data).save(unfinished)
-    print(f"contact sheet: {path}")
+    if all(images.has_pictures for images in sets_of(data).values()):
+        path = Path(output) / f"{type(data).__name__}.png"
+        with whole_file(path) as unfinished:
+            contact_sheet(data).save(unfinished)
+        print(f"contact sheet: {path}")
+    else:
+        print(f"no contact sheet: {type(data).__name__} has features, of which there is nothing to see")
     if problems:
         raise SystemExit(1)

@@ -16,6 +16,7 @@ from lightning_memdml.backbones import Embedder, build_backbone
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.losses.sharding import check_needs_no_ranks
 from lightning_memdml.retrieval import RetrievalMetrics
+from lightning_memdml.runs import only_known_kinds
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the images' data-set indices
 Loss = PairLoss | Callable[..., Any]
@@ -98,6 +99,7 @@ class MetricLearner(LightningModule):
 
     Raises:
         ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
+        TypeError: If a loss or the optimizer is no function.
 
     Example:
         >>> from lightning_memdml import ContrastiveLoss, SmallConvNet
@@ -129,6 +131,16 @@ class MetricLearner(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=_not_plain(locals()))
+        for name, given in (("loss", loss), ("memory_loss", loss if memory_loss is None else memory_loss)):
+            if not callable(given):
+                raise TypeError(f"Expected `{name}` to be a loss, such as ContrastiveLoss(), but got {given!r}.")
+        if not callable(optimizer):
+            raise TypeError(
+                "Expected `optimizer` to be a function of the parameters, such as `lambda parameters: "
+                f"torch.optim.AdamW(parameters, lr=1e-3)`, but got {type(optimizer).__name__}."
+            )
+        if embedding_dim < 1:
+            raise ValueError(f"Expected `embedding_dim` of at least 1 but got {embedding_dim}.")
         if not callable(memory_weight) and memory_weight < 0:
             raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}.")
         if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
@@ -165,8 +177,18 @@ class MetricLearner(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetricLearner:
-        """Rebuild a learner. The weights it started from are not read again: the checkpoint holds the trained ones."""
-        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights": None, **kwargs})
+        """Rebuild a learner. The weights it started from are not read again: the checkpoint holds the trained ones.
+
+        What a checkpoint names is imported, and built if it is of a known kind, see `only_known_kinds`; code in it is
+        never run, except if `weights_only=False` is given.
+
+        Raises:
+            ValueError: If the checkpoint names something else, or what does not fit.
+        """
+        with only_known_kinds():
+            return super().load_from_checkpoint(
+                checkpoint_path, *args, **{"weights": None, "weights_only": True, **kwargs}
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)``."""

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": set(),
     "curves": {"losses"},
     "callbacks": {"memory", "losses", "retrieval", "curves", "runs", "whole_file"},
-    "learner": {"losses", "retrieval", "backbones"},
+    "learner": {"losses", "retrieval", "backbones", "runs"},
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones"},
     "data_check": {"data", "cli_messages", "whole_file"},
 }

@@ -286,3 +286,9 @@ def test_timm_model_is_a_backbone() -> None:
     model = timm.create_model("test_resnet", pretrained=False, num_classes=0)
     backbone, width = build_backbone(model)
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, width)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (1, 28, 28)])
+def test_a_small_network_says_which_images_it_takes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"shape \(B, 1, H, W\) .* pass in_channels=1 for grey images, 3 for RGB"):
+        SmallConvNet()(torch.zeros(shape))

@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner
+from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner, __version__
 from lightning_memdml.cli import MemdmlCLI, main
 from lightning_memdml.cli_messages import COMMANDS, readable
 from lightning_memdml.deploy.predictions import read_embeddings
@@ -320,24 +320,24 @@ WRONG_ON_THE_COMMAND_LINE = {
     "--model.loss lightning_memdml.ContrastivLoss": "Did you mean 'lightning_memdml.ContrastiveLoss'?",
     "--model.loss no_such_package.Loss": "No module named 'no_such_package'",
     "--model.loss SmallConvNet": "model.loss: The class 'SmallConvNet' does not belong here.",
-    "--model.loss ContrastiveLoss --model.loss.margn 1": "There is no option 'margn'. Did you mean 'margin'?",
+    "--model.loss ContrastiveLoss --model.loss.margn 1": "ContrastiveLoss has no option 'margn'. Did you mean 'margi",
     "--model.loss ContrastiveLoss --model.loss.margin wide": "model.loss.margin: Expected float but got 'wide'.",
     "--model.loss DirectWeightLoss --model.loss.positive Expnential": "Did you mean 'Exponential'?",
     "--model.loss DirectWeightLoss --model.loss.positive Threshold --model.loss.positive.treshold 1": "'threshold'?",
     "--model.optimizer Adamm": "model.optimizer: There is no class 'Adamm'. Did you mean 'Adam'?",
     "--model.lr_scheduler CosineAnealingLR": "Did you mean 'CosineAnnealingLR'?",
-    "--model.lr_scheduler_interval steps": "Expected Literal['step', 'epoch'] but got 'steps'.",
+    "--model.lr_scheduler_interval steps": "Expected one of step, epoch but got 'steps'. Did you mean 'step'?",
     "--model.lss ContrastiveLoss": "There is no option '--model.lss'. Did you mean '--model.loss'?",
     "--model.backbon resnet18": "Did you mean '--model.backbone'?",
     "--optimizer SGD": "Did you mean '--model.optimizer'?",
     "--trainr.max_steps 3": "Did you mean '--trainer.max_steps'?",
     "--trainer.max_steps many": "trainer.max_steps: Expected int but got 'many'.",
     "--trainer.callbacks+=MemoryCalback": "trainer.callbacks: There is no class 'MemoryCalback'. Did you mean 'MemoryC",
-    "--trainer.callbacks+=MemoryCallback --trainer.callbacks.siz=5": "There is no option 'siz'. Did you mean 'size'?",
+    "--trainer.callbacks+=MemoryCallback --trainer.callbacks.siz=5": "MemoryCallback has no option 'siz'. Did you",
     "--data GlyfDataModule": "data: There is no class 'GlyfDataModule'. Did you mean 'GlyphDataModule'?",
-    "--data.num_clases 20": "data: There is no option 'num_clases'. Did you mean 'num_classes'?",
-    "--data FolderDataModule": "Expected root",
-    "--config nowhere.yaml": "File does not exist",
+    "--data.num_clases 20": "data: GlyphDataModule has no option 'num_clases'. Did you mean 'num_classes'?",
+    "--data FolderDataModule": "Expected --data.root",
+    "--config nowhere.yaml": "config: File does not exist",
 }
 
 
@@ -388,6 +388,22 @@ def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: p
         (f"{TINY} --data.batch_size 7", "Expected `batch_size` to be a multiple of `images_per_class`"),
         (f"fit {NET} {LOSS} {QUIET} --data TableDataModule --data.path no.csv", "no.csv"),
         (f"fit {LOSS} {MEMORY} {DATA} {QUIET} --model.backbone resnet18", "Expected RGB images"),
+        ("", f"Expected a command: {', '.join(COMMANDS)}."),
+        ("no-such", f"There is no command 'no-such'. There are {', '.join(COMMANDS)}."),
+        ("score", "Expected --embeddings, on the command line"),
+        ("score --embeddings e.parquet --k 5", "k: Expected a list, such as [5], but got '5'."),
+        (
+            "export --ckpt_path c.ckpt --formats [onx]",
+            "Expected one of onnx, torch but got 'onx'. Did you mean 'onnx'?",
+        ),
+        ("test", "or a checkpoint of `memdml fit` as --ckpt_path."),
+        (f"fit {LOSS} --model.loss HybridLoss", "Expected --model.loss.positive, --model.loss.negative, on the comm"),
+        (f"fit {NET} {LOSS} --data.path f.npz", "data: GlyphDataModule has no option 'path'."),
+        (
+            f"fit {NET} {LOSS} --data.seed=1 --data FolderDataModule",
+            "Expected --data before --data.seed, which it would",
+        ),
+        (f"fit {LOSS} {MEMORY} {QUIET} {DATA} --model.backbone.in_channels=3 --model.backbone=SmallConvNet", "before"),
         ("test --ckpt_path nowhere.ckpt", "nowhere.ckpt: there is no such file"),
         ("test --ckpt_path damaged.ckpt", "damaged.ckpt: it is damaged"),
     ],
@@ -408,6 +424,50 @@ def test_message_that_is_not_understood_is_handed_on() -> None:
     assert readable("Something unheard of\n\nhappened") == "Something unheard of\nhappened"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_a_sentence_from_a_worker_too(
+    workers: int, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in range(8):
+        folder = Path(f"pictures/{label}")
+        folder.mkdir(parents=True)
+        for number in range(2):
+            (folder / f"{number}.png").write_bytes(b"no picture")
+    said = answer(
+        memdml,
+        f"fit {NET} --model.backbone.in_channels=3 --model.loss=ContrastiveLoss {QUIET} --data=FolderDataModule "
+        f"--data.root=pictures --data.val_fraction=0 --data.batch_size=4 --data.images_per_class=2 "
+        f"--data.num_workers={workers}",
+        capsys,
+    )
+    assert said.startswith("error: Cannot read the image pictures/")
+    assert said.endswith("`verify()` of the data module names all such images.")
+
+
+def test_scores_without_a_checkpoint_are_told_to_be_those_of_no_training(memdml: Command) -> None:
+    with pytest.warns(UserWarning, match="There is no --ckpt_path: the network is taken as it is before any training"):
+        memdml(f"test {NET} --model.loss=ContrastiveLoss {DATA} {QUIET} --data.val_fraction=0")
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0, "Nothing is saved."), (1, "To go on: memdml fit --ckpt_path")])
+def test_an_interrupted_training_says_how_it_goes_on(
+    epochs: int, expected: str, memdml: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = MetricLearner.training_step
+
+    def interrupted(self: MetricLearner, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == epochs:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MetricLearner, "training_step", interrupted)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        memdml(f"{TINY} --trainer.max_epochs=3")
+    (said,) = (record.message for record in caplog.records if record.message.startswith("Interrupted."))
+    assert expected in said
+    assert not epochs or Path(said.split()[-1]).is_file()
+
+
 # ------------------------------------------------------------------ help, and real processes
 
 
@@ -417,6 +477,8 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
         "fit --help",
         "fit --model.loss.help MultiSimilarityLoss",
         "fit --data.help FolderDataModule",
+        "data --help",
+        "--version",
     ):
         with pytest.raises(SystemExit) as stop:
             memdml(line)
@@ -425,6 +487,8 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
     for sentence in (
         *(COMMANDS[name] for name in ("fit", "validate", "test", "predict")),
         "memdml weight-curves",
+        "memdml data check --data FolderDataModule",
+        __version__,
         "memdml test --ckpt_path",
         "Weight of the memory term, at least 0",  # MetricLearner
         "lightning_memdml.MultiSimilarityLoss",

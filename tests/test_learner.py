@@ -525,3 +525,19 @@ def test_memory_is_no_part_of_the_module() -> None:
     trainer(MemoryCallback(size=SIZE)).fit(model, loader())
     assert not hasattr(model, "memory")
     assert all(key.startswith("model.") for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loss": "ContrastiveLoss"}, TypeError, r"`loss` to be a loss, such as ContrastiveLoss\(\), but got 'Contr"),
+        ({"memory_loss": 0.7}, TypeError, "`memory_loss` to be a loss, .* but got 0.7"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=1)}, TypeError, "`optimizer` to be a function .* got SGD"),
+        ({"embedding_dim": 0}, ValueError, "`embedding_dim` of at least 1 but got 0"),
+    ],
+)
+def test_what_is_no_loss_or_optimizer_is_refused_at_once(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MetricLearner(**{"backbone": SmallConvNet(width=4), "loss": ContrastiveLoss(), **options})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ class GalleryLogger(Callback):
     in the run's folder; `test_` after a test. W&B is given all three, if it logs the run.
 
     The data set of the loader says how a picture looks: `picture(position)` as those of this package have it, otherwise
-    the image of `dataset[position]`, its values stretched to [0, 1].
+    the image of `dataset[position]`, its values stretched to [0, 1]. Of features (`FeatureDataModule`) there is the map
+    alone.
 
     Args:
         every_n_validations: Validations from one gallery to the next, at least 1; that before the training is not
@@ -115,14 +116,19 @@ class GalleryLogger(Callback):
         title = f"{what}: {self.order} queries"
         step = f"{trainer.global_step:07d}"
         shown: Any = {"class_names": None if names is None else [str(name) for name in names]}
-        written = [
-            save_gallery(folder / f"{stage}_{step}{ending}", examples, queries, gallery, title=title, **shown)
-            for ending in (".png", ".html")
-        ]
+        written: dict[str, Path] = {}
+        if all(getattr(data_set, "has_pictures", True) for data_set in data_sets):
+            for ending in (".png", ".html"):
+                file = folder / f"{stage}_{step}{ending}"
+                written[ending] = save_gallery(file, examples, queries, gallery, title=title, **shown)
+        else:
+            rank_zero_warn(
+                "GalleryLogger shows no neighbours: the data set has features, of which there is nothing to see."
+            )
         if self.embedding_map is not None and len(samples.gallery) >= 3:
             rows = samples.embeddings[samples.gallery], samples.labels[samples.gallery]
             file = folder / f"{stage}_map_{step}.png"
-            written.append(save_map(file, *rows, method=self.embedding_map, **shown))
+            written["map"] = save_map(file, *rows, method=self.embedding_map, **shown)
         _log(trainer, stage, written)
 
     def _examples(self, samples: Samples, shared_indices: bool) -> list[RetrievalExample]:
@@ -173,14 +179,15 @@ def _updated_metrics(pl_module: LightningModule) -> RetrievalMetrics:
     )
 
 
-def _log(trainer: Trainer, stage: Stage, written: Sequence[Path]) -> None:
+def _log(trainer: Trainer, stage: Stage, written: Mapping[str, Path]) -> None:
     """Give pictures and page to W&B."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            picture, page, *maps = written
-            for name, file in ((stage, picture), *((f"{stage}_map", file) for file in maps)):
-                logger.log_image(f"gallery/{name}", [str(file)], step=trainer.global_step)
-            html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
-            logger.log_metrics({f"gallery/{stage}_page": html}, step=trainer.global_step)  # type: ignore[dict-item]
+            for name, kind in ((stage, ".png"), (f"{stage}_map", "map")):
+                if kind in written:
+                    logger.log_image(f"gallery/{name}", [str(written[kind])], step=trainer.global_step)
+            if ".html" in written:
+                html: Any = wandb.Html(written[".html"].read_text(encoding="utf-8"), inject=False)
+                logger.log_metrics({f"gallery/{stage}_page": html}, step=trainer.global_step)

@@ -30,16 +30,18 @@ _OFFER = "_offered_to_memory"
 class MemoryCallback(Callback):
     """Gives any LightningModule a memory of earlier embeddings (Wang et al. 2020, arXiv 1912.06798).
 
-    For the time of `trainer.fit` the memory is `pl_module.memory`. Four lines of a module that trains already
-    change::
+    Three lines of a module that trains already change::
 
-        from lightning_memdml import MemoryCallback
-        loss = self.loss(z, y) + self.loss(z, y, *self.memory.read()[:2])
-        return {"loss": loss, "embeddings": z, "labels": y}
+        from lightning_memdml import MemoryCallback, against_memory
+        loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
         trainer = Trainer(callbacks=[MemoryCallback(size=8192)])
 
-    or three with `against_memory`, which needs no changed `return`. An item `indices` (which image each row
-    is of) may be returned too.
+    For the time of `trainer.fit` the memory is `pl_module.memory`, to be read without `against_memory` too. Then
+    `training_step` returns what is to be stored, with `indices` (which image each row is of) if they are known, and
+    without the callback Python says that there is no attribute `memory`::
+
+        loss = self.loss(z, y) + self.loss(z, y, *self.memory.read()[:2])
+        return {"loss": loss, "embeddings": z, "labels": y}
 
     **When.** The memory is read in the step and written after it, with the embeddings the step was trained
     on: never the rows of the batch itself. Only training batches are stored (no sanity check, validation,
@@ -144,6 +146,8 @@ class MemoryCallback(Callback):
         self._warned: set[str] = set()
 
     def _make_memory(self, size: int | float | None, dtype: str) -> EmbeddingMemory:
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}.')
         size = 8192 if size is None else size
         if isinstance(size, float):
             if not 0 < size <= 1:
@@ -439,6 +443,7 @@ def find_rows(callback: str, pl_module: LightningModule, outputs: Any) -> dict[s
             f"{callback} needs the embeddings and labels of each training batch, but found no "
             f"{' and no '.join(missing)} in what {type(pl_module).__name__}.training_step returned "
             f"({', '.join(map(str, returned)) or 'nothing'}). End it with "
-            '`return {"loss": loss, "embeddings": z, "labels": y}`.'
+            '`return {"loss": loss, "embeddings": z, "labels": y}`, or add `against_memory(self, self.loss, z, y)` to '
+            "the loss."
         )
     return {name: rows[name] for name in ("embeddings", "labels", "indices") if name in rows}

@@ -75,6 +75,8 @@ def describe(module: RetrievalDataModule) -> Iterator[str]:
         yield from tree_of(root)
     for name, images in sets_of(module).items():
         yield f"{name}: {len(images):,} images of {len(images.labels.unique()):,} classes, {class_sizes(images)}"
+    if not len(module.train_set):
+        yield "train: no images, so that it can be tested on, but not trained on"
     wanted = module.images_per_class
     sizes = module.train_set.labels.unique(return_counts=True)[1]
     if short := int((sizes < wanted).sum()):
@@ -83,7 +85,7 @@ def describe(module: RetrievalDataModule) -> Iterator[str]:
 
 def in_words(problems: Sequence[Problem]) -> Iterator[str]:
     """Yield the lines that tell what is wrong."""
-    yield f"{len(problems):,} problems" if problems else "no problems"
+    yield f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems"
     yield from (f"  {problem.path}: {problem.reason}" for problem in problems[:PROBLEMS_SHOWN])
     if len(problems) > PROBLEMS_SHOWN:
         kinds = Counter(problem.reason.replace(problem.path, "it").split(":")[0] for problem in problems).most_common(5)

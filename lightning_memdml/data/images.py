@@ -206,6 +206,11 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
                 "`verify()` of the data module names all such images."
             ) from error
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is something to look at."""
+        return True
+
     def picture(self, position: int) -> Image.Image:
         """Return the image at `position` before the transform as a `PIL` image, to be looked at."""
         image = self.open(position)
@@ -258,6 +263,11 @@ class TensorImageDataset(ImageDataset):
     ) -> None:
         super().__init__(images.__getitem__, paths, labels, transform)
         self.images = images
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether these are images `(N, C, H, W)`, and not features."""
+        return self.images.ndim == 4
 
     def draw(self, positions: Sequence[int], seeds: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
         """Return the batch at `positions`; one call of a `SeededTransform` serves all its images."""

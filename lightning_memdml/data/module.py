@@ -67,7 +67,8 @@ class RetrievalDataModule(LightningDataModule):
             classes are never looked at before `test`. Without effect on a data set with its own validation classes.
         image_size: Side of the network's input in pixels.
         train_transform: Turns an opened image into the training input; by default the data set's own. Torch's random
-            numbers in it are seeded for every draw; those of `random` and NumPy are not.
+            numbers in it are seeded for every draw; those of `random` and NumPy are not. A class of yours should be a
+            `torch.nn.Module`: of what a checkpoint names, nothing else is built.
         test_transform: Turns an opened image into the input of validation, test and prediction; by default the
             data set's own.
         pixel_cache: Folder, on a local disk, in which opened images are kept as pixels, shrunk to what the default
@@ -254,7 +255,8 @@ class RetrievalDataModule(LightningDataModule):
 
     def _require(self, images: ImageDataset, role: str) -> None:
         if not len(images):
-            raise ValueError(f"{type(self).__name__} has no {role} images: no record has the role it takes.")
+            found = ", ".join(count.in_words(role) for role, count in self.counts.items()) or "nothing"
+            raise ValueError(f"{type(self).__name__} has no {role} images, but {found}.")
 
     def _on_gpu(self) -> bool:
         """Whether batches go to a GPU. Pinning memory for a run on the CPU would start one nobody asked for."""
@@ -305,7 +307,8 @@ class Count(NamedTuple):
             ('5,864 train images of 100 classes', 'test images of 800 classes')
         """
         images, classes = ("" if number is None else f"{number:,} " for number in self)
-        return f"{images}{role} images" + (f" of {classes}classes" if classes else "")
+        plural = "" if self.classes == 1 else "es"
+        return f"{images}{role} images" + (f" of {classes}class{plural}" if classes else "")
 
 
 def count_roles(records: Sequence[Record]) -> dict[Role, Count]:
@@ -367,8 +370,8 @@ def validation_classes(labels: Sequence[int | str], fraction: float) -> set[int 
         [2, 7]
     """
     classes = list(dict.fromkeys(labels))
-    if not classes or not fraction:
-        return set()
+    if len(classes) < 2 or not fraction:
+        return set()  # of a single class the sampler says that it cannot be trained on
     count = max(2, round(fraction * len(classes)))  # with a single class, every neighbour would be right
     if len(classes) - count < 2:
         raise ValueError(

@@ -66,6 +66,8 @@ class TableDataModule(RetrievalDataModule):
         if self.path.suffix == ".npz":
             return split_classes(self.archive.records(), self.archive.classes, self.split_by)
         rows = READERS[self.path.suffix](self.path)
+        if not rows:
+            raise ValueError(f"{self.path} has no row; expected one for each image, with its `path` and `label`.")
         columns = {column for _, row in rows[:1] for column in row}
         _require_columns(columns, self.path)
         splits = {row.get("split", "").lower() for _, row in rows}
@@ -92,7 +94,7 @@ def _require_columns(columns: set[str], path: Path) -> None:
         if needed not in columns:
             near = get_close_matches(needed, columns, n=1)
             hint = f"; is it `{near[0]}`?" if near else "."
-            raise ValueError(f"{path} has no column `{needed}`. Found: {', '.join(sorted(columns)) or 'no row'}{hint}")
+            raise ValueError(f"{path} has no column `{needed}`. Found: {', '.join(sorted(columns))}{hint}")
     if "split" not in columns and columns & {"is_query", "is_gallery"}:
         raise ValueError(
             f"{path} has the column `is_query` or `is_gallery` but no `split` to say which images they are for."

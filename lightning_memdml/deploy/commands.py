@@ -106,7 +106,7 @@ def index_images(
     Raises:
         FileNotFoundError: If there is no such source.
         OSError: If an image is missing or damaged.
-        ValueError: If the checkpoint cannot be used, or `output` is something else than an index.
+        ValueError: If the checkpoint or the device cannot be used, or `output` is something else than an index.
     """
     folder = Path(output)
     require_replaceable(folder)
@@ -116,7 +116,7 @@ def index_images(
         "images": images,
         "data": data or configuration_of(ckpt_path)["data"],
     }
-    learner, digest = load_learner(ckpt_path), file_digest(ckpt_path)
+    learner, digest = load_learner(ckpt_path, device), file_digest(ckpt_path)
     module = data_of(about["data"])
     about["tensor_shape"] = tensor_shape(module)
     chosen = _chosen(about)
@@ -139,7 +139,9 @@ def index_images(
     built.write(partial)
     (partial / PROGRESS).unlink()
     replace_folder(partial, folder)
-    print(f"    {folder}\nNext: memdml search IMAGE... --index {folder}")
+    print(f"    {folder}")
+    if chosen.images.has_pictures:
+        print(f"Next: memdml search IMAGE... --index {folder}")
     return built
 
 
@@ -177,7 +179,8 @@ def search_images(
     Raises:
         FileNotFoundError: If there is no such index, checkpoint or image.
         OSError: If an image is damaged.
-        ValueError: If the index is damaged, or was made with another checkpoint.
+        ValueError: If the index is damaged, or was made with another checkpoint or of features, or there is no such
+            device.
     """
     opened = load_index(index)
     about = opened.about
@@ -186,7 +189,7 @@ def search_images(
             f"The index in {index} does not say which network embeds its queries; make it with `memdml index`, or "
             "search it in a program: `load_index(folder).search(embeddings)`."
         )
-    learner = load_learner(_same_checkpoint(ckpt_path or about["ckpt_path"], about["sha256"])).to(device)
+    learner = load_learner(_same_checkpoint(ckpt_path or about["ckpt_path"], about["sha256"]), device)
     transform = FromFile(input_transform(data_of(about["data"])), about["tensor_shape"])
     files = image_files(images, transform)
     with torch.inference_mode():

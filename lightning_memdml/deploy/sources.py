@@ -68,7 +68,8 @@ def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImage
         records = table.records()
         opened = table.images(records)
     else:
-        raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}.")
+        there = "" if source.exists() else ", which does not exist"
+        raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}{there}.")
     if not records:
         raise ValueError(f"There is no image in {source}; images end in {', '.join(sorted(SUFFIXES))}.")
     names = [record.label for record in records]
@@ -98,6 +99,8 @@ def input_transform(data: RetrievalDataModule) -> Callable[[Any], Any]:
 def tensor_shape(data: RetrievalDataModule) -> list[int] | None:
     """Return the shape `[C, H, W]` of images that a data module holds as a tensor, None where it opens pictures.
 
+    That of features is what they have, `[V, F]`.
+
     Modules of files are not set up, so that a network can be used where its training images are not.
     """
     if type(data).images in (RetrievalDataModule.images, TableDataModule.images):
@@ -112,9 +115,19 @@ class FromFile:
     Args:
         transform: The test transform of the data module.
         shape: `[C, H, W]` of its images; None if it opens pictures itself, which need nothing.
+
+    Raises:
+        ValueError: If the network was trained on features, of which no image file has any.
     """
 
     def __init__(self, transform: Callable[[Any], Any], shape: Sequence[int] | None) -> None:
+        if shape is not None and len(shape) != 3:
+            raise ValueError(
+                "Expected a network that was trained on images, to be given image files, but this one was trained on "
+                "features of them. Make features of the images as those were made (experiments/freeze.py), and pass "
+                "`memdml index --data FeatureDataModule --data.path FILE`; to search that index, embed the features of "
+                "the queries in a program: `load_index(folder).search(embeddings)`."
+            )
         self.transform, self.shape = transform, shape
 
     def __call__(self, image: Image.Image | Tensor) -> Any:

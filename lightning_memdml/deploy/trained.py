@@ -15,17 +15,24 @@ from lightning import LightningDataModule
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.learner import MetricLearner
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
 
 
-def load_learner(ckpt_path: str | Path) -> MetricLearner:
-    """Return the trained learner on the CPU, in evaluation mode.
+def load_learner(ckpt_path: str | Path, device: str = "cpu") -> MetricLearner:
+    """Return the trained learner on a device, in evaluation mode.
 
     Raises:
-        ValueError: If the file cannot be read, or does not say how to build the learner.
+        ValueError: If the file cannot be read, or does not say how to build the learner, or there is no such device.
     """
     configuration_of(ckpt_path)
-    return MetricLearner.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=True).eval()
+    learner = MetricLearner.load_from_checkpoint(ckpt_path, map_location="cpu").eval()
+    try:
+        return learner.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected `device` to be one of this machine, such as cpu, but got {device!r}: {reason}"
+        ) from error
 
 
 def configuration_of(ckpt_path: str | Path) -> dict[str, Any]:
@@ -46,9 +53,11 @@ def data_of(config: dict[str, Any]) -> RetrievalDataModule:
     """Build a data module from ``class_path`` and ``init_args``; no image is opened.
 
     Raises:
-        ValueError: If it is not one of this package's kind, which knows its images one by one.
+        ValueError: If it is not one of this package's kind, which knows its images one by one, or names something that
+            a file may not have built.
     """
-    data = call(_same, ["--data", json.dumps(config)])
+    with only_known_kinds():
+        data = call(_same, ["--data", json.dumps(config)])
     if not isinstance(data, RetrievalDataModule):
         raise ValueError(
             f"Expected a data module that is a RetrievalDataModule but got {type(data).__name__}; pass "

@@ -39,6 +39,12 @@ def check_pairs(
 
 
 def _check_side(embeddings: Tensor, labels: Tensor, indices: Tensor | None, prefix: str) -> None:
+    for name, given in (("embeddings", embeddings), ("labels", labels), ("indices", indices)):
+        if given is not None and not isinstance(given, Tensor):
+            name = f"{prefix}{name}"
+            raise TypeError(
+                f"Expected `{name}` to be a tensor but got {type(given).__name__}; pass `torch.as_tensor({name})`."
+            )
     if embeddings.ndim != 2:
         raise ValueError(
             f"Expected `{prefix}embeddings` of shape (B, D), one row per image, but got {tuple(embeddings.shape)}."

@@ -30,14 +30,17 @@ class DirectWeightLoss(PairLoss):
 
     Args:
         positive: Weight of a positive as a function of its similarity: a :class:`WeightFunction`, or any function
-            that maps a tensor of similarities to weights of the same shape. Default: all 1.
+            that maps a tensor of similarities to weights of the same shape (numbers, or truth values such as
+            ``s > 0.5``), or to one number for all. Default: all 1.
         negative: The same for negatives. Default: 1 above 0.5.
         normalize: ``None``, or ``"sum"`` to divide each side's weights by their sum over the anchor's row.
         hardest_positives: Keep the least similar positives of each anchor, at most so many. Default: all.
         hardest_negatives: Keep the most similar negatives of each anchor, at most so many. Default: all.
 
     Raises:
-        ValueError: If ``normalize`` is something else, or a number of pairs is below 1.
+        ValueError: If ``normalize`` is something else, or a number of pairs is below 1; when called, if a function
+            gives weights of another shape.
+        TypeError: If ``positive`` or ``negative`` is no function; when called, if it gives neither tensor nor number.
 
     References:
         Zhang et al. 2021, arXiv 2103.14003 (direct weight assignment).
@@ -64,8 +67,8 @@ class DirectWeightLoss(PairLoss):
         super().__init__()
         if normalize not in (None, "sum"):
             raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}.')
-        self.positive = Constant() if positive is None else positive
-        self.negative = Threshold(0.5) if negative is None else negative
+        self.positive = Constant() if positive is None else _check_function("positive", positive)
+        self.negative = Threshold(0.5) if negative is None else _check_function("negative", negative)
         self.normalize = normalize
         self.hardest_positives = _check_number("hardest_positives", hardest_positives)
         self.hardest_negatives = _check_number("hardest_negatives", hardest_negatives)
@@ -76,20 +79,41 @@ class DirectWeightLoss(PairLoss):
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Apply the negative weight function."""
-        weights = self.negative(similarity)
+        weights = _weigh(self.negative, similarity)
         return NegativeTerms(weights, weights.clone() if self.normalize else None)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Apply the positive weight function, and the normalisation."""
         if self.hardest_positives is not None:
             mask = hardest(-similarity, mask, self.hardest_positives)
-        weights = torch.where(mask, self.positive(similarity), 0.0)
+        weights = torch.where(mask, _weigh(self.positive, similarity), 0.0)
         scale = torch.ones_like(negatives.weighted)
         if self.normalize:
             weights = weights * _inverse_or_zero(weights.sum(dim=1, keepdim=True))
             scale = _inverse_or_zero(negatives.total)
         value = (weights * (1 - similarity)).sum(dim=1) + scale * negatives.weighted
         return AnchorTerms(value, weights, scale)
+
+
+def _check_function(name: str, weight: Weight) -> Weight:
+    if not callable(weight):
+        raise TypeError(f"Expected `{name}` to be a function of similarities, such as Constant(1), but got {weight!r}.")
+    return weight
+
+
+def _weigh(function: Weight, similarity: Tensor) -> Tensor:
+    """Return the weights of pairs, of the shape and dtype of their similarities."""
+    weights = function(similarity)
+    if isinstance(weights, int | float):
+        return torch.full_like(similarity, weights)
+    if not isinstance(weights, type(similarity)):  # what stands for a tensor is taken as one
+        raise TypeError(f"Expected {function} to return a tensor of weights but got {type(weights).__name__}.")
+    if isinstance(weights, Tensor) and weights.shape != similarity.shape:
+        raise ValueError(
+            f"Expected {function} to return weights of shape {tuple(similarity.shape)}, one for each similarity, "
+            f"but got {tuple(weights.shape)}."
+        )
+    return weights.to(similarity.dtype)
 
 
 def _check_number(name: str, number: int | None) -> int | None:

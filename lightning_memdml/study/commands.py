@@ -19,7 +19,7 @@ from lightning_memdml.curves import Pairs, Reading, read_weights, save_readings
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.losses import PairLoss
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
 
 DESCRIPTION = """\
 Draw the weight that a loss gives a pair of each similarity, and write the numbers beside the picture.
@@ -115,7 +115,9 @@ def _read_checkpoint(path: str, losses: list[PairLoss], data: LightningDataModul
             f"Expected a checkpoint of `memdml fit`, which holds its configuration, but {path} has none. In a program, "
             "pass `Trainer(callbacks=[WeightCurveLogger()])`, or embeddings to `lightning_memdml.curves.read_weights`."
         )
-    data = _call(_same, ["--data", json.dumps(yaml.safe_load(config)["data"])]) if data is None else data
+    if data is None:
+        with only_known_kinds():
+            data = _call(_same, ["--data", json.dumps(yaml.safe_load(config)["data"])])
     learner = MetricLearner.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     batch, memory = _embed(learner, data), _memory_of(checkpoint)
     if losses:

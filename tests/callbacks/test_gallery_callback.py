@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memdml import (
     ContrastiveLoss,
+    FeatureDataModule,
     GalleryLogger,
     GlyphDataModule,
     MetricLearner,
@@ -209,3 +210,16 @@ def test_pictures_and_page_go_to_wandb(glyph_cache: str, tmp_path: Path, offline
     assert found == ["html/gallery/test_page", "images/gallery/test", "images/gallery/test_map"]
     (page,) = (path for path in media if path.suffix == ".html")
     assert len(Page(page.read_text()).rows) == 2
+
+
+def test_of_features_there_is_the_map_alone(tmp_path: Path) -> None:
+    labels = np.arange(48) // 4
+    rows = np.random.default_rng(0).normal(size=(48, 2, 6)).astype(np.float32)
+    np.savez(tmp_path / "features.npz", feature=rows, label=labels, train=labels < 6)
+    features = FeatureDataModule(f"{tmp_path}/features.npz", batch_size=4, images_per_class=2, val_fraction=0)
+    torch.manual_seed(0)
+    head = MetricLearner(nn.Identity(), ContrastiveLoss(), num_features=6, embedding_dim=4)
+    trainer = Trainer(callbacks=[GalleryLogger(dirpath=f"{tmp_path}/gallery")], **QUIET)
+    with pytest.warns(UserWarning, match="GalleryLogger shows no neighbours: the data set has features"):
+        trainer.test(head, features)
+    assert names(tmp_path / "gallery") == ["test_map_0000000.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +107,28 @@ def test_a_plain_module_gets_the_memory_with_so_many_changed_lines(after: str, l
 
 def test_both_ways_train_the_same() -> None:
     assert torch.equal(run(AFTER)["weight"], run(SHORTER)["weight"])
+
+
+def test_the_readme_shows_the_shorter_way() -> None:
+    shown = (Path(__file__).parents[2] / "README.md").read_text().split("```diff")[1].split("```")[0]
+    import_, loss, trainer = (line[1:].strip() for line in shown.splitlines() if line.startswith("+"))
+    assert loss in SHORTER
+    assert import_ == "from lightning_memdml import MemoryCallback, against_memory"
+    assert trainer == "trainer = Trainer(callbacks=[MemoryCallback(size=8192)])"
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "message"),
+    [
+        (
+            ",\n                  callbacks=[MemoryCallback(size=8192)]",
+            r"Shoes has no memory: pass `Trainer\(callbacks=\[",
+        ),
+        (" + against_memory(self, self.loss, z, y)", r"add `against_memory\(self, self.loss, z, y\)` to the loss"),
+    ],
+    ids=["callback", "loss"],
+)
+def test_a_forgotten_line_is_named(forgotten: str, message: str) -> None:
+    assert forgotten in SHORTER
+    with pytest.raises(ValueError, match=message):
+        run(SHORTER.replace(forgotten, ""))

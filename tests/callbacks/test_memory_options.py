@@ -330,3 +330,9 @@ def test_a_misspelt_memory_gets_the_nearest_name(
     with pytest.raises(SystemExit):
         MemdmlCLI(run=False, args=[*arguments, "--trainer.callbacks.memory=InstanceMemry"])
     assert "Did you mean 'InstanceMemory'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_a_dtype_is_one_of_two_names(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}'):
+        MemoryCallback(size=8, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -128,8 +129,27 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments, message, tmp_path, monke
 
 def test_a_data_set_without_images_is_an_error(tmp_path):
     (tmp_path / "list.csv").write_text("path,label,split\n")
-    with pytest.raises(SystemExit, match=r"error: .*(no image|no column)"):
+    with pytest.raises(SystemExit, match=r"error: .*list.csv has no row"):
         main(["data", "check", "--data", "TableDataModule", "--data.path", str(tmp_path / "list.csv")])
+
+
+def test_one_class_can_be_tested_on_alone(tmp_path, capsys):
+    said, code = check(capsys, "--data=FolderDataModule", f"--data.root={folders(tmp_path / 'one', classes=1)}")
+    assert code == 0
+    assert "test, both query and gallery: 2 images of 1 classes" in said
+    assert "train: no images, so that it can be tested on, but not trained on\n" in said
+    with pytest.raises(ValueError, match="FolderDataModule has no train images, but 2 test images of 1 class"):
+        FolderDataModule(root=str(tmp_path / "one")).train_dataloader()
+
+
+def test_features_have_no_contact_sheet(tmp_path, capsys):
+    labels = np.arange(40) // 4
+    np.savez(tmp_path / "f.npz", feature=np.ones((40, 2, 8), np.float16), label=labels, train=labels < 5)
+    arguments = ["--data=FeatureDataModule", f"--data.path={tmp_path}/f.npz", f"--output={tmp_path}/sheet"]
+    said, code = check(capsys, *arguments, "--data.val_fraction=0")
+    assert code == 0
+    assert "no problems\nno contact sheet: FeatureDataModule has features, of which there is nothing to see\n" in said
+    assert not (tmp_path / "sheet").exists()
 
 
 def test_a_misspelt_class_gets_the_nearest_name(capsys):

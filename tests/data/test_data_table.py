@@ -109,7 +109,7 @@ def test_images_are_opened_relative_to_the_table_or_the_root_and_cut_to_their_bo
     [
         ("path,lable\n1,a\n", r"no column `label`\. Found: lable, path; is it `lable`\?"),
         ("file,label\n1,a\n", r"no column `path`\. Found: file, label\."),
-        ("", "no column `path`. Found: no row"),
+        ("", "has no row; expected one for each image"),
         ("path,label,label\n1,a,b\n", "more than one column named 'label'"),
         ("path,label\n1,a\n2\n", "line 3: expected 2 cells, as in the header, but got 1"),
         ("path,label\n1,a,b\n", "line 2: expected 2 cells, as in the header, but got 3"),

@@ -306,6 +306,40 @@ def test_what_is_wrong_is_said_in_a_sentence(
         assert sentence in answer(memdml, line, capsys), line
 
 
+def test_features_are_indexed_and_images_beside_them_refused(
+    memdml: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = np.arange(40) // 4
+    rows = np.random.default_rng(0).normal(size=(40, 2, 6)).astype(np.float32)
+    np.savez("features.npz", feature=rows, label=labels, train=labels < 5)
+    memdml(
+        "fit --data FeatureDataModule --data.path features.npz --data.batch_size 4 --data.images_per_class 2 "
+        "--data.val_fraction 0 --model.backbone torch.nn.Identity --model.num_features 6 --model.loss ContrastiveLoss "
+        "--trainer.max_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
+    )
+    capsys.readouterr()
+    memdml(f"index --ckpt_path {LAST} --output index")
+    assert "Next: memdml search" not in capsys.readouterr().out
+    _, position = load_index("index").search(load_learner(LAST)(torch.from_numpy(rows[20:, 0])), k=1)
+    assert position[:, 0].tolist() == list(range(20))
+    draw(Path("pictures/a/1.png"), "red", 1)
+    for line in (
+        "search pictures/a/1.png --index index",
+        f"index --ckpt_path {LAST} --source pictures --output other",
+        f"export --ckpt_path {LAST} --formats [torch]",
+    ):
+        assert "but this one was trained on features of them" in answer(memdml, line, capsys), line
+
+
+@pytest.mark.parametrize("device", ["nowhere", pytest.param("cuda:99")])
+def test_a_device_that_is_not_there_is_named(
+    device: str, memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = answer(memdml, f"index --ckpt_path {LAST} --device {device} --output {tmp_path}/index", capsys)
+    assert f"Expected `device` to be one of this machine, such as cpu, but got {device!r}" in said
+
+
 def test_an_index_is_searched_with_its_own_checkpoint_only(
     memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,10 @@ Y = torch.tensor([0, 0, 1, 1])
         ((X, Y, X), ValueError, "`ref_labels` is missing"),
         ((X, Y, None, Y), ValueError, "`ref_embeddings` is missing"),
         ((X, Y, X[:, :5], Y), ValueError, r"shape \(M, 8\) to match `embeddings` but got \(4, 5\)"),
+        ((X.tolist(), Y), TypeError, r"`embeddings` to be a tensor but got list; pass `torch.as_tensor\(embeddings\)`"),
+        ((X.numpy(), Y), TypeError, "`embeddings` to be a tensor but got ndarray"),
+        ((X, Y.tolist()), TypeError, "`labels` to be a tensor but got list"),
+        ((X, Y, X, Y.tolist()), TypeError, "`ref_labels` to be a tensor but got list"),
         ((X, Y, X, Y[:2]), ValueError, r"`ref_labels` of shape \(4,\) but got \(2,\)"),
     ],
 )

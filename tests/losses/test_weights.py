@@ -60,6 +60,38 @@ def test_arguments_out_of_range_are_named(make, message):
         make()
 
 
+@pytest.mark.parametrize("side", ["positive", "negative"])
+@pytest.mark.parametrize(
+    ("function", "same"),
+    [
+        (lambda s: s > 0.3, ml.Threshold(0.3)),
+        (lambda s: (s > 0.3).long(), ml.Threshold(0.3)),
+        (lambda s: 2.0, ml.Constant(2)),
+        (lambda s: (s > 0.3).double(), ml.Threshold(0.3)),
+    ],
+    ids=["truth values", "integers", "one number", "another precision"],
+)
+def test_a_function_may_return_truth_values_or_one_number(function, same, side):
+    generator = torch.Generator().manual_seed(0)
+    x, r = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (16, 300))
+    y, ry = torch.arange(16) // 4, torch.arange(300) % 4
+    for arguments in ((x, y), (x, y, r, ry)):
+        given, expected = (ml.DirectWeightLoss(**{side: weight})(*arguments) for weight in (function, same))
+        assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_function_that_is_none_or_gives_no_weights_is_named(side):
+    x = torch.eye(4)
+    for wrong in (1.0, "Threshold"):
+        with pytest.raises(TypeError, match=f"`{side}` to be a function of similarities.* but got {wrong!r}"):
+            ml.DirectWeightLoss(**{side: wrong})
+    with pytest.raises(ValueError, match=r"weights of shape \(4, \d\), one for each similarity, but got \(\)"):
+        ml.DirectWeightLoss(**{side: torch.sum})(x, torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(TypeError, match="to return a tensor of weights but got ndarray"):
+        ml.DirectWeightLoss(**{side: lambda s: s.numpy()})(x, torch.tensor([0, 0, 1, 1]))
+
+
 def test_a_hybrid_of_hybrids_is_refused():
     hybrid = ml.HybridLoss(ml.ContrastiveLoss(), ml.ContrastiveLoss())
     with pytest.raises(TypeError, match="PairLoss other than HybridLoss"):

@@ -163,7 +163,9 @@ def test_what_is_wrong_is_answered_in_a_sentence(memdml: Command, capsys: pytest
 
     assert "Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`" in answer("")
     assert "There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?" in answer("--loss Contrastve")
-    assert "There is no option 'margn'. Did you mean 'margin'?" in answer("--loss ContrastiveLoss --loss.margn 1")
+    assert "ContrastiveLoss has no option 'margn'. Did you mean 'margin'?" in answer(
+        "--loss ContrastiveLoss --loss.margn 1"
+    )
     assert "There is no class 'my_weights.tiped'. Did you mean 'my_weights.typed'?" in answer(
         "--loss DirectWeightLoss --loss.positive my_weights.tiped"
     )

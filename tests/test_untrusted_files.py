@@ -1,0 +1,213 @@
+"""A checkpoint or an index of a stranger builds networks and data, and runs nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_memdml import MetricLearner
+from lightning_memdml.cli import main
+from lightning_memdml.deploy.trained import data_of, load_learner
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+
+FIT = """fit --model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8
+    --model.loss=DirectWeightLoss
+    --data.num_classes=20 --data.batch_size=8 --data.images_per_class=2 --data.val_fraction=0
+    --trainer.accelerator=cpu --trainer.max_steps=1 --trainer.enable_progress_bar=false"""
+LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
+STRANGER = """
+from pathlib import Path
+import torch
+
+def touch(name: str = "built"):
+    Path(name).touch()
+    return torch.nn.Identity()
+
+class Callable_:
+    def __init__(self, name: str = "built"):
+        Path(name).touch()
+    def __call__(self, values):
+        return values
+
+class Net(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 4, bias=False))
+    num_features = 4
+
+def hard(similarity):
+    return similarity.clamp(min=0)
+"""
+SHELL = {"class_path": "os.system", "init_args": {"command": "touch built"}}
+FUNCTION = {"class_path": "stranger.touch", "init_args": {"name": "built"}}
+OBJECT = {"class_path": "stranger.Callable_", "init_args": {"name": "built"}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, glyph_cache: str) -> dict[str, Any]:
+    """What an honest checkpoint holds."""
+    folder = tmp_path_factory.mktemp("honest")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+        patch.setattr(sys, "argv", ["memdml"])
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+            patch.delenv(name)
+        main(FIT.split())
+    return torch.load(folder / LAST, weights_only=True)
+
+
+@pytest.fixture
+def forge(
+    trained: dict[str, Any], tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Any], None]:
+    """Writes a checkpoint whose configuration says something else, and lies in the folder of the user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    Path("stranger.py").write_text(STRANGER)
+    Path("stranger.yaml").write_text(yaml.safe_dump(SHELL))
+
+    def forge(key: str, value: Any) -> None:
+        checkpoint = deepcopy(trained)
+        config = yaml.safe_load(checkpoint[CONFIG_IN_CHECKPOINT])
+        first, *inner, last = key.split(".")
+        for place in (config[first], *([checkpoint["hyper_parameters"]] if first == "model" else [])):
+            for name in inner:
+                place = place[name]
+            place[last] = value
+        checkpoint[CONFIG_IN_CHECKPOINT] = yaml.safe_dump(config)
+        torch.save(checkpoint, "forged.ckpt")
+
+    yield forge
+    sys.modules.pop("stranger", None)
+
+
+HOSTILE = {
+    "function as a loss": ("model.memory_loss", SHELL),
+    "function of a module there": ("model.memory_loss", FUNCTION),
+    "callable object as a loss": ("model.memory_loss", OBJECT),
+    "in a text": ("model.memory_loss", json.dumps(SHELL)),
+    "in an escaped text": ("model.memory_loss", json.dumps(SHELL).replace("class", r"\u0063lass")),
+    "in a file beside it": ("model.memory_loss", "stranger.yaml"),
+    "function as an optimizer": ("model.optimizer", FUNCTION),
+    "deep in a loss": ("model.loss.init_args.negative", SHELL),
+    "as a transform": ("data.init_args.test_transform", SHELL),
+    "as a transform in a text": ("data.init_args.test_transform", json.dumps(OBJECT)),
+    "as a transform in a file": ("data.init_args.test_transform", "stranger.yaml"),
+    "deep in a transform": (
+        "data.init_args.test_transform",
+        {"class_path": "torchvision.transforms.Compose", "init_args": {"transforms": [SHELL]}},
+    ),
+    "in a list of transforms": (
+        "data.init_args.test_transform",
+        {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [OBJECT]}},
+    ),
+    "as data": ("data.class_path", "stranger.touch"),
+    "as a network": ("model.backbone", FUNCTION),
+}
+
+
+@pytest.mark.parametrize("command", ["test", "index", "export --formats [torch]", "weight-curves"])
+@pytest.mark.parametrize(("key", "value"), HOSTILE.values(), ids=HOSTILE)
+def test_nothing_else_is_built(key: str, value: Any, command: str, forge: Callable[[str, Any], None]) -> None:
+    forge(key, value)
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--ckpt_path", "forged.ckpt"])
+    assert stop.value.code not in (0, None)
+    assert not Path("built").exists()
+
+
+def test_no_callback_is_built_from_a_function(forge: Callable[[str, Any], None]) -> None:
+    forge(
+        "trainer.callbacks",
+        [{"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": SHELL}}],
+    )
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", "forged.ckpt"])
+    assert not Path("built").exists()
+
+
+def test_the_refusal_names_what_it_refused(
+    forge: Callable[[str, Any], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "Refused to build stranger.Callable_ because a file says so: it is no module, optimizer, scheduler, "
+    forge("model.memory_loss", OBJECT)
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", "forged.ckpt"])
+    assert f"error: model.memory_loss: {refused}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=refused):
+        main(["index", "--ckpt_path", "forged.ckpt"])
+    with pytest.raises(ValueError, match=refused):
+        MetricLearner.load_from_checkpoint("forged.ckpt")
+    assert not Path("built").exists()
+
+
+def test_an_index_is_trusted_no_more_than_a_checkpoint(
+    forge: Callable[[str, Any], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge("model.k", [1])
+    main(["index", "--ckpt_path", "forged.ckpt", "--output", "index"])
+    file = Path("index/index.json")
+    said = json.loads(file.read_text())
+    said["about"]["data"]["init_args"]["test_transform"] = SHELL
+    file.write_text(json.dumps(said))
+    with pytest.raises(SystemExit):
+        main(["search", "stranger.py", "--index", "index"])
+    assert "data.test_transform: Refused to build" in capsys.readouterr().err
+    assert not Path("built").exists()
+
+
+def test_networks_and_named_functions_of_ones_own_are_built(forge: Callable[[str, Any], None], trained: Any) -> None:
+    forge("model.loss.init_args.negative", "stranger.hard")
+    assert load_learner("forged.ckpt").loss.negative.__name__ == "hard"
+    weights = trained["state_dict"]
+    changed = {name: value for name, value in weights.items() if "backbone" not in name}
+    own = {"model.backbone.1.weight": torch.zeros(4, 784), "model.head.weight": torch.zeros(8, 4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trained, "state_dict", {**changed, **own})
+        forge("model.backbone", {"class_path": "stranger.Net"})
+    assert type(load_learner("forged.ckpt").model.backbone).__name__ == "Net"
+
+
+def test_what_the_user_says_is_not_restricted(forge: Callable[[str, Any], None]) -> None:
+    forge("model.k", [1])
+    config = yaml.safe_load(read_checkpoint("forged.ckpt")[CONFIG_IN_CHECKPOINT])
+    config["model"]["memory_loss"] = OBJECT
+    Path("mine.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--config", "mine.yaml", "--ckpt_path", "forged.ckpt", "--trainer.limit_test_batches=1"])
+    assert Path("built").exists()
+
+
+def test_the_block_leaves_jsonargparse_as_it_was(forge: Callable[[str, Any], None]) -> None:
+    with pytest.raises(SystemExit):
+        data_of({"class_path": "GlyphDataModule", "init_args": {"test_transform": OBJECT}})
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--made", type=Callable[..., Any])
+    parser.instantiate_classes(parser.parse_args(["--made", json.dumps(OBJECT)]))
+    assert Path("built").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(2)])
+def test_a_file_that_holds_something_else_is_no_checkpoint(
+    content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    file = tmp_path / "list.ckpt"
+    torch.save(content, file)
+    for command in ("test", "index"):
+        with pytest.raises(
+            SystemExit, match=rf"Expected a checkpoint but .*list.ckpt holds a {type(content).__name__}"
+        ):
+            main([command, "--ckpt_path", str(file)])

@@ -110,10 +110,11 @@ def _rows_with_positive(positives: Tensor) -> list[int]:
 def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     weights, scratch = torch.zeros_like(similarity), torch.empty_like(similarity)
     counts = torch.zeros_like(edges.T)
-    for rows, edge, count in zip(_rows_with_positive(edges), edges.T[:, :, None], counts, strict=True):
-        above = torch.gt(similarity[:rows], edge[:rows], out=scratch[:rows])
-        weights[:rows].add_(above)
-        torch.sum(above, dim=1, out=count[:rows])
+    for k, rows in enumerate(_rows_with_positive(edges)):
+        above = torch.gt(similarity[:rows], edges[:rows, k, None], out=(scratch if k else weights)[:rows])
+        torch.sum(above, dim=1, out=counts[k, :rows])
+        if k:
+            weights[:rows].add_(above)
     return NegativeTerms(weights, sums=counts.T)
 
 

@@ -95,14 +95,16 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
     """Read what `write_embeddings` wrote, or a file of the same layout.
 
     Args:
-        path: A `.parquet` with a column `embedding`, or a `.npy` beside a `.csv` of the same name.
+        path: A `.parquet` with a column `embedding`, or a `.npy` beside a `.csv` of the same name. With a `*` in the
+            name, all such files are joined, as those of several ranks; of rows with one `index`, the first is taken.
 
     Returns:
         The embeddings `(N, D)` float32, and the other columns; those of a `.csv` are texts, `label` and `index` apart.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or there is not one row of columns per embedding.
+        ValueError: If a file is damaged, or there is not one row of columns per embedding; if files do not fit
+            together.
 
     Example:
         >>> import tempfile
@@ -115,9 +117,13 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
     path = Path(path)
     if path.suffix not in (".parquet", ".npy"):
         raise ValueError(f"Expected embeddings in a .parquet or .npy file but got {path}.")
+    if "*" in path.name:
+        return _joined(path)
     for needed in (path,) if path.suffix == ".parquet" else (path, path.with_suffix(".csv")):
         if not needed.is_file():
-            raise FileNotFoundError(f"Expected embeddings but there is no file {needed}; `memdml predict` writes them.")
+            ranks = path.with_name(f"{path.stem}_rank*{path.suffix}")
+            hint = f"name those of all ranks, '{ranks}'" if _matching(ranks) else "`memdml predict` writes them"
+            raise FileNotFoundError(f"Expected embeddings but there is no file {needed}; {hint}.")
     try:
         rows, columns = _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
     except (ValueError, KeyError, OSError, EOFError) as error:
@@ -130,6 +136,27 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
             f"Expected embeddings (N, D) and N of each column in {path} but got {rows.shape} and {lengths}."
         )
     return torch.from_numpy(rows), columns
+
+
+def _matching(pattern: Path) -> list[Path]:
+    return sorted(pattern.parent.glob(pattern.name))
+
+
+def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
+    files = _matching(pattern)
+    if not files:
+        raise FileNotFoundError(f"Expected embeddings but there is no file {pattern}; `memdml predict` writes them.")
+    parts = [read_embeddings(file) for file in files]
+    kinds = {(rows.shape[1], *facts) for rows, facts in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"Expected files of one dimension and the same columns in {pattern} but got {sorted(kinds)}.")
+    rows = torch.cat([rows for rows, _ in parts])
+    columns = {name: [value for _, facts in parts for value in facts[name]] for name in parts[0][1]}
+    if "index" not in columns:
+        return rows, columns
+    # Lightning shows some images to two ranks, so that all have as many.
+    kept = np.sort(np.unique(columns["index"], return_index=True)[1]).tolist()
+    return rows[kept], {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
 def _read_parquet(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:

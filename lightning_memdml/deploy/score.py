@@ -22,7 +22,8 @@ Score embeddings in files exactly, as `memdml test` does, whoever made them: wit
   memdml score --embeddings query.parquet --gallery small.parquet --gallery+ large.parquet --groups camera
   memdml score --embeddings embeddings.npy --intervals true --per_class classes.csv --map map.png
 
-A file is what `memdml predict` writes: a .parquet with the columns `embedding` and `label`, or a .npy beside a .csv.
+A file is what `memdml predict` writes: a .parquet with the columns `embedding` and `label`, or a .npy beside a .csv;
+'embeddings_rank*.parquet' is all files of a run on several ranks, in which an image that two ranks saw counts once.
 With a column `index` in all files, equal numbers are one image, which does not find itself."""
 
 

@@ -59,6 +59,37 @@ def test_what_is_written_is_read_again(file_format: Any, tmp_path: Path) -> None
     assert found == columns
 
 
+@pytest.mark.parametrize("file_format", ["parquet", "npy"])
+def test_files_of_several_ranks_are_read_as_one(
+    file_format: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second rank saw two images of the first too."""
+    embeddings, labels = sample(40, seed=1)
+    numbers = torch.randperm(40)
+
+    def write(name: str, rows: list[int]) -> Path:
+        columns = {"label": labels[rows].tolist(), "index": numbers[rows].tolist()}
+        return write_embeddings(tmp_path / name, embeddings[rows], columns, file_format)[0]
+
+    whole = write("whole", [*range(40)])
+    with pytest.raises(FileNotFoundError, match=r"no file .*embeddings.*; `memdml predict` writes them"):
+        read_embeddings(tmp_path / f"embeddings{whole.suffix}")
+    write("embeddings_rank0", [*range(20)])
+    write("embeddings_rank1", [3, *range(20, 40), 19])
+    pattern = tmp_path / f"embeddings_rank*{whole.suffix}"
+    (read, columns), (wanted, wanted_columns) = read_embeddings(pattern), read_embeddings(whole)
+    assert torch.equal(read, wanted)
+    assert columns == wanted_columns
+    assert score_files(str(pattern), k=K)[str(pattern)] == score_files(str(whole), k=K)[str(whole)]
+    with pytest.raises(FileNotFoundError, match=r"name those of all ranks, '.*embeddings_rank\*"):
+        read_embeddings(tmp_path / f"embeddings{whole.suffix}")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*other"):
+        read_embeddings(tmp_path / f"other*{whole.suffix}")
+    write_embeddings(tmp_path / "embeddings_rank2", embeddings[:2], {"label": [0, 1]}, file_format)
+    with pytest.raises(ValueError, match="Expected files of one dimension and the same columns"):
+        read_embeddings(pattern)
+
+
 def test_files_are_those_other_programs_read(tmp_path: Path) -> None:
     embeddings, labels = sample(5, seed=2)
     columns = {"path": list("abcde"), "label": labels.tolist()}

@@ -25,6 +25,8 @@ import triton.language as tl  # noqa: E402
 from lightning_memdml.losses import fused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
+DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.float16, 2e-3)
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.3),
     "direct": ml.DirectWeightLoss(negative=lambda s: torch.relu(s - 0.1), normalize="sum"),
@@ -71,7 +73,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return states
 
     monkeypatch.setattr(fused, "_launch", recorded)
-    monkeypatch.setattr(fused, "DTYPES", (torch.float16, torch.bfloat16, torch.float32))
+    monkeypatch.setattr(fused, "DTYPES", (torch.float16, DTYPE))
     monkeypatch.setattr(streaming, "_fuses", lambda references: references.dtype != torch.float64)
     return shapes
 
@@ -100,7 +102,7 @@ def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-1
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_kernel_gives_what_the_blocks_give(name: str, launches: list) -> None:
-    check(LOSSES[name], pairs(20, 700, 24, torch.float32), 1e-5)
+    check(LOSSES[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
     widths = [27, 3] if name == "hybrid" else [27]
     assert [shape[2] for shape in launches] == widths
     assert launches[0][0] > 1, "several shares are merged"
@@ -113,7 +115,7 @@ def test_half_precision_costs_what_rounding_the_weights_costs(name: str) -> None
 
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_what_has_no_kernel_takes_the_blocks(name: str, launches: list) -> None:
-    check(NOT_FUSED[name], pairs(20, 700, 24, torch.float32), 1e-5)
+    check(NOT_FUSED[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
     assert len(launches) == (name == "half")
 
 
@@ -123,7 +125,7 @@ def test_what_has_no_kernel_takes_the_blocks(name: str, launches: list) -> None:
     name=st.sampled_from(sorted(LOSSES)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape(rows: int, references: int, dim: int, name: str, seed: int) -> None:
-    check(LOSSES[name], pairs(rows, references, dim, torch.float32, seed), 1e-4, least=0.1)  # in 1-d all may cancel
+    check(LOSSES[name], pairs(rows, references, dim, DTYPE, seed), 10 * TOLERANCE, least=0.1)  # in 1-d all may cancel
 
 
 def test_weights_beyond_half_precision() -> None:
@@ -133,19 +135,19 @@ def test_weights_beyond_half_precision() -> None:
 
 
 def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
-    wide = pairs(4, 50, 513, torch.float32)
-    check(LOSSES["contrastive"], wide, 1e-5)
-    narrow = pairs(4, 50, 16, torch.float32)
-    check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), 1e-5)
+    wide = pairs(4, 50, 513, DTYPE)
+    check(LOSSES["contrastive"], wide, TOLERANCE)
+    narrow = pairs(4, 50, 16, DTYPE)
+    check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), TOLERANCE)
     none = narrow._replace(references=narrow.references[:0], ref_labels=narrow.ref_labels[:0])
-    check(LOSSES["contrastive"], none._replace(ref_indices=narrow.ref_indices[:0]), 1e-5)
+    check(LOSSES["contrastive"], none._replace(ref_indices=narrow.ref_indices[:0]), TOLERANCE)
     assert launches == []
 
 
 @pytest.mark.parametrize("generation", [7, 10])
 def test_other_generations_take_the_blocks(generation: int, launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_device", lambda device: fused._Device(generation, 132, 227 << 10))
-    check(LOSSES["contrastive"], pairs(4, 50, 16, torch.float32), 1e-5)
+    check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
     assert launches == []
 
 

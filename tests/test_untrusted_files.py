@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse._typehints import ActionTypeHint
 
 from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.deploy.trained import data_of, load_learner
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
 
 FIT = """fit --model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8
     --model.loss=DirectWeightLoss
@@ -41,6 +42,9 @@ class Net(torch.nn.Sequential):
     def __init__(self):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 4, bias=False))
     num_features = 4
+
+def net(width: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, width, bias=False))
 
 def hard(similarity):
     return similarity.clamp(min=0)
@@ -176,7 +180,18 @@ def test_networks_and_named_functions_of_ones_own_are_built(forge: Callable[[str
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trained, "state_dict", {**changed, **own})
         forge("model.backbone", {"class_path": "stranger.Net"})
-    assert type(load_learner("forged.ckpt").model.backbone).__name__ == "Net"
+        assert type(load_learner("forged.ckpt").model.backbone).__name__ == "Net"
+        patch.setitem(trained["hyper_parameters"], "num_features", 4)
+        forge("model.backbone", {"class_path": "stranger.net", "init_args": {"width": 4}})
+        assert load_learner("forged.ckpt").model.backbone[1].out_features == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "torch.load", "torch.hub.load", "torch.jit.load", "subprocess.getoutput"]
+)
+def test_a_function_that_runs_what_it_is_given_is_built_nowhere(name: str) -> None:
+    with pytest.raises(ValueError, match="Refused to build"), only_known_kinds():
+        ActionTypeHint.get_class_parser(name)
 
 
 def test_what_the_user_says_is_not_restricted(forge: Callable[[str, Any], None]) -> None:

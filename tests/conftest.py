@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,24 @@ os.environ.setdefault("LIGHTNING_MEMDML_CACHE", tempfile.mkdtemp(prefix="memdml"
 def glyph_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in which the characters are drawn once for all tests."""
     return str(tmp_path_factory.mktemp("glyphs"))
+
+
+@pytest.fixture(scope="session")
+def run_in(glyph_cache: str) -> Callable[[Path], AbstractContextManager[None]]:
+    """Takes the command line into a folder, and afterwards takes back what it left in this process."""
+
+    @contextmanager
+    def inside(folder: Path) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+            patch.setattr(sys, "argv", ["memdml"])
+            for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # which a run sets
+                patch.setenv(name, "0")
+                patch.delenv(name)
+            yield
+
+    return inside
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_memdml.cli import main
 from lightning_memdml.deploy.trained import data_of, load_learner
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
 
+RunIn = Callable[[Path], AbstractContextManager[None]]
 FIT = """fit --model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8
     --model.loss=DirectWeightLoss
     --data.num_classes=20 --data.batch_size=8 --data.images_per_class=2 --data.val_fraction=0
@@ -55,16 +57,10 @@ OBJECT = {"class_path": "stranger.Callable_", "init_args": {"name": "built"}}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, glyph_cache: str) -> dict[str, Any]:
+def trained(tmp_path_factory: pytest.TempPathFactory, run_in: RunIn) -> dict[str, Any]:
     """What an honest checkpoint holds."""
     folder = tmp_path_factory.mktemp("honest")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
-        patch.setattr(sys, "argv", ["memdml"])
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-            patch.delenv(name)
+    with run_in(folder):
         main(FIT.split())
     return torch.load(folder / LAST, weights_only=True)
 

@@ -6,7 +6,8 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_memdml.deploy import export
 from lightning_memdml.deploy.sources import FromFile
 from lightning_memdml.deploy.trained import load_learner
 
+RunIn = Callable[[Path], AbstractContextManager[None]]
 LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
 NETS = {
     "glyphs": "--model.backbone=SmallConvNet --model.backbone.width=4 --data.num_classes=20",
@@ -35,9 +37,7 @@ RUN = "--trainer.accelerator=cpu --trainer.max_steps=60 --trainer.max_epochs=-1 
 
 
 @pytest.fixture(scope="module", params=list(NETS))
-def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, glyph_cache: str
-) -> Iterator[Path]:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_in: RunIn) -> Iterator[Path]:
     """A folder with a checkpoint and all that is exported from it."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason="the extra `export`")
@@ -49,13 +49,7 @@ def exported(
             blocks = generator.integers(0, 255, (5, 7, 3), dtype=np.uint8)
             picture = Image.fromarray(blocks).resize((70 + 5 * number, 50 + 3 * label))
             picture.save(folder / "pictures" / str(label) / f"{number}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
-        patch.setattr(sys, "argv", ["memdml"])
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-            patch.delenv(name)
+    with run_in(folder):
         main(f"fit {NETS[request.param]} {REST} {RUN}".split())
         main(f"export --ckpt_path {LAST} --output exported".split())
         yield folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ FIT = f"fit {NET} --model.loss=ContrastiveLoss {DATA} {RUN}"
 LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
 
 Command = Callable[[str], None]
+RunIn = Callable[[Path], AbstractContextManager[None]]
 
 
 def draw(path: Path, colour: str, number: int) -> None:
@@ -42,18 +44,13 @@ def draw(path: Path, colour: str, number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workshop(tmp_path_factory: pytest.TempPathFactory, run_in: RunIn) -> Iterator[Path]:
     """A folder with pictures of eight classes, the later four of which were not trained on, and a checkpoint."""
     folder = tmp_path_factory.mktemp("workshop")
     for label, colour in enumerate(COLOURS):
         for number in range(6):
             draw(folder / "pictures" / f"{label} {colour}" / f"{number}.png", colour, number)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["memdml"])
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-            patch.setenv(name, "0")
-            patch.delenv(name)
+    with run_in(folder):
         main(FIT.split())
         yield folder
 

@@ -56,8 +56,9 @@ def only_known_kinds() -> Iterator[None]:
     The configuration in a checkpoint names classes with their arguments. jsonargparse checks them against the type of
     the parameter, but where that is any function (a loss, a transform), it would call `os.system` with a command. Here
     a class has to be a module, an optimizer, a scheduler, or of a kind that Lightning, torchvision or this package
-    defines, and a function has to say that it returns a module (`-> nn.Module`), which those that run or load what they
-    are given do not. Any may still be named as a value (`negative: my_weights.hard`), and what is named is imported.
+    defines. No function is called but those of torchvision that make a network: that a function returns a module tells
+    nothing, as there is one in torch that runs a text on the way. Any may still be named as a value
+    (`negative: my_weights.hard`), and what is named is imported. This is a fence and no sandbox.
 
     Raises:
         ValueError: If something else is named.
@@ -71,7 +72,7 @@ def only_known_kinds() -> Iterator[None]:
             refused.append(
                 f"Refused to build {found.__module__}.{found.__qualname__} because a file says so: it is no module, "
                 "optimizer, scheduler, nor of a kind that Lightning, torchvision or this package defines. If it is "
-                "yours, let it be a torch.nn.Module, or a function that is annotated to return a torch.nn.Module."
+                "yours, let it be a torch.nn.Module."
             )
             raise ValueError(refused[0])
         return class_parser(found, *arguments, **options)
@@ -88,11 +89,8 @@ def only_known_kinds() -> Iterator[None]:
 
 
 def _is_known_kind(found: Any) -> bool:
-    if isfunction(found):
-        try:
-            made = get_type_hints(found).get("return")
-        except NameError:  # of a type that is imported for type checkers alone
-            return False
+    if isfunction(found) and found.__module__.partition(".")[0] == "torchvision":
+        made = get_type_hints(found).get("return")
         return isclass(made) and issubclass(made, nn.Module)
     return isclass(found) and any(
         base in KINDS or base.__module__.partition(".")[0] in PACKAGES for base in found.__mro__

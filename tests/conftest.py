@@ -55,7 +55,7 @@ def fake_gpu() -> FakeTensorMode:
         try:
             numbers[numbers]
         except RuntimeError as error:
-            pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {error}")
+            pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {str(error).splitlines()[0]}")
     return mode
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from jsonargparse._typehints import ActionTypeHint
 
 from lightning_memdml import MetricLearner
@@ -45,14 +46,19 @@ class Net(torch.nn.Sequential):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 4, bias=False))
     num_features = 4
 
-def net(width: int) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, width, bias=False))
+def network(name: str) -> torch.nn.Module:
+    return touch(name)
 
 def hard(similarity):
     return similarity.clamp(min=0)
 """
 SHELL = {"class_path": "os.system", "init_args": {"command": "touch built"}}
 FUNCTION = {"class_path": "stranger.touch", "init_args": {"name": "built"}}
+NETWORK = {"class_path": "stranger.network", "init_args": {"name": "built"}}
+CODE = {
+    "class_path": "torch.fx.graph_module.reduce_graph_module",
+    "init_args": {"body": {"_code": ""}, "import_block": "open('built', 'w').close()"},
+}
 OBJECT = {"class_path": "stranger.Callable_", "init_args": {"name": "built"}}
 
 
@@ -100,6 +106,9 @@ HOSTILE = {
     "in an escaped text": ("model.memory_loss", json.dumps(SHELL).replace("class", r"\u0063lass")),
     "in a file beside it": ("model.memory_loss", "stranger.yaml"),
     "function as an optimizer": ("model.optimizer", FUNCTION),
+    "function of torch that runs a text, and returns a module": ("model.memory_loss", CODE),
+    "the same as a network": ("model.backbone", CODE),
+    "function of one's own that returns a module": ("model.backbone", NETWORK),
     "deep in a loss": ("model.loss.init_args.negative", SHELL),
     "as a transform": ("data.init_args.test_transform", SHELL),
     "as a transform in a text": ("data.init_args.test_transform", json.dumps(OBJECT)),
@@ -177,9 +186,16 @@ def test_networks_and_named_functions_of_ones_own_are_built(forge: Callable[[str
         patch.setitem(trained, "state_dict", {**changed, **own})
         forge("model.backbone", {"class_path": "stranger.Net"})
         assert type(load_learner("forged.ckpt").model.backbone).__name__ == "Net"
-        patch.setitem(trained["hyper_parameters"], "num_features", 4)
-        forge("model.backbone", {"class_path": "stranger.net", "init_args": {"width": 4}})
-        assert load_learner("forged.ckpt").model.backbone[1].out_features == 4
+
+
+def test_a_network_may_be_made_by_a_function_of_torchvision() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=torch.nn.Module)
+    with only_known_kinds():
+        made = parser.instantiate_classes(
+            parser.parse_args(["--net=torchvision.models.resnet18", "--net.num_classes=3"])
+        )
+    assert made.net.fc.out_features == 3
 
 
 @pytest.mark.parametrize(
@@ -202,8 +218,6 @@ def test_what_the_user_says_is_not_restricted(forge: Callable[[str, Any], None])
 def test_the_block_leaves_jsonargparse_as_it_was(forge: Callable[[str, Any], None]) -> None:
     with pytest.raises(SystemExit):
         data_of({"class_path": "GlyphDataModule", "init_args": {"test_transform": OBJECT}})
-    from jsonargparse import ArgumentParser
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--made", type=Callable[..., Any])
     parser.instantiate_classes(parser.parse_args(["--made", json.dumps(OBJECT)]))

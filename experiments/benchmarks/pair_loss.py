@@ -191,11 +191,8 @@ def peers(inputs: Inputs) -> dict[str, Step]:
         ("multi-similarity, mined (pytorch-metric-learning)", multi, miners.MultiSimilarityMiner(0.1)),
     ):
         memory = losses.CrossBatchMemory(loss, m.shape[1], memory_size=len(m), miner=miner)
-        memory.embedding_memory, memory.label_memory, memory.has_been_filled = (
-            m.to(x.dtype, copy=True),
-            my.clone(),
-            True,
-        )
+        memory.embedding_memory, memory.label_memory = m.to(x.dtype, copy=True), my.clone()
+        memory.has_been_filled = True
 
         def run(memory: torch.nn.Module = memory) -> None:
             x.grad = None

@@ -54,7 +54,7 @@ _ARITHMETIC = {
 }
 _COMPARISONS = {"gt": "{} > {}", "ge": "{} >= {}", "lt": "{} < {}", "le": "{} <= {}"}
 _LOGIC = {"and": "{} & {}", "or": "{} | {}", "invert": "~{}"}
-# Of torch's other names for these; `operator.and_` and the like are methods with underscores around.
+# Torch's other names for these, and for an operator's method without its underscores (`__rmul__`).
 _SAME = {
     "bitwise_and": "and", "bitwise_not": "invert", "bitwise_or": "or", "clamp_max": "minimum", "clamp_min": "maximum",
     "clip": "clamp", "divide": "div", "greater": "gt", "less": "lt", "logical_and": "and", "logical_not": "invert",
@@ -174,9 +174,8 @@ def _power(recorder: _Recorder, base: object, exponent: object) -> Symbol:
         return recorder.do("mul", base, base)
     if not isinstance(exponent, float | int) or float(exponent).is_integer():
         raise NoKernelError(f"a power of {exponent}")
-    return recorder.write(
-        f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})"
-    )  # NaN below 0, as torch
+    # NaN below 0, as in torch.
+    return recorder.write(f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})")
 
 
 def _to(recorder: _Recorder, block: Symbol, like: object = torch.float32) -> Symbol:

@@ -18,9 +18,10 @@ OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "
 
 # What each room may import of the package, beside itself. A new room says here on what it stands.
 MAY_IMPORT: dict[str, set[str]] = {
+    "compat": set(),
     "bfloat16": set(),
     "losses": {"bfloat16"},
-    "memory": set(),
+    "memory": {"compat"},
     "data": set(),
     "whole_file": set(),
     "retrieval": {"whole_file", "bfloat16"},

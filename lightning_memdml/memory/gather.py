@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_memdml.compat import all_gather_single
+
 # A message is an int32 matrix: a header row, then one row per image: its embedding (the bits of D float32),
 # its label and its index (the bits of one int64 each, two int32 wide).
 _HEADER = 4
@@ -76,7 +78,7 @@ class RowGather:
 
     def _exchange(self, message: Tensor) -> Tensor:
         received = message.new_empty(dist.get_world_size(), *message.shape)
-        dist.all_gather_into_tensor(received.flatten(0, 1), message)
+        all_gather_single(received.flatten(0, 1), message)
         return received
 
     def _unpack(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

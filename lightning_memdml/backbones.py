@@ -11,7 +11,6 @@ from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
@@ -139,13 +138,15 @@ def build_backbone(
 
 def _torchvision_trunk(name: str, weights: str | None, path: Path | None) -> tuple[nn.Module, int]:
     """Build one of torchvision's classifiers, and put an identity in the place of its last linear layer."""
+    from torchvision import models
+
     _check_classifier(name)
     options: dict[str, Any] = {}
     if name in AUXILIARY_HEADS:
         # The published weights of these two want their input scaled as TensorFlow did.
         options = {"init_weights": True} if weights is None else {"transform_input": True}
     try:
-        model = torchvision.models.get_model(name, weights=_enum(name, weights, path), **options)
+        model = models.get_model(name, weights=_enum(name, weights, path), **options)
     except URLError as error:
         raise ConnectionError(
             f"Expected to download the weights {weights} of {name} but {error.reason}; pass a file as `weights`."
@@ -165,10 +166,12 @@ def _torchvision_trunk(name: str, weights: str | None, path: Path | None) -> tup
 
 
 def _check_classifier(name: str) -> None:
-    names = torchvision.models.list_models(module=torchvision.models)
+    from torchvision import models
+
+    names = models.list_models(module=models)
     if name in names:
         return
-    if name in torchvision.models.list_models():
+    if name in models.list_models():
         raise ValueError(
             f"Expected `backbone` to be one of torchvision's image classifiers but {name!r} is a model for "
             "another task; its trunk may be among them, for example 'resnet50'."
@@ -203,9 +206,11 @@ def _weights_file(weights: str | None) -> Path | None:
 
 def _enum(name: str, weights: str | None, path: Path | None) -> Any:
     """Return torchvision's enum of published weights."""
+    from torchvision.models import get_model_weights
+
     if weights is None or path is not None:
         return None
-    published = torchvision.models.get_model_weights(name)
+    published = get_model_weights(name)
     choices = dict(published.__members__)  # with the alias DEFAULT
     chosen = weights.rpartition(".")[2]  # ResNet50_Weights.IMAGENET1K_V2 is the full name
     if chosen not in choices:

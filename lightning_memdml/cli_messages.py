@@ -35,6 +35,8 @@ COMMANDS = {
     "export": "Write the network as ONNX and as a torch.export program.",
 }
 ROOMS = (losses, callbacks, data, memory, lightning_callbacks, lightning_loggers)
+for name in callbacks.__all__:
+    getattr(callbacks, name)  # a name of this room is imported when it is first used
 CLASS_NAMES = (
     SmallConvNet.__name__,
     *(name for room in ROOMS for name in room.__all__),

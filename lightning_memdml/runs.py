@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 from unittest import mock
 
 import torch
-from jsonargparse import _typehints
 from lightning import Trainer
 from torch import nn
 from torch.optim import Optimizer
@@ -63,6 +62,8 @@ def only_known_kinds() -> Iterator[None]:
     Raises:
         ValueError: If something else is named.
     """
+    from jsonargparse import _typehints
+
     refused: list[str] = []
     class_parser = _typehints.ActionTypeHint.get_class_parser
 

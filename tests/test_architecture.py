@@ -20,15 +20,16 @@ OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "
 MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "bfloat16": set(),
+    "lazy": set(),
     "losses": {"bfloat16"},
     "memory": {"compat"},
     "data": set(),
     "whole_file": set(),
-    "retrieval": {"whole_file", "bfloat16"},
+    "retrieval": {"lazy", "whole_file", "bfloat16"},
     "backbones": set(),
     "runs": set(),
     "curves": {"losses"},
-    "callbacks": {"memory", "losses", "retrieval", "curves", "runs", "whole_file"},
+    "callbacks": {"lazy", "memory", "losses", "retrieval", "curves", "runs", "whole_file"},
     "learner": {"losses", "retrieval", "backbones", "runs"},
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones"},
     "data_check": {"data", "cli_messages", "whole_file"},
@@ -41,7 +42,7 @@ MAY_IMPORT |= {
     "__main__": {"cli"},
     "__init__": ROOMS - {"cli_messages"},
 }
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
 KERNELS = PACKAGE / "losses" / "fused.py"  # Triton reads its decorators when it is imported: import it where it is used
 
 

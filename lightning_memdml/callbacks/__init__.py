@@ -1,8 +1,5 @@
 """When it is remembered: Trainer hooks around the plain objects, for any LightningModule."""
 
-from lightning_memdml.callbacks.gallery import GalleryLogger
-from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
-from lightning_memdml.callbacks.memory_report import MemoryReport
-from lightning_memdml.callbacks.weight_curves import WeightCurveLogger
+from lightning_memdml.lazy import lazy_exports
 
-__all__ = ["GalleryLogger", "MemoryCallback", "MemoryReport", "WeightCurveLogger", "against_memory"]
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # the names are listed in __init__.pyi

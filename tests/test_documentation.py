@@ -1,0 +1,106 @@
+"""The code on the pages runs, prints what the page shows, and names commands and options that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.pages import PAGES, REPOSITORY, read_blocks, run_page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_code_on_the_page_works(page: Path, tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+    monkeypatch.syspath_prepend(str(tmp_path))  # a page may write a module and import it
+    run_page(page, tmp_path)
+
+
+def test_the_first_screen_holds_the_commands_the_table_and_the_drop_in_diff() -> None:
+    screen = "\n".join((REPOSITORY / "README.md").read_text().splitlines()[:65])
+    for wanted in ("memdml fit", "make demo", "```python", "| Recall@1 %", "```diff"):
+        assert wanted in screen
+
+
+# The checks themselves
+
+WRONG_PAGES = {
+    "another output": ("```python\nprint(1 + 1)\n```\n\n```text\n3\n```", "line 6: expected the code to print\n3"),
+    "another comment": ("```python\nprint(2)  # -> 2\nprint(3)  # -> 4\n```", "to print\n2\n4\nbut got\n2\n3"),
+    "an unknown option": ("```console\n$ memdml fit --trainer.max_step 3\n```", "cannot be parsed"),
+    "an unknown option of a class": (
+        "```console\n$ memdml test --ckpt_path last.ckpt \\\n    --data FolderDataModule --data.rot a\n```",
+        "cannot be parsed",
+    ),
+    "an unknown option of a command of our own": ("```bash\nmemdml index --outputs here\n```", "cannot be parsed"),
+    "an unknown command": ("```console\n$ python -m lightning_memdml fitt\n```", "cannot be parsed"),
+    "a skipped block without a reason": ("<!-- not run: -->\n```python\nassert 1 > 2\n```", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PAGES)
+def test_a_wrong_page_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, message = WRONG_PAGES[name]
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError) as error:
+        run_page(tmp_path / "page.md", tmp_path)
+    assert message in str(error.value)
+
+
+RIGHT_PAGE = """
+A page.
+
+```python title="doubled.py"
+def double(number):
+    return 2 * number
+```
+
+1. In a list:
+
+    ```python
+    from doubled import double
+
+    for number in range(2):
+        print("about", double(number))
+    ```
+
+    ```text
+    about 0
+    about ...
+    ```
+
+```python
+print(double(4))  # -> 8
+```
+
+```text
+8
+```
+
+```console
+$ memdml fit --config experiments/glyphs_batch.yaml --model.loss ContrastiveLoss --model.loss.margin 0.3 \\
+    --data FolderDataModule --data.root my/images   # a comment
+trained
+$ torchrun --nproc-per-node 2 -m lightning_memdml test --ckpt_path runs/last.ckpt
+$ memdml study doubled.yaml --dry_run
+$ memdml index --ckpt_path runs/last.ckpt --source my/images
+$ memdml --help
+```
+
+<!-- not run: it needs a GPU with much memory -->
+```python
+raise RuntimeError
+```
+"""
+
+
+def test_a_right_page_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.md").write_text(RIGHT_PAGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [block.language for block in read_blocks(RIGHT_PAGE)] == [
+        "python", "python", "text", "python", "text", "console", "python",
+    ]  # fmt: skip
+    run_page(tmp_path / "page.md", tmp_path)
+    assert not (tmp_path / "runs").exists()

@@ -14,7 +14,7 @@ import pytest
 import lightning_memdml
 
 PACKAGE = Path(lightning_memdml.__file__).parent
-OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn", "triton"}
+OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn", "scipy", "triton"}
 
 # What each room may import of the package, beside itself. A new room says here on what it stands.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -12,6 +12,7 @@ from lightning_memdml.curves.plot import LETTERS, LOSS_STYLES, SIDE_STYLES
 from lightning_memdml.curves.reading import SIDES
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
+from lightning_memdml.study.tables import score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,17 +20,6 @@ if TYPE_CHECKING:
 
 VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#6b7486"}
 CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
-SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
-
-
-def score_name(score: str) -> str:
-    """Return what a score is called in the field.
-
-    Example:
-        >>> score_name("map_at_r"), score_name("recall_at_10")
-        ('MAP@R', 'Recall@10')
-    """
-    return SCORE_NAMES.get(score, score.replace("recall_at_", "Recall@"))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -45,16 +35,17 @@ def _bare(axes: Axes, *spines: str) -> None:
 
 # ----------------------------------------------------------------------------------------- weight curves beside scores
 def plot_scores(results: Results, data: str, score: str) -> Figure:
-    """Draw a row per arm: how it weighs positives and negatives, and what it scores.
+    """Draw a row per arm: the weights of positives and negatives, and the score.
 
-    The curves are those of the term against the memory where there is one, else of the batch, exact where the weight
-    depends on the similarity alone and else the mean of measured pairs; each is drawn to its own largest value. The
-    grey ground is where the pairs of the last batches lie. Dots are seeds, bars the interval of their mean.
+    The curves are those of the memory term, or of the batch for arms without a memory. A curve is exact where the
+    weight depends on the similarity alone, and otherwise the mean over measured pairs. Each curve is scaled to its own
+    maximum. The grey area shows the similarities of the pairs in the last batches. Dots are seeds; bars are intervals
+    of their mean.
 
     Args:
-        results: What the study has found.
-        data: On which data set.
-        score: Which score.
+        results: The results of the study.
+        data: The data set.
+        score: The score.
     """
     arms = [arm for arm in results.study.arms if results.of(arm, data)]
     height = 0.62 * len(arms) + 1.0
@@ -84,7 +75,7 @@ def _finite(interval: Sequence[float]) -> list[float]:
 
 
 def _reading(records: Sequence[Record]) -> dict[str, Any] | None:
-    """Return what was read of the loss against the memory, or else in the batch; the measured pairs of all seeds."""
+    """Return the reading of the memory loss, or else of the batch loss, with the measured pairs of all seeds pooled."""
     found = [record.get("weights") or {} for record in records]
     readings = [weights.get("memory", weights.get("batch", {})) for weights in found]
     if not all(readings):
@@ -141,9 +132,9 @@ def _draw_score(axes: Axes, found: Any, span: tuple[float, float], last: bool) -
 
 # ------------------------------------------------------------------------------------------------------------- claims
 def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
-    """Draw the decisive interval of every claim; the ground is where the claim says that the difference lies.
+    """Draw the deciding interval of every claim; the region of the claim is shaded.
 
-    Returns None if no claim has all its runs.
+    Returns `None` if no claim has all its runs.
     """
     shown = [one for one in judged if not one.missing]
     if not shown:
@@ -168,13 +159,13 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
         if one is not shown[-1]:
             axes.tick_params(labelbottom=False, length=0)
             axes.spines["bottom"].set_visible(False)
-    panels[-1].set_xlabel("difference in points; shaded: where the claim says it lies")
+    panels[-1].set_xlabel("difference in points; shaded: the region of the claim")
     return figure
 
 
-# ------------------------------------------------------------------------------------------- what happened on the way
+# ------------------------------------------------------------------------------------------------------------ training
 class _Panel(NamedTuple):
-    """One number over the steps: the list in a record that holds it, its name there, and what it is multiplied by."""
+    """A quantity over the steps: its list in a record, its name there, and a factor."""
 
     title: str
     rows: str
@@ -187,13 +178,13 @@ class _Panel(NamedTuple):
 
 
 def plot_training(results: Results, data: str, score: str) -> Figure | None:
-    """Draw loss and validation score over the steps, the mean over seeds; None if nothing was recorded."""
+    """Draw loss and validation score over the steps, averaged over seeds; `None` without records."""
     validated = _Panel(f"{score_name(score)} of validation classes, percent", "validation", score, 100)
     return _plot_series(results, data, (_Panel("training loss", "training", "loss"), validated))
 
 
 def plot_drift(results: Results, data: str) -> Figure | None:
-    """Draw the drift of the memory over the steps, where a `MemoryReport` measured it; else None."""
+    """Draw the drift of the memory over the steps if `MemoryReport` measured it, else `None`."""
     drift = _Panel("drift of the oldest quarter of the memory, 1 - cosine", "memory", "drift_old")
     return _plot_series(results, data, (drift, _Panel("weighted negatives per anchor", "memory", "negatives")))
 
@@ -218,9 +209,9 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
         for arm, points in series.items():
             place = arms.index(arm)
             style = LOSS_STYLES[place % len(LOSS_STYLES)]
-            # More arms than styles: the second round is thin, so that no two lines look alike.
+            # With more arms than styles, the second round is thinner, so that all lines differ.
             width = (2.0, 1.0, 0.6)[min(2, place // len(LOSS_STYLES))]
-            marker = style.mark if len(points) == 1 else None  # a single point would be an invisible line
+            marker = style.mark if len(points) == 1 else None  # a line of a single point is invisible
             axes.plot(
                 *zip(*points, strict=True),
                 color=style.color,
@@ -231,7 +222,7 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
             )
         values = [abs(value) for points in series.values() for _, value in points]
         if max(values) > 20 * max(1.0, float(np.median(values))):
-            axes.set_yscale("symlog", linthresh=1)  # one arm, of another kind of loss, would flatten all others
+            axes.set_yscale("symlog", linthresh=1)  # one arm with another kind of loss would flatten all others
         axes.set_title(title, fontsize="small")
         axes.set_xlabel("optimiser step")
         axes.grid(color="0.92", linewidth=0.8)
@@ -258,7 +249,7 @@ def _mean_series(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
 
 
 def plot_similarities(results: Results, data: str) -> Figure | None:
-    """Draw how similar test images are to those of their own class and of others, arm by arm; None without records."""
+    """Draw the similarities of test images to their own class and to others for each arm; `None` without records."""
     arms = [
         arm for arm in results.study.arms if any(record.get("similarity") for record in results.of(arm, data))
     ]  # fmt: skip

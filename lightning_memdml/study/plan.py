@@ -1,4 +1,4 @@
-"""What a study is going to run: every configuration is parsed, and the budgets are compared, before the first run."""
+"""The plan of a study: parses every configuration and compares the budgets before the first run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import yaml
 
-from lightning_memdml.study.study_file import Config, Study, Values, with_values
+from lightning_memdml.study.overrides import Config, Values, with_values
+from lightning_memdml.study.study_file import Study
 
 Stage = Literal["search", "test"]
 Record = dict[str, Any]
-#: Builds learner, data and Trainer: `lightning_memdml.cli.MemdmlCLI`, given by who calls, as nothing imports the CLI.
+#: Builds learner, data and Trainer: `lightning_memdml.cli.MemdmlCLI`. The caller passes it, as nothing imports the CLI.
 CLI = Callable[..., Any]
 
-# What a run is alike with and without: no part of what it measures.
+# Options that do not change what a run measures. They are left out of its key.
 COSMETIC = {
     "trainer": (
         "logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "enable_checkpointing",
@@ -36,16 +36,16 @@ COSMETIC = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training with its score.
+    """One training run with its score.
 
     Attributes:
         stage: `search` is scored on validation classes, `test` on test classes.
-        arm: Its arm.
-        data: Its data set.
-        seed: Its seed.
-        choice: What the search has chosen, or is trying.
-        config: The whole configuration, defaults included.
-        key: Hash of all that decides the result. A finished run is the same run if its key is.
+        arm: The arm.
+        data: The data set.
+        seed: The seed.
+        choice: The values that the search tries (stage `search`) or has chosen (stage `test`).
+        config: The complete configuration, including defaults.
+        key: Hash of everything that decides the result. Two runs with the same key are the same run.
     """
 
     stage: Stage
@@ -58,48 +58,51 @@ class Run:
 
     @property
     def file_name(self) -> str:
-        """Name of the file of the finished run."""
+        """File name of the finished run."""
         return f"{self.stage}-{self.data}-{self.arm}-seed{self.seed}-{self.key[:10]}.json"
 
     @property
     def images(self) -> int:
-        """Number of images it trains on, for which it takes its time."""
+        """Number of images of the training, which is proportional to its time."""
         budget = budget_of(self.config, self.arm)
         return budget.steps * budget.images_per_step
 
     def in_words(self) -> str:
-        """Return the run in a few words."""
+        """Describe the run in a few words."""
         tried = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.choice.items())
         return f"{self.arm} on {self.data}, seed {self.seed}" + (f", {tried}" if tried else "")
 
 
 class Budget(NamedTuple):
-    """What a run takes."""
+    """The budget of a run."""
 
     steps: int
     images_per_step: int
 
 
 def budget_of(config: Config, arm: str) -> Budget:
-    """Return the optimiser steps of a configuration, and the images of each.
+    """Return the number of optimiser steps of a configuration, and the number of images per step.
 
     Raises:
-        ValueError: If the number of steps is not set outright, or several devices share a run.
+        ValueError: If `trainer.max_steps` is not set, or several devices share a run.
     """
     trainer, data = config["trainer"], config["data"].get("init_args", {})
     if (trainer.get("max_steps") or -1) < 1 or trainer.get("max_epochs") not in (None, -1):
         raise ValueError(
-            f"Arm {arm!r}: expected `trainer.max_steps` above 0 and `trainer.max_epochs: -1`, as arms are compared at "
-            f"equal optimiser steps, but got max_steps={trainer.get('max_steps')} and "
-            f"max_epochs={trainer.get('max_epochs')}."
+            f"Arm {arm!r}: expected `trainer.max_steps` above 0 and `trainer.max_epochs: -1`, because arms are "
+            f"compared at equal numbers of steps, but got max_steps={trainer.get('max_steps')} and "
+            f"max_epochs={trainer.get('max_epochs')}. Set both in the base configuration."
         )
     if trainer.get("devices") not in ("auto", 1, "1", [0]) or trainer.get("num_nodes") not in (None, 1):
         raise ValueError(
-            f"Arm {arm!r}: expected one device for each run but got devices={trainer['devices']}; leave it out, and "
-            "pass `--processes N`, which spreads the runs over the GPUs there are."
+            f"Arm {arm!r}: expected one device per run but got devices={trainer['devices']}. Leave `devices` out and "
+            "pass `--processes N`, which distributes the runs over the available GPUs."
         )
     if "batch_size" not in data:
-        raise ValueError(f"Arm {arm!r}: expected `data.batch_size`, to compare budgets, but the data module has none.")
+        raise ValueError(
+            f"Arm {arm!r}: expected a data module with the option `batch_size`, by which budgets are compared, but it "
+            "has none. Use a data module of this package, or add the option to yours."
+        )
     return Budget(trainer["max_steps"], data["batch_size"] * (trainer.get("accumulate_grad_batches") or 1))
 
 
@@ -107,43 +110,43 @@ def check_budgets(study: Study, budgets: dict[tuple[str, str], Budget]) -> None:
     """Check that all arms of a data set have equal budgets.
 
     Args:
-        study: Says what is equal.
-        budgets: Of each (data set, arm).
+        study: The study, whose `equal` names the kind of budget.
+        budgets: (data set, arm) -> budget.
 
     Raises:
-        ValueError: If they have not; the message lists them.
+        ValueError: If they differ. The message lists them.
     """
     for data in study.data:
         found = {arm: budgets[data, arm] for arm in study.arms}
         if study.equal == "images":
             if len({budget.steps * budget.images_per_step for budget in found.values()}) > 1:
                 raise ValueError(
-                    f"Expected `max_steps` times the batch size to be equal in all arms (`equal: images`), but on "
-                    f"{data!r} they are: {_listed(found)}."
+                    f"Expected `max_steps` times the batch size to be equal in all arms (`equal: images`) but on "
+                    f"{data!r} got {_as_text(found)}. Change `max_steps` of the arms."
                 )
         elif len(set(found.values())) > 1:
             raise ValueError(
-                f"Expected equal optimiser steps and images per step in all arms, but on {data!r} they are: "
-                f"{_listed(found)}. If the batch size is the question, say `equal: images` in the study file, and give "
-                "each arm the `max_steps` that makes the images in all equal."
+                f"Expected equal optimiser steps and images per step in all arms but on {data!r} got "
+                f"{_as_text(found)}. If the batch size is the question, write `equal: images` in the study file and "
+                "choose `max_steps` of each arm so that the total number of images is equal."
             )
 
 
-def _listed(budgets: dict[str, Budget]) -> str:
+def _as_text(budgets: dict[str, Budget]) -> str:
     return "; ".join(f"{arm} {steps:,} steps of {images:,} images" for arm, (steps, images) in budgets.items())
 
 
 class Plan:
-    """What a study has to run. Every configuration is parsed before the first run, so that none fails at night.
+    """The runs of a study. Every configuration is parsed before the first run, so that errors appear at once.
 
     Args:
         study: The study.
-        cli: Builds what a configuration says.
-        options: Options of the command line for all runs, such as ``--data.path images.npz``.
+        cli: Builds learner, data and Trainer from a configuration.
+        options: Command-line options for all runs, such as `--data.path images.npz`.
 
     Raises:
-        ValueError: If a configuration is wrong, naming arm and option; if budgets differ; or if an arm has no use for
-            an option of the search.
+        ValueError: If a configuration is wrong (the message names arm and option), if budgets differ, or if an arm has
+            none of the keys of a search option.
     """
 
     def __init__(self, study: Study, cli: CLI, options: Sequence[str] = ()) -> None:
@@ -157,16 +160,19 @@ class Plan:
                 for choice in self.choices(arm, data):
                     budget = budget_of(self.resolve(arm, data, choice), arm)
                     if budgets.setdefault((data, arm), budget) != budget:
-                        raise ValueError(f"Expected a search that leaves the budget alone, but {choice} changes it.")
+                        raise ValueError(
+                            f"Expected a search that does not change the budget but {choice} changes it. Leave "
+                            "steps and batch size out of the search."
+                        )
         check_budgets(study, budgets)
 
     def choices(self, arm: str, data: str) -> list[Values]:
-        """Return what the search tries for an arm; one empty choice if there is no search."""
+        """Return the tries of an arm; one empty choice without a search."""
         search = self.study.search
         return [{}] if search is None else search.choices(self.study.config(arm, data), arm)
 
     def search_runs(self) -> list[Run]:
-        """Return the runs on validation classes."""
+        """Return the search runs, which are scored on validation classes."""
         search = self.study.search
         if search is None:
             return []
@@ -178,9 +184,9 @@ class Plan:
         ]
 
     def test_runs(self, searched: Sequence[Record]) -> list[Run]:
-        """Return the runs on test classes, each arm with what scored best on the validation classes.
+        """Return the test runs: each arm with its best choice on the validation classes.
 
-        All arms of a seed come before the next seed: what an interrupted study has done can be compared.
+        All arms of a seed come before the next seed, so that an interrupted study can be compared.
         """
         best = {
             (data, arm): self.best_choice(arm, data, searched) for data in self.study.data for arm in self.study.arms
@@ -193,10 +199,10 @@ class Plan:
         ]
 
     def best_choice(self, arm: str, data: str, searched: Sequence[Record]) -> Values:
-        """Return what scored best; of equals the first.
+        """Return the choice with the best validation score; the first of equal ones.
 
         Raises:
-            ValueError: If a searching run of the arm is missing.
+            ValueError: If a search run of the arm is missing.
         """
         search = self.study.search
         if search is None:
@@ -206,13 +212,16 @@ class Plan:
             key = self._run("search", arm, data, search.seed, choice).key
             record = next((record for record in searched if record["key"] == key), None)
             if record is None:
-                raise ValueError(f"The search of {arm!r} on {data!r} is not finished: {choice} has no score.")
+                raise ValueError(
+                    f"Expected a finished search of {arm!r} on {data!r} but {choice} has no score. Run the study "
+                    "again: finished runs are kept."
+                )
             scores.append((record["scores"][search.score], choice))
         return max(scores, key=lambda scored: scored[0])[1]
 
     def resolve(self, arm: str, data: str, choice: Values) -> Config:
-        """Return a whole configuration, defaults included."""
-        # Of a grid of numbers the first is parsed, and the others are put into its place: parsing is most of the time.
+        """Return a complete configuration, including defaults."""
+        # Only the first choice of a grid of numbers is parsed, and the others replace its values: parsing is slow.
         parsed = (
             self.choices(arm, data)[0] if all(isinstance(value, int | float) for value in choice.values()) else choice
         )
@@ -222,7 +231,7 @@ class Plan:
         return with_values(self._resolved[text], choice)
 
     def logger(self) -> dict[str, Any]:
-        """Return the logger that the base configures, which is that of the study: runs have none of their own."""
+        """Return the logger of the base configuration. It logs the study; runs have no logger of their own."""
         arm, data = next(iter(self.study.arms)), next(iter(self.study.data))
         logger = self.resolve(arm, data, self.choices(arm, data)[0])["trainer"].get("logger")
         return logger if isinstance(logger, dict) else {}
@@ -243,27 +252,25 @@ class Plan:
         text = json.dumps({"stage": stage, **config}, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode())
         for module, source in self._sources.items():
-            if re.search(rf'"{re.escape(module)}\.', text):  # a class or function of the user's own, which may change
+            if re.search(rf'"{re.escape(module)}\.', text):  # a class or function of the user, which may have changed
                 digest.update(source)
         return digest.hexdigest()
 
 
 def _parser(cli: CLI, options: Sequence[str]) -> Callable[[str, str], Config]:
-    """Return what turns a configuration into a whole one; wrong names raise, and say whose they are."""
+    """Return a function that completes a configuration with defaults; its errors name the owner of a wrong option."""
 
     class ParsedOnly(cli):  # type: ignore[valid-type, misc]
         def instantiate_classes(self) -> None:
             """Build nothing."""
 
-        def _set_seed(self) -> None:
-            """Leave the random numbers of this process alone."""
+    built: list[Any] = []  # one parser for all: to build it takes as long as to use it
 
-    built: list[Any] = []  # once: a parser takes as long to build as to use
-
-    def parse(text: str, whose: str) -> Config:
-        said, arguments = io.StringIO(), ["--config", text, *options]
+    def parse(text: str, owner: str) -> Config:
+        # Without a seed, Lightning does not touch the random numbers of this process. Every run sets its own later.
+        printed, arguments = io.StringIO(), ["--config", text, *options, "--seed_everything=false"]
         try:
-            with contextlib.redirect_stderr(said), as_if_alone():
+            with contextlib.redirect_stderr(printed), isolated():
                 if built:
                     built[0].parse_arguments(built[0].parser, arguments)
                 else:
@@ -271,13 +278,20 @@ def _parser(cli: CLI, options: Sequence[str]) -> Callable[[str, str], Config]:
                 parsed = built[0]
                 return yaml.safe_load(parsed.parser.dump(parsed.config, skip_validation=True, skip_unset=False))
         except SystemExit as error:
-            raise ValueError(f"{whose}: {said.getvalue().rpartition('error: ')[2].strip()}") from error
+            raise ValueError(f"{owner}: {printed.getvalue().rpartition('error: ')[2].strip()}") from error
 
     return parse
 
 
 @contextlib.contextmanager
-def as_if_alone() -> Iterator[None]:
-    """Hide the command line, about which Lightning would warn, and take back what a run puts in the environment."""
-    with mock.patch.object(sys, "argv", sys.argv[:1]), mock.patch.dict(os.environ):
+def isolated() -> Iterator[None]:
+    """Hide the command line from Lightning, which would warn about it, and restore the environment afterwards."""
+    arguments, environment = sys.argv, dict(os.environ)
+    sys.argv = arguments[:1]
+    try:
         yield
+    finally:
+        sys.argv = arguments
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)

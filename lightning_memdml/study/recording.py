@@ -1,4 +1,4 @@
-"""What a run of a study measures, beside its scores."""
+"""Records of a study run beside its scores: time, losses, pair weights, drift, similarities."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ DIGITS = 6
 
 
 class DivergedError(RuntimeError):
-    """A training made weights that are NaN or infinite."""
+    """The training produced NaN or infinite weights."""
 
 
 def has_diverged(module: nn.Module) -> bool:
-    """Whether a weight is NaN or infinite."""
+    """Return whether any weight is NaN or infinite."""
     return not all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 class RunRecorder(Callback):
-    """Notes what a run does: time, losses, validation scores, pair weights, drift, scores of every test class.
+    """Records time, losses, validation scores, pair weights, drift, and the scores of every test class.
 
-    The training is not changed by it: nothing is drawn at random, and no loss is evaluated before the last step.
+    It does not change the training: it uses no random numbers, and evaluates no loss before the last step.
 
     Attributes:
-        record: What was noted, ready for JSON.
+        record: The recorded values, ready for JSON.
 
     Example:
         >>> RunRecorder().record
@@ -60,18 +60,18 @@ class RunRecorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time and the loss; keep the last batch."""
+        """Record the time and the loss; keep the last batch."""
         self._ends.append(time.perf_counter())
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             bin_ = (trainer.global_step - 1) * POINTS // max(1, trainer.max_steps)
             _, total, count = self._sums.get(bin_, (0, 0, 0))
-            # Added up where it is computed: reading it would wait for a GPU at every step.
+            # Summed on its device: reading the value would synchronise with the GPU at every step.
             self._sums[bin_] = (trainer.global_step, total + loss.detach().float(), count + 1)
         self._outputs = outputs
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the scores of a validation in the training."""
+        """Record the scores of a validation during training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             scores = {
                 name.removeprefix("val/"): _number(score)
@@ -82,20 +82,23 @@ class RunRecorder(Callback):
                 self._validated.append({"step": trainer.global_step, **scores})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop a training that has diverged, whose embeddings cannot be scored.
+        """Stop a diverged training, whose embeddings cannot be scored.
 
         Raises:
             DivergedError: If a weight is NaN or infinite.
         """
         if has_diverged(pl_module):
-            raise DivergedError(f"A weight was NaN or infinite at step {trainer.global_step}.")
+            raise DivergedError(
+                f"Expected finite weights but got NaN or infinity at step {trainer.global_step}. Lower the learning "
+                "rate."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gather what was noted until then."""
+        """Collect the record of an interrupted training."""
         self._gather(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather what was noted, and read the weights of the last batch."""
+        """Collect the record, and read the pair weights of the last batch."""
         self._gather(trainer)
         self.record["weights"] = self._weights(pl_module)
 
@@ -114,16 +117,16 @@ class RunRecorder(Callback):
         }
 
     def milliseconds(self) -> float | None:
-        """Return the median time between the ends of two steps, the first ten left out if there are more than twenty.
+        """Return the median time of a step: data, forward, backward, optimiser and memory.
 
-        It holds data, forward, backward, optimizer and memory.
+        The first ten steps are left out if there are more than twenty.
         """
         ends = self._ends[10:] if len(self._ends) > 20 else self._ends
         steps = [after - before for before, after in pairwise(ends)]
         return round(1000 * statistics.median(steps), 3) if steps else None
 
     def _weights(self, pl_module: LightningModule) -> dict[str, Any]:
-        """Read the losses on the last batch, and against the memory as it is now."""
+        """Read the pair weights of the losses in the last batch, and against the current memory."""
         losses = readable_losses(pl_module, None)
         if not losses or not self._outputs:
             return {}
@@ -140,14 +143,14 @@ class RunRecorder(Callback):
         return {term: pack_reading(reading) for term, reading in readings.items()}
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Note the scores of every class and the similarities, before the learner forgets the embeddings."""
+        """Record the scores of every class and the similarities, before the learner resets its metrics."""
         table = pl_module.test_metrics.ranks().per_class(k=(1,))
         self.record["per_class"] = {name: _numbers(column) for name, column in table.items()}
         self.record["similarity"] = similarity_histograms(pl_module.test_metrics.samples())
 
 
 def pack_reading(reading: Reading) -> dict[str, Any]:
-    """Return a reading as plain numbers: of an exact curve every fifth point, of measured pairs the histogram."""
+    """Convert a reading to plain numbers: every fifth point of an exact curve, the histogram of measured pairs."""
     packed: dict[str, Any] = {"loss": reading.loss, "anchors": reading.anchors, "references": reading.references}
     for side in SIDES:
         curve, measured = reading.side(side)
@@ -162,15 +165,15 @@ def pack_reading(reading: Reading) -> dict[str, Any]:
 
 @torch.no_grad()
 def similarity_histograms(samples: Samples) -> dict[str, list[int]]:
-    """Count the similarities of test queries to the references of their own class, and of others.
+    """Count the similarities of test queries to images of their own class and of other classes.
 
-    Queries are at most a thousand, evenly spread; no image is compared with itself.
+    At most 1,000 evenly spaced queries are used. No image is compared with itself.
 
     Args:
         samples: From `RetrievalMetrics.samples`.
 
     Returns:
-        `positive` and `negative`, each the number of pairs in 100 bins over [-1, 1].
+        For `positive` and `negative`, the number of pairs in each of 100 bins over [-1, 1].
     """
     rows = F.normalize(samples.embeddings)
     query = samples.query[:: max(1, math.ceil(len(samples.query) / QUERIES))]
@@ -191,7 +194,7 @@ def _numbers(column: Tensor) -> list[float]:
 
 
 def _number(value: Any) -> Any:
-    """Return a plain number that JSON has: no more digits than mean something, and none for NaN and infinity."""
+    """Return a number that JSON can hold, with six significant digits; `None` for NaN and infinity."""
     value = float(value)
     if not math.isfinite(value):
         return None

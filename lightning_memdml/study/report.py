@@ -1,11 +1,9 @@
-"""The report of a study: Markdown with pictures beside it, and one HTML page that needs nothing from outside."""
+"""The report of a study: Markdown with pictures beside it, and one self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import math
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -15,9 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from lightning_memdml.study import pictures
-from lightning_memdml.study.pictures import score_name
 from lightning_memdml.study.results import JudgedClaim, Results
-from lightning_memdml.study.study_file import Claim, Study
+from lightning_memdml.study.study_file import Study
+from lightning_memdml.study.tables import (
+    Table,
+    claims_table,
+    origin_table,
+    planned_runs,
+    runs_csv,
+    score_name,
+    scores_table,
+    search_table,
+)
 from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -26,21 +33,14 @@ if TYPE_CHECKING:
 DPI = 130
 
 
-class Table(NamedTuple):
-    """Cells of text under a head."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
 class Section(NamedTuple):
-    """A part of the report: text, then a picture, then a table; any of them may be missing.
+    """A part of the report: text, picture and table, each optional.
 
     Attributes:
-        title: Its heading.
-        text: What it says, a paragraph per line.
-        picture: Name of the picture, and what it shows in words.
-        table: Its table.
+        title: The heading.
+        text: A paragraph of text.
+        picture: Name and description of the picture.
+        table: The table.
     """
 
     title: str
@@ -53,8 +53,8 @@ def write_report(results: Results, folder: Path | str) -> list[Path]:
     """Write `report.md`, `report.html`, `pictures/*.png` and `runs.csv`, and return the paths of the reports.
 
     Args:
-        results: What the study has found so far; runs that are missing are counted.
-        folder: Is made if it is not there.
+        results: The results so far. Missing runs are counted in the report.
+        folder: Output folder; it is created if needed.
     """
     folder = Path(folder)
     judged = results.claims()
@@ -74,7 +74,7 @@ def write_report(results: Results, folder: Path | str) -> list[Path]:
 
 
 def draw(results: Results, judged: Sequence[JudgedClaim]) -> dict[str, Figure]:
-    """Draw every picture that there is something to draw of, by its name."""
+    """Draw every picture for which there is data. Returns name -> figure."""
     score = results.study.scores[0]
     figures: dict[str, Figure | None] = {"claims": pictures.plot_claims(judged)}
     for data in results.study.data:
@@ -92,13 +92,13 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------------------------- content
 def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, Any]) -> Iterator[Section]:
-    """Yield the sections of the report, the answers first."""
+    """Yield the sections of the report, the claims first."""
     study = results.study
     score = score_name(study.scores[0])
     if judged:
-        picture = ("claims", "The decisive interval of every claim") if "claims" in drawn else None
+        picture = ("claims", "The deciding interval of every claim") if "claims" in drawn else None
         yield Section("Claims", rule_in_words(study), picture, claims_table(judged))
     several = len(study.data) > 1
     for data in study.data:
@@ -112,30 +112,30 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
         )
         if f"{data}_training" in drawn:
             text = (
-                "Mean over seeds. Losses of different kinds are no measure of each other; validation scores are, on "
-                "classes that are held out of the training."
+                "Mean over seeds. Values of different losses cannot be compared; validation scores can. Validation "
+                "classes are not trained on."
             )
             yield Section(f"Training{of_data}", text, (f"{data}_training", "Loss and validation score over the steps"))
         if f"{data}_similarities" in drawn:
             words = "Similarities of test images to their own class and to others"
-            text = "After training; where the two overlap, retrieval fails. Each of the two is scaled to its own sum."
+            text = "After training. Retrieval fails where the two overlap. Each histogram is scaled to sum 1."
             yield Section(f"Similarities{of_data}", text, (f"{data}_similarities", words))
         if f"{data}_drift" in drawn:
             text = (
-                "As `MemoryReport` measured it: how far stored rows are from what the encoder makes of the image now."
+                "Measured by `MemoryReport`: the distance of stored rows from the current embedding of the same image."
             )
             yield Section(
                 f"The memory{of_data}", text, (f"{data}_drift", "Drift and weighted negatives over the steps")
             )
     if results.searched:
         yield Section("Search", _search_text(study), None, search_table(results))
-    yield Section("How it was made", "", None, origin_table(results))
+    yield Section("Origin", "", None, origin_table(results))
 
 
 _SCORES_TEXT = (
-    "Test classes, which no training step and no search has seen; the last step of each run. In brackets {level} "
+    "Scores of the last step on test classes, which neither the training nor the search uses. In brackets are {level} "
     "intervals: of the mean over seeds (Student's t), and of the score over test classes (bootstrap). "
-    "Grey behind the curves: where the pairs of the last batches lie."
+    "The grey area behind the curves shows the similarities of the pairs in the last batches."
 )
 
 
@@ -144,184 +144,39 @@ def _percent(study: Study) -> str:
 
 
 def rule_in_words(study: Study) -> str:
-    """Return the rule by which claims are decided."""
+    """Describe the rule that decides the claims."""
     return (
-        "Each claim says where the difference between two groups of arms lies, in points of a score. It is supported "
-        "if the interval of the paired difference over seeds lies wholly there, contradicted if it lies wholly "
-        f"elsewhere, and undecided otherwise. Intervals are corrected for {len(study.claims)} claims by Holm's method: "
-        f"the chance that any of the verdicts is wrong is at most {100 * (1 - study.confidence):.3g} %."
-    )
-
-
-def claims_table(judged: Sequence[JudgedClaim]) -> Table:
-    """Return a row per claim."""
-    head = ["claim", "verdict", "asked", "difference, over seeds", "over test classes", "p, adjusted"]
-    rows = []
-    for one in judged:
-        claim, judgement = one.claim, one.judgement
-        asked = f"{_group(claim.compare)} against {_group(claim.with_)}: {_asked(claim)}"
-        if one.missing:
-            rows.append([claim.says, judgement.verdict, asked, f"{one.missing} runs missing", "", ""])
-            continue
-        level = f"at {100 * judgement.level:.3g} %"
-        classes = "" if one.over_classes is None else interval_in_words(one.over_classes, signed=True)
-        difference = f"{judgement.estimate.mean:+.1f} {interval_in_words(judgement.interval, signed=True)} {level}"
-        rows.append([claim.says, judgement.verdict, asked, difference, classes, f"{judgement.p_value:.2g}"])
-    return Table(head, rows)
-
-
-def _group(arms: Sequence[str]) -> str:
-    return arms[0] if len(arms) == 1 else f"mean of {', '.join(arms)}"
-
-
-def _asked(claim: Claim) -> str:
-    words = {"more": f"more than {claim.by:+g}", "not more": f"less than {claim.by:+g}", "same": f"within {claim.by:g}"}
-    return f"{words[claim.expects]} points of {score_name(claim.score)}"
-
-
-def interval_in_words(interval: Sequence[float], signed: bool = False) -> str:
-    """Return an interval as text.
-
-    Example:
-        >>> interval_in_words((31.24, 33.9)), interval_in_words((-0.5, 2.0), signed=True)
-        ('(31.2 to 33.9)', '(-0.5 to +2.0)')
-    """
-    low, high = interval
-    if not math.isfinite(low):
-        return "(one seed)"
-    return f"({low:+.1f} to {high:+.1f})" if signed else f"({low:.1f} to {high:.1f})"
-
-
-def scores_table(results: Results, data: str) -> Table:
-    """Return a row per arm: the scores in percent with intervals, and the time of a step."""
-    first = results.study.scores[0]
-    names = [f"{score_name(score)} %" for score in results.study.scores]
-    searched = results.study.search is not None
-    chosen = ["chosen"] if searched else []
-    head = ["arm", *chosen, "seeds", names[0], "over test classes", *names[1:], "ms per step"]
-    rows = []
-    for arm in results.study.arms:
-        runs = results.of(arm, data)
-        if not runs:
-            rows.append([arm, *([""] if searched else []), "0", *[""] * (len(names) + 2)])
-            continue
-        cells = []
-        for score in results.study.scores:
-            found = results.score(arm, data, score)
-            assert found is not None  # there are runs
-            cells.append(f"{found.estimate.mean:.1f} {interval_in_words(found.over_seeds)}")
-            if score == first:
-                cells.append("" if found.over_classes is None else interval_in_words(found.over_classes))
-        times = sorted(record["ms_per_step"] for record in runs if record["ms_per_step"] is not None)
-        time = f"{times[len(times) // 2]:.1f}" if times else ""
-        choice = [_choice(runs[0]["choice"])] if searched else []
-        diverged = sum(record["diverged"] for record in runs)
-        seeds = f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
-        rows.append([arm, *choice, seeds, *cells, time])
-    return Table(head, rows)
-
-
-def _choice(choice: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key.removesuffix('.init_args').replace('.init_args', '')}={value}" for key, value in choice.items()
+        "Each claim names a region for the difference between two groups of arms, in points of a score. It is "
+        "supported if the interval of the paired difference over seeds lies inside the region, contradicted if it lies "
+        f"outside, and undecided otherwise. Holm's method corrects the intervals for {len(study.claims)} claims: the "
+        f"probability of any wrong verdict is at most {100 * (1 - study.confidence):.3g} %."
     )
 
 
 def _search_text(study: Study) -> str:
     search = study.search
-    assert search is not None  # it was run
+    assert search is not None  # the search was run
     return (
         f"Every arm had the same number of tries, one run each with seed {search.seed}, scored by "
-        f"{score_name(search.score)} on validation classes, which are neither training nor test classes. The best of "
-        "each arm, in bold, was then trained with every seed."
+        f"{score_name(search.score)} on validation classes, which are neither training nor test classes. The best try "
+        "of each arm is in bold. It was then trained with every seed."
     )
 
 
-def search_table(results: Results) -> Table:
-    """Return a row per arm and data set: what was tried, and what it scored on validation classes."""
-    search = results.study.search
-    assert search is not None  # it was run
-    rows = []
-    for data in results.study.data:
-        for arm in results.study.arms:
-            tried = [record for record in results.searched if (record["arm"], record["data"]) == (arm, data)]
-            if tried:
-                best = max(record["scores"][search.score] for record in tried)
-                cells = []
-                for record in tried:
-                    score = record["scores"][search.score]
-                    cell = f"{_choice(record['choice'])}: {100 * score:.1f}"
-                    cells.append(f"**{cell}**" if score == best else cell)
-                rows.append([data, arm, "; ".join(cells)])
-    return Table(["data", "arm", f"{score_name(search.score)} % of each try"], rows)
-
-
-def origin_table(results: Results) -> Table:
-    """Return what made the runs: commit, versions, hardware, budget, time."""
-    records = [*results.records, *results.searched]
-    made = [record["made_by"] for record in records]
-    study = results.study
-
-    def distinct(values: Any) -> str:
-        return "; ".join(sorted({str(value) for value in values}))
-
-    rows = [
-        ["study file", study.path.name],
-        ["runs", f"{len(results.records)} on test classes of {_wanted(study)}, {len(results.searched)} in the search"],
-        ["seeds", ", ".join(map(str, study.seeds))],
-        [
-            "budget of a run",
-            distinct(f"{record['steps']:,} steps of {record['images_per_step']:,} images" for record in records),
-        ],
-        ["commit", "; ".join(results.commits())],
-        ["versions", distinct(", ".join(f"{name} {one}" for name, one in found["versions"].items()) for found in made)],
-        ["hardware", distinct(f"{found['hardware']}, {found['threads']} threads" for found in made)],
-        ["time of all runs", f"{sum(record['seconds'] for record in records) / 60:.1f} minutes"],
-    ]
-    changed = sum(record.get("rule") != study.rule_key for record in results.records)
-    if changed:
-        rows.append(
-            ["claims", f"CHANGED after {changed} of the runs were finished: those verdicts were not fixed before"]
-        )
-    return Table(["", ""], rows)
-
-
-def runs_csv(results: Results) -> str:
-    """Return a line per finished run: what it was, what it scored, what made it."""
-    lines = []
-    for record in [*results.searched, *results.records]:
-        made = record["made_by"]
-        line = {name: record[name] for name in ("stage", "data", "arm", "seed")} | {"choice": _choice(record["choice"])}
-        line |= {
-            name: record[name] for name in ("steps", "images_per_step", "ms_per_step", "seconds", "diverged")
-        } | record["scores"]
-        line |= {"commit": made["commit"], "hardware": made["hardware"], "torch": made["versions"]["torch"]}
-        lines.append({**line, "finished": record["finished"], "key": record["key"]})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _wanted(study: Study) -> int:
-    return len(study.arms) * len(study.data) * len(study.seeds)
-
-
 def summary(results: Results, judged: Sequence[JudgedClaim]) -> str:
-    """Return the study in a line."""
+    """Summarise the study in one line."""
     verdicts = [one.judgement.verdict for one in judged]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in pictures.VERDICT_COLORS if verdict in verdicts]
     claims = f"; claims: {', '.join(counts)}" if counts else ""
     study = results.study
     sets = f"{len(study.data)} data sets, " if len(study.data) > 1 else ""
-    runs = f"{len(results.records)} of {_wanted(study)} runs"
+    runs = f"{len(results.records)} of {planned_runs(study)} runs"
     return f"{runs}: {len(study.arms)} arms, {sets}{len(study.seeds)} seeds{claims}."
 
 
-# ---------------------------------------------------------------------------------------------------- how it is written
+# ------------------------------------------------------------------------------------------------------------ formats
 def to_markdown(results: Results, judged: Sequence[JudgedClaim], sections: Sequence[Section]) -> str:
-    """Return the report as Markdown, with pictures beside it."""
+    """Format the report as Markdown, with pictures in files beside it."""
     parts = [f"# {results.study.title}", summary(results, judged)]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -343,19 +198,19 @@ def _markdown_table(table: Table) -> str:
 def to_html(
     results: Results, judged: Sequence[JudgedClaim], sections: Sequence[Section], drawn: dict[str, bytes]
 ) -> str:
-    """Return the report as one HTML page: pictures inside, no script, no outside address."""
+    """Format the report as one HTML page with embedded pictures, without scripts or external addresses."""
     parts = "\n".join(_html_section(section, drawn) for section in sections)
-    said = escape(yaml.safe_dump(_said(results.study), sort_keys=False, allow_unicode=True))
+    configuration = escape(yaml.safe_dump(_configuration(results.study), sort_keys=False, allow_unicode=True))
     return _PAGE.format(
         title=escape(results.study.title),
         summary=escape(summary(results, judged)),
         parts=parts,
-        said=said,
+        configuration=configuration,
         style=_STYLE,
     )
 
 
-def _said(study: Study) -> dict[str, Any]:
+def _configuration(study: Study) -> dict[str, Any]:
     data = {name: over for name, over in study.data.items() if over}
     return {"base": study.base, **({"data": data} if data else {}), "arms": study.arms}
 
@@ -404,7 +259,8 @@ _PAGE = """<!doctype html>
 <header><h1>{title}</h1><p>{summary}</p></header>
 <main>
 {parts}
-<section><h2>Configuration</h2><details><summary>What every arm changes in the base</summary><pre>{said}</pre></details>
+<section><h2>Configuration</h2>
+<details><summary>The base and the changes of every arm</summary><pre>{configuration}</pre></details>
 </section>
 </main>
 </body>

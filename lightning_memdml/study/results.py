@@ -1,4 +1,4 @@
-"""What a study has found: scores with intervals, and a verdict on every claim."""
+"""Results of a study: scores with intervals, and a verdict on every claim."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_memdml.study.statistics import Estimate, Interval, Judgement, cla
 from lightning_memdml.study.study_file import Claim, Study
 
 Record = dict[str, Any]
-POINTS = 100  # scores are in [0, 1], differences are told in points
+POINTS = 100  # scores are in [0, 1], differences are reported in points
 
 
 class Score(NamedTuple):
     """A score of an arm on a data set, in points.
 
     Attributes:
-        values: One per seed.
-        estimate: Their mean.
+        values: One value per seed.
+        estimate: The mean over seeds.
         over_seeds: Interval of the mean over seeds.
-        over_classes: Interval over test classes; None where runs have no score per class.
+        over_classes: Interval over test classes, or `None` without scores per class.
     """
 
     values: list[float]
@@ -37,9 +37,9 @@ class JudgedClaim(NamedTuple):
 
     Attributes:
         claim: The claim.
-        judgement: The verdict, by the interval over seeds.
-        over_classes: Interval of the same difference over test classes, at the same level; None where there is none.
-        missing: Number of runs it still waits for.
+        judgement: The verdict, from the interval over seeds.
+        over_classes: Interval of the same difference over test classes at the same level, or `None`.
+        missing: Number of runs that are not finished yet.
     """
 
     claim: Claim
@@ -49,7 +49,7 @@ class JudgedClaim(NamedTuple):
 
 
 class Results:
-    """The finished runs of a study, and what follows from them.
+    """The finished runs of a study, with scores and verdicts.
 
     Args:
         study: The study.
@@ -63,16 +63,16 @@ class Results:
         self.searched = list(searched)
 
     def of(self, arm: str, data: str) -> list[Record]:
-        """Return the runs of an arm on a data set, in the order of the seeds."""
+        """Return the runs of an arm on a data set, ordered by seed."""
         order = {seed: place for place, seed in enumerate(self.study.seeds)}
         found = [record for record in self.records if (record["arm"], record["data"]) == (arm, data)]
         return sorted(found, key=lambda record: order[record["seed"]])
 
     def score(self, arm: str, data: str, score: str) -> Score | None:
-        """Return a score with its intervals; None if no run is finished.
+        """Return a score with its intervals, or `None` without a finished run.
 
         Raises:
-            ValueError: If runs have no such score.
+            ValueError: If the runs do not have this score.
         """
         runs = self.of(arm, data)
         if not runs:
@@ -84,7 +84,7 @@ class Results:
         return Score(values, found, found.interval(self.study.confidence), over_classes)
 
     def claims(self) -> list[JudgedClaim]:
-        """Return the verdicts, on all claims of the file together."""
+        """Return the verdicts on all claims, decided jointly."""
         claims = self.study.claims
         missing = [self._missing(claim) for claim in claims]
         unknown = Estimate(math.nan, math.inf, 1)
@@ -105,10 +105,10 @@ class Results:
         return wanted - sum(len(self.of(arm, data)) for arm in arms for data in claim.data)
 
     def _differences(self, claim: Claim) -> list[list[float]]:
-        """Return, of each data set, one difference per seed: a pair has the same seed, thus start and batches."""
+        """Return one difference per seed for each data set. Runs of one seed share first weights and batches."""
 
         def means(arms: tuple[str, ...], data: str) -> NDArray[np.float64]:
-            # A group is its mean: no arm is picked out of it by its test score.
+            # The mean of the group: no arm is selected by its test score.
             return np.mean([[_score(record, claim.score) for record in self.of(arm, data)] for arm in arms], axis=0)
 
         return [(means(claim.compare, data) - means(claim.with_, data)).tolist() for data in claim.data]
@@ -125,27 +125,27 @@ class Results:
         return class_interval(groups, level)
 
     def commits(self) -> list[str]:
-        """Return the commits that made the runs; unknown for an installed copy of the package."""
+        """Return the commits of the runs; an installed package has none."""
         made = [*self.records, *self.searched]
         return sorted({record["made_by"]["commit"] or "an installed copy" for record in made})
 
 
 def _score(record: Record, score: str) -> float:
     if score not in record["scores"]:
-        raise ValueError(f"There is no score {score!r}; the runs have {', '.join(record['scores'])}.")
+        raise ValueError(f"Expected one of the scores {', '.join(record['scores'])} but got {score!r}.")
     return POINTS * record["scores"][score]
 
 
 def _per_class(
     arms: Sequence[Sequence[Record]], signs: Sequence[float], score: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Return the signed sum over arms of each class's mean over seeds, in points, and its queries."""
+    """Return, per class, the signed sum over arms of the mean over seeds in points, and the number of queries."""
     tables = [record.get("per_class", {}) for runs in arms for record in runs]
     if not tables or any(score not in table for table in tables):
         return None
     labels = tables[0]["label"]
     if any(table["label"] != labels for table in tables):
-        return None  # other classes: other data
+        return None  # the runs were scored on different classes
     means = [np.mean([record["per_class"][score] for record in runs], axis=0) for runs in arms]
     total = POINTS * sum(sign * mean for sign, mean in zip(signs, means, strict=True))
     return np.asarray(total), np.asarray(tables[0]["queries"], dtype=float)

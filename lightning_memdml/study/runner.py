@@ -1,4 +1,4 @@
-"""The many runs of a study: trains what is not done yet, and keeps one file per finished run."""
+"""Runs a study: trains all unfinished runs and keeps one file per finished run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunFolder:
         self.runs = self.path / "runs"
 
     def load(self, run: Run) -> Record | None:
-        """Return a finished run; None if it is not finished.
+        """Return the record of a finished run, or `None`.
 
         Raises:
             ValueError: If its file is damaged.
@@ -50,20 +50,20 @@ class RunFolder:
             return record if record["key"] == run.key else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected a finished run in {file} but it is damaged; delete it to run it again."
+                f"Expected a finished run in {file} but the file is damaged. Delete it to repeat the run."
             ) from error
 
     def finished(self, runs: Sequence[Run]) -> list[Record]:
-        """Return those that are finished."""
+        """Return the records of all finished runs."""
         return [record for run in runs if (record := self.load(run)) is not None]
 
     def save(self, run: Run, record: Record) -> None:
-        """Put the file of a finished run into place whole."""
+        """Write the file of a finished run atomically."""
         with whole_file(self.runs / run.file_name) as unfinished:
             unfinished.write_text(json.dumps(record, default=str), encoding="utf-8")
 
     def fail(self, run: Run, reason: str) -> Path:
-        """Keep why a run failed."""
+        """Keep the reason why a run failed, and return the file."""
         file = self.path / "failed" / run.file_name.replace(".json", ".txt")
         with whole_file(file) as unfinished:
             unfinished.write_text(reason, encoding="utf-8")
@@ -71,21 +71,21 @@ class RunFolder:
 
 
 class FailedRunsError(RuntimeError):
-    """Some runs of a study failed; the others are done and kept."""
+    """Some runs of a study failed. The others are finished and kept."""
 
 
 def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1, rule: Any = None) -> list[Record]:
-    """Train what is not finished, in the order given, and return all records.
+    """Train all unfinished runs in the given order, and return all records.
 
     Args:
         runs: The runs.
-        cli: Builds what a configuration says.
+        cli: Builds learner, data and Trainer from a configuration.
         folder: Where finished runs are kept.
-        processes: How many are trained at a time; with GPUs, process i has GPU i.
-        rule: What decides the verdicts, noted in each new record.
+        processes: Number of runs that are trained at the same time. With GPUs, process i uses GPU i.
+        rule: The rule that decides the verdicts; it is stored in each new record.
 
     Raises:
-        FailedRunsError: After all others are done.
+        FailedRunsError: If runs failed, after all others are finished.
     """
     left = [run for run in runs if folder.load(run) is None]
     total, done = sum(run.images for run in runs), len(runs) - len(left)
@@ -101,19 +101,22 @@ def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1
             if reason is not None:
                 failed.append(f"{run.in_words()}: {reason.strip().splitlines()[-1]} ({folder.fail(run, reason)})")
     if failed:
-        raise FailedRunsError(f"{len(failed)} of {len(runs)} runs failed; the others are kept.\n" + "\n".join(failed))
+        raise FailedRunsError(
+            f"{len(failed)} of {len(runs)} runs failed. The others are kept; run the study again to repeat the failed "
+            "ones.\n" + "\n".join(failed)
+        )
     return folder.finished(runs)
 
 
 def _trained(
     runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int, rule: Any
 ) -> Iterator[tuple[Run, str | None]]:
-    """Yield each run as it ends, with the traceback if it failed."""
+    """Yield each run when it ends, with the traceback if it failed."""
     if processes == 1 or len(runs) < 2:
         for run in runs:
             yield run, _train_and_save(run, cli, folder, rule)
         return
-    # Spawned: a forked child cannot use a GPU that its parent has looked at, nor the parent's OpenMP threads.
+    # Spawned, because a forked child can use neither a GPU that its parent initialised nor the parent's OpenMP threads.
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(processes):
@@ -129,14 +132,14 @@ def _trained(
 
 
 def _start_worker(numbers: Any, processes: int, path: list[str]) -> None:
-    """Set up a worker process: its share of the cores, its GPU, and an end when the study ends."""
-    sys.path[:] = path  # with the folder of the user's modules
+    """Set up a worker process: its share of the cores, its GPU, and its exit with the study."""
+    sys.path[:] = path  # includes the folder of the user's modules
     number = numbers.get()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     if gpus := torch.cuda.device_count():
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     parent = parent_process()
-    if parent is not None:  # a killed study must not leave workers behind, which would wait for ever
+    if parent is not None:  # a killed study must not leave waiting workers behind
         sentinel = parent.sentinel
         threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
@@ -146,17 +149,17 @@ def _train_and_save(run: Run, cli: CLI, folder: RunFolder, rule: Any) -> str | N
     try:
         record = train(run, cli, folder.path / "files" / run.file_name.removesuffix(".json"))
         folder.save(run, {**record, "rule": rule})
-    except Exception:  # whatever a user's loss or data raises: the other runs go on, and it is told at the end
+    except Exception:  # a user's loss or data may raise anything: the other runs continue, and it is reported later
         return traceback.format_exc()
     finally:
-        gc.collect()  # Trainer and learner refer to each other
+        gc.collect()  # Trainer and learner reference each other
     return None
 
 
 def estimate_seconds(runs: Sequence[Run], cli: CLI, folder: RunFolder) -> dict[tuple[str, str], float]:
-    """Return the seconds that a run of each (data set, arm) takes: as measured, or guessed from a few steps.
+    """Estimate the seconds of a run of each (data set, arm), from finished runs or else from a few steps.
 
-    A guess holds the training steps alone, before a memory has filled: it is a lower bound.
+    The estimate from a few steps covers only the training, before a memory is full: it is a lower bound.
     """
     seconds: dict[tuple[str, str], float] = {}
     kinds: dict[tuple[str, str], list[Run]] = {}

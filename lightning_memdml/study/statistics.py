@@ -1,4 +1,4 @@
-"""What differences between arms are worth: intervals over seeds and over test classes, correction, verdicts."""
+"""Statistics of a study: intervals over seeds and over test classes, correction for several claims, verdicts."""
 
 from __future__ import annotations
 
@@ -14,49 +14,9 @@ Expectation = Literal["more", "not more", "same"]
 Verdict = Literal["supported", "contradicted", "undecided"]
 EXPECTATIONS: tuple[Expectation, ...] = get_args(Expectation)
 
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(200)
-
-
-def student_tail(t: float, freedom: float) -> float:
-    r"""Return the probability that Student's t exceeds `t`.
-
-    .. math:: P(T > t) = \frac{1}{B} \int_{\arctan(t / \sqrt\nu)}^{\pi / 2} \cos^{\nu - 1}\theta \, d\theta, \qquad
-              B = \sqrt\pi \, \Gamma(\nu / 2) / \Gamma((\nu + 1) / 2)
-
-    Args:
-        t: Any number.
-        freedom: Degrees of freedom, at least 1, also between whole numbers.
-
-    Example:
-        >>> round(student_tail(2.776, 4), 4)
-        0.025
-    """
-    if t < 0:
-        return 1 - student_tail(-t, freedom)
-    low = math.atan(t / math.sqrt(freedom))
-    half = (math.pi / 2 - low) / 2
-    area = half * float(_NODE_WEIGHTS @ np.cos(low + half * (1 + _NODES)) ** (freedom - 1))
-    return area / (math.sqrt(math.pi) * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)))
-
-
-def student_quantile(tail: float, freedom: float) -> float:
-    """Return the `t` that Student's t exceeds with probability `tail`, in (0, 0.5].
-
-    Example:
-        >>> round(student_quantile(0.025, 4), 3)
-        2.776
-    """
-    low, high = 0.0, 1.0
-    while student_tail(high, freedom) > tail:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tail(middle, freedom) > tail else (low, middle)
-    return (low + high) / 2
-
 
 class Interval(NamedTuple):
-    """From `low` to `high`, both included."""
+    """A closed interval from `low` to `high`."""
 
     low: float
     high: float
@@ -64,12 +24,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over runs, and how far it may be off.
+    """A mean over runs with its standard error.
 
     Attributes:
         mean: The mean.
-        error: Its standard error; infinite where one run says nothing about the spread.
-        freedom: Degrees of freedom of the error.
+        error: The standard error of the mean. It is infinite for a single run, which has no spread.
+        freedom: Degrees of freedom of the standard error.
     """
 
     mean: float
@@ -77,36 +37,43 @@ class Estimate:
     freedom: float
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Return the interval of Student's t around the mean."""
+        """Return the confidence interval of the mean by Student's t distribution."""
+        from scipy.special import stdtrit  # not needed to import the package
+
         if not math.isfinite(self.error):
             return Interval(-math.inf, math.inf)
-        reach = student_quantile((1 - confidence) / 2, self.freedom) * self.error
+        reach = float(stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
         return Interval(self.mean - reach, self.mean + reach)
 
     def p_value(self, edge: float) -> float:
-        """Return the two-sided p-value of the true mean being `edge`: 1 minus the confidence that just reaches it."""
+        """Return the two-sided p-value of the hypothesis that the true mean is `edge`."""
+        from scipy.special import stdtr
+
         if not math.isfinite(self.error):
             return 1.0
         distance = abs(self.mean - edge)
         if self.error == 0:
             return 1.0 if distance == 0 else 0.0
-        return 2 * student_tail(distance / self.error, self.freedom)
+        return 2 * float(stdtr(self.freedom, -distance / self.error))
 
 
 def estimate(groups: Sequence[Sequence[float]]) -> Estimate:
     r"""Estimate a mean over seeds, and over data sets if there are several.
 
-    The mean of data set k over its :math:`n_k` seeds has variance :math:`v_k = s_k^2 / n_k`. Data sets count alike:
+    The mean $m_k$ of data set $k$ over its $n_k$ seeds has variance $v_k = s_k^2 / n_k$. All $K$ data sets have the
+    same weight. The degrees of freedom $\nu$ are those of Welch and Satterthwaite:
 
-    .. math:: m = \frac{1}{K} \sum_k m_k, \qquad \text{error}^2 = \frac{1}{K^2} \sum_k v_k, \qquad
-              \nu = \frac{(\sum_k v_k)^2}{\sum_k v_k^2 / (n_k - 1)}
+    $$
+    m = \frac{1}{K} \sum_k m_k, \qquad \text{error}^2 = \frac{1}{K^2} \sum_k v_k, \qquad
+    \nu = \frac{(\sum_k v_k)^2}{\sum_k v_k^2 / (n_k - 1)}
+    $$
 
-    with the degrees of freedom of Welch and Satterthwaite. It speaks of these data sets, not of all there could be.
-    Student's t is used rather than a bootstrap over seeds, whose percentile interval is far too narrow with so few:
-    of 95 % nominal it covers about 83 % at five values, about 75 % at three.
+    The estimate is about these data sets, not about data sets in general. Student's t is used because a bootstrap
+    over so few seeds is too narrow: its 95 % percentile interval covers about 83 % with five seeds and about 75 % with
+    three.
 
     Args:
-        groups: One value per seed, of each data set.
+        groups: For each data set, one value per seed.
 
     Example:
         >>> estimate([[1.0, 2.0, 3.0]])
@@ -128,14 +95,14 @@ def class_interval(
 ) -> Interval:
     """Return the percentile bootstrap interval of a score, or of a difference, over test classes.
 
-    Whole classes are drawn with replacement, those of each data set on their own: images of one class are each
-    other's matches, and not independent. Data sets count alike.
+    Whole classes are drawn with replacement, separately in each data set, because images of one class are each other's
+    matches and therefore not independent. All data sets have the same weight.
 
     Args:
-        groups: Of each data set the mean of every class `(C,)`, and the number of its queries `(C,)`, its weight.
-        confidence: Mass of the interval, in (0, 1).
+        groups: For each data set, the mean of every class `(C,)` and its number of queries `(C,)`, which is its weight.
+        confidence: Coverage of the interval, in (0, 1).
         resamples: Number of bootstrap samples.
-        seed: Seed of the draws.
+        seed: Seed of the bootstrap.
 
     Example:
         >>> class_interval([([0.5, 0.5, 0.5], [10, 20, 30])])
@@ -152,14 +119,14 @@ def class_interval(
 
 
 class Judgement(NamedTuple):
-    """What became of a claim.
+    """The verdict on a claim.
 
     Attributes:
-        verdict: The verdict.
-        estimate: The difference.
-        level: Confidence of the interval that decides, after the correction.
-        interval: That interval.
-        p_value: Adjusted by Holm's method: the claim is decided if it is at most `1 - confidence`.
+        verdict: Supported, contradicted or undecided.
+        estimate: The estimated difference.
+        level: Confidence level of the deciding interval, after the correction for several claims.
+        interval: The deciding interval.
+        p_value: The p-value adjusted by Holm's method. The claim is decided if it is at most `1 - confidence`.
     """
 
     verdict: Verdict
@@ -170,30 +137,30 @@ class Judgement(NamedTuple):
 
 
 def judge(claims: Sequence[tuple[Estimate, Expectation, float]], confidence: float = 0.95) -> list[Judgement]:
-    """Decide claims about differences, all of them together.
+    """Decide several claims about differences with one error rate.
 
-    A claim says in which region the true difference d lies, `points` being the smallest difference that counts:
+    A claim names the region of the true difference `d`, where `points` is the smallest difference that counts:
 
-    - `more`: d > points;
-    - `not more`: d < points;
-    - `same`: -points < d < points.
+    - `more`: `d > points`;
+    - `not more`: `d < points`;
+    - `same`: `-points < d < points`.
 
-    It is **supported** if the interval of d lies wholly inside the region, **contradicted** if it lies wholly outside,
-    and **undecided** otherwise. The interval is widened by Holm's step-down method, so that with probability
-    `confidence` none of the claims is decided wrongly: of m claims, the one that is easiest to decide is held against
-    a level of ``1 - (1 - confidence) / m``, the next against ``1 - (1 - confidence) / (m - 1)``, and so on; the first
-    that fails leaves itself and all after it undecided.
+    A claim is **supported** if the interval of `d` lies inside the region, **contradicted** if it lies outside, and
+    **undecided** otherwise. Holm's step-down method widens the intervals, so that the probability of any wrong verdict
+    is at most `1 - confidence`: of `m` claims, the one with the smallest p-value is tested at the level
+    `1 - (1 - confidence) / m`, the next at `1 - (1 - confidence) / (m - 1)`, and so on. After the first undecided claim
+    all following claims are undecided.
 
     Args:
-        claims: Of each the estimated difference, what is expected of it, and the points.
-        confidence: In (0, 1).
+        claims: For each claim, the estimated difference, its expectation and its points.
+        confidence: Joint confidence, in (0, 1).
 
     Example:
         >>> clear, noisy = Estimate(5.0, 0.1, 4), Estimate(5.0, 4.0, 4)
         >>> [judgement.verdict for judgement in judge([(clear, "more", 1.0), (noisy, "more", 1.0)])]
         ['supported', 'undecided']
     """
-    # The nearest edge has the largest p-value: it is the one that the interval reaches first.
+    # The nearest edge has the largest p-value: a growing interval reaches it first.
     raw = [max(found.p_value(edge) for edge in _edges(expects, points)) for found, expects, points in claims]
     adjusted = holm(raw)
     levels = _levels(raw, 1 - confidence)
@@ -207,9 +174,11 @@ def judge(claims: Sequence[tuple[Estimate, Expectation, float]], confidence: flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    r"""Return p-values adjusted for their number by Holm's step-down method.
+    r"""Adjust p-values for their number by Holm's step-down method.
 
-    .. math:: \tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1) \, p_{(j)})
+    $$
+    \tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1) \, p_{(j)})
+    $$
 
     References:
         Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
@@ -227,7 +196,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """Return the confidence each claim is held against; from the first that fails on it is that of the first."""
+    """Return the confidence level of each claim; all claims after the first undecided one share its level."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     levels, stopped = [0.0] * len(p_values), False
     share = alpha

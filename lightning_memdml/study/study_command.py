@@ -1,4 +1,4 @@
-"""``memdml study``: arms x data sets x seeds from one file, with intervals, verdicts and a report."""
+"""The command `memdml study`: arms x data sets x seeds from one file, with intervals, verdicts and a report."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ from lightning_memdml.study.runner import FailedRunsError, RunFolder, estimate_s
 from lightning_memdml.study.study_file import Study, read_study
 
 DESCRIPTION = """\
-Train several arms on several data sets with several seeds, at equal budgets, and say what the differences are worth.
+Train several arms with several seeds at equal budgets, and report which differences are significant.
 
   memdml study experiments/study/glyphs_a_memory.yaml
   memdml study mine.yaml --data.root my/images
   memdml study experiments/study/glyphs_*.yaml --processes 2
 
-A study file is YAML. Modules beside it can be named in it: a weight function of yours is `my_weights.hard`.
+A study file is YAML. It can name functions of modules beside it, such as your weight function `my_weights.hard`.
 
   base: base.yaml             # a configuration of `memdml fit`, beside this file
   arms:                       # name -> nested overrides of the base
     threshold: {}
     mine: {model: {memory_loss: {init_args: {negative: my_weights.hard}}}}
   seeds: [0, 1, 2, 3, 4]
-  claims:                     # decided by a rule that is fixed here, before any run
+  claims:                     # written down before any run
     mine_helps: {compare: mine, with: threshold, expects: more, by: 0.5}
 
 Further keys: `data` (name -> overrides), `search` (options, seed, score), `equal: images`, `scores`, `confidence`,
 `title`, `parts` (a place for YAML anchors).
 
-Every finished run is one JSON file; what is finished is not run again, unless its configuration, its data's options or
-a module beside the study file that it names has changed. Options that are not listed here go to all runs, as to
-`memdml fit`."""
+Every finished run is one JSON file. A finished run is repeated only if its configuration, the options of its data, or a
+module beside the study file that it names has changed. Other options are passed to all runs, as to `memdml fit`."""
 
 
 def study(arguments: list[str], cli: CLI) -> None:
-    """Run ``memdml study`` with what follows it on the command line.
+    """Run `memdml study`.
 
     Args:
-        arguments: The study file and options.
+        arguments: The command-line arguments after `study`.
         cli: Builds learner, data and Trainer of a run: `MemdmlCLI`.
 
     Raises:
-        ValueError: If the study file, or a configuration it leads to, is wrong.
-        SystemExit: If runs failed, after all others are done and the report of them is written.
+        ValueError: If the study file or one of its configurations is wrong.
+        SystemExit: If runs failed, after all others are finished and reported.
     """
     parser = argparse.ArgumentParser(
         "memdml study",
@@ -58,26 +57,39 @@ def study(arguments: list[str], cli: CLI) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="+", help="a study file, or several that are run one after the other")
-    parser.add_argument("--output", default="runs/study", help="runs and report are in <output>/<name of the file>")
-    parser.add_argument("--processes", type=int, default=1, help="runs trained at a time; with GPUs one each")
-    parser.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and train none")
-    parser.add_argument("--report_only", action="store_true", help="write the report of what is finished")
+    parser.add_argument("config", nargs="+", help="one or more study files, run one after the other")
+    parser.add_argument(
+        "--output", default="runs/study", help="folder for the runs and the report of each file: <output>/<file name>"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of runs trained at the same time; each uses one GPU if there are GPUs",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list the runs and their estimated time without training them"
+    )
+    parser.add_argument(
+        "--report_only", action="store_true", help="write the report of the finished runs without training"
+    )
     given, options = parser.parse_known_args(arguments)
     if given.processes < 1:
         parser.error(f"argument --processes: expected at least 1 but got {given.processes}")
     asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only")}
     for config in given.config:
-        Plan(read_study_beside(config), cli, options)  # before the first of them takes its hour
+        Plan(read_study_beside(config), cli, options)  # errors in any file appear before the first run
     failed = False
     for config in given.config:
-        failed |= not _run_study_told(config, cli, options, output=Path(given.output, Path(config).stem), **asked)
+        failed |= not _run_and_report_failures(
+            config, cli, options, output=Path(given.output, Path(config).stem), **asked
+        )
     if failed:
         sys.exit(1)
 
 
-def _run_study_told(config: str, *arguments: Any, **options: Any) -> bool:
-    """Run a study; say which runs failed, and return whether none did."""
+def _run_and_report_failures(config: str, *arguments: Any, **options: Any) -> bool:
+    """Run a study, print which runs failed, and return whether all succeeded."""
     try:
         run_study(config, *arguments, **options)
     except FailedRunsError as error:
@@ -96,52 +108,47 @@ def run_study(
     dry_run: bool = False,
     report_only: bool = False,
 ) -> Results:
-    """Run a study, and write its report.
+    """Run a study and write its report.
 
     Args:
         path: The study file.
         cli: Builds learner, data and Trainer of a run: `lightning_memdml.cli.MemdmlCLI`.
         options: Options of `memdml fit` for all runs.
-        output: Folder of runs and report; by default ``runs/study/<name of the file>``.
-        processes: Runs trained at a time, each in a process of its own with its share of the cores; process i has
-            GPU i, if there are GPUs.
-        dry_run: List the runs and what they cost, and train none (but a few steps of each arm).
-        report_only: Train nothing, and write the report of what is finished.
+        output: Folder for runs and report; by default `runs/study/<file name>`.
+        processes: Number of runs trained at the same time, each in its own process with its share of the cores.
+            Process i uses GPU i if there are GPUs.
+        dry_run: List the runs and their estimated time. Only a few steps of each arm are trained.
+        report_only: Write the report of the finished runs without training.
 
     Returns:
-        What was found.
+        The results.
 
     Raises:
-        ValueError: If the study file, or a configuration it leads to, is wrong.
-        FailedRunsError: If runs failed, after all others are done and the report of them is written.
+        ValueError: If the study file or one of its configurations is wrong.
+        FailedRunsError: If runs failed, after all others are finished and reported.
     """
     folder = RunFolder(Path("runs/study", Path(path).stem) if output is None else output)
-    said = read_study_beside(path)
-    plan = Plan(said, cli, options)
+    content = read_study_beside(path)
+    plan = Plan(content, cli, options)
     searching = plan.search_runs()
     if dry_run:
         _print_plan(plan, cli, folder)
-        return Results(said, [])
+        return Results(content, [])
     failure: FailedRunsError | None = None
     if not report_only:
         try:
-            run_all(
-                plan.test_runs(run_all(searching, cli, folder, processes, said.rule_key)),
-                cli,
-                folder,
-                processes,
-                said.rule_key,
-            )
+            found = run_all(searching, cli, folder, processes, content.rule_key)
+            run_all(plan.test_runs(found), cli, folder, processes, content.rule_key)
         except FailedRunsError as error:
             failure = error
     searched = folder.finished(searching)
-    # Without the whole search nobody knows which runs are to be tested.
+    # The test runs depend on the complete search.
     records = folder.finished(plan.test_runs(searched)) if len(searched) == len(searching) else []
-    results = Results(said, records, searched)
+    results = Results(content, records, searched)
     reports = write_report(results, folder.path)
     _print_results(results, reports)
     if others := len(list(folder.runs.glob("*.json"))) - len(records) - len(searched):
-        print(f"{others} finished runs in {folder.runs} are of other configurations or options, and are left out.")
+        print(f"{others} finished runs in {folder.runs} have other configurations or options and are left out.")
     _log_to_wandb(plan, results, reports)
     if failure is not None:
         raise failure
@@ -149,23 +156,23 @@ def run_study(
 
 
 def read_study_beside(path: Path | str) -> Study:
-    """Read a study file, and let it name modules that lie beside it."""
-    said = read_study(path)
-    if (beside := str(said.path.parent.resolve())) not in sys.path:
+    """Read a study file, and make the modules beside it importable."""
+    content = read_study(path)
+    if (beside := str(content.path.parent.resolve())) not in sys.path:
         sys.path.append(beside)
-    return said
+    return content
 
 
 def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
-    """List the runs, those of the test without their choice while the search is not finished."""
+    """List the runs. While the search is not finished, test runs are listed without their choice."""
     search = plan.search_runs()
     searched = folder.finished(search)
     open_search = len(searched) < len(search)
-    # What the search will choose is not known; its first try stands for it, and costs the same.
-    stand_in = (
+    # The choice of the search is not known yet. Its first try takes its place: all tries cost the same.
+    placeholder = (
         [{**_fields(run), "scores": {plan.study.search.score: 0.0}} for run in search] if plan.study.search else []
     )
-    runs = [*search, *plan.test_runs(stand_in if open_search else searched)]
+    runs = [*search, *plan.test_runs(placeholder if open_search else searched)]
     seconds = estimate_seconds(runs, cli, folder)
     left = 0.0
     for run in runs:
@@ -179,8 +186,8 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         )
         print(f"{run.stage:6}  {'finished' if done else f'{cost:6.1f} s':>10}  {words}")
     print(
-        f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. Where no run of an arm is finished, "
-        "that is the training alone, without scoring."
+        f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. For arms without a finished run this "
+        "includes the training only, not the scoring."
     )
 
 
@@ -208,7 +215,7 @@ def _print_table(table: Any) -> None:
 
 
 def _log_to_wandb(plan: Plan, results: Results, reports: Sequence[Path]) -> None:
-    """Give W&B the tables, pictures and the page, if the base configures its logger."""
+    """Log tables, pictures and the page to W&B if the base configuration uses its logger."""
     logger = plan.logger()
     if logger.get("class_path", "").rpartition(".")[2] != "WandbLogger":
         return

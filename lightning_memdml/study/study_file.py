@@ -1,4 +1,4 @@
-"""The study file: which arms, data sets and seeds, what is searched, and which claims are put to the test."""
+"""The study file: arms, data sets, seeds, the search, and the claims to be decided."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lightning_memdml.backbones import nearest
+from lightning_memdml.study.overrides import Config, Values, class_name, find_key, merged
 from lightning_memdml.study.statistics import EXPECTATIONS, Expectation
 
-Config = dict[str, Any]
-Values = dict[str, Any]  # configuration key, with dots -> value
-
-# `parts` is a place for YAML anchors.
+# The key `parts` is not read: it holds YAML anchors.
 KEYS = ("title", "base", "parts", "arms", "data", "seeds", "search", "equal", "scores", "confidence", "claims")
 SEARCH_KEYS = ("options", "seed", "score")
 CLAIM_KEYS = ("says", "compare", "with", "expects", "by", "score", "data")
@@ -29,17 +26,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
 class Claim(NamedTuple):
-    """A statement about the difference between two groups of arms, fixed before any run.
+    """A statement about the difference between two groups of arms, written down before any run.
 
     Attributes:
         name: Its key in the file.
         says: The statement in words.
-        compare: The arms whose mean is compared.
-        with_: The arms whose mean it is compared with.
-        expects: Where the difference is said to be, see `statistics.judge`.
+        compare: The first group of arms; the mean of its scores is compared.
+        with_: The second group of arms, whose mean is subtracted.
+        expects: The expected region of the difference, see `statistics.judge`.
         by: The smallest difference that counts, in points (hundredths of the score).
-        score: Of which score.
-        data: On which data sets.
+        score: The score that is compared.
+        data: The data sets of the comparison.
     """
 
     name: str
@@ -53,13 +50,14 @@ class Claim(NamedTuple):
 
 
 class Search(NamedTuple):
-    """A small grid, the same for every arm, from which each arm takes what is best on the validation classes.
+    """A small grid with the same number of tries for every arm; each arm uses its best try on the validation classes.
 
     Attributes:
-        options: Named options; of each the keys that it may mean, and their values. An arm searches the first key that
-            its configuration names: `model.memory_weight`, or with a class `model.loss.TripletLoss.margin`.
-        seed: Seed of the searching runs.
-        score: By which the choice is made.
+        options: Named options. Each maps the configuration keys that it may set to lists of values. An arm searches the
+            first key that its configuration sets, such as `model.memory_weight`, or `model.loss.TripletLoss.margin`
+            with the name of a class.
+        seed: Seed of the search runs.
+        score: The score by which the best try is chosen.
     """
 
     options: dict[str, dict[str, list[Any]]]
@@ -67,18 +65,18 @@ class Search(NamedTuple):
     score: str
 
     def choices(self, config: Config, arm: str) -> list[Values]:
-        """Return what an arm tries: every combination of the values of its keys.
+        """Return the tries of an arm: every combination of the values of its keys.
 
         Raises:
-            ValueError: If an option means nothing in the arm's configuration.
+            ValueError: If the arm's configuration sets none of an option's keys.
         """
         grids = []
         for option, keys in self.options.items():
             found = [(place, values) for key, values in keys.items() if (place := find_key(config, key)) is not None]
             if not found:
                 raise ValueError(
-                    f"The search option {option!r} names {', '.join(keys)}, but the configuration of the arm {arm!r} "
-                    "sets none of them; set one there, or add a key that the arm has."
+                    f"Expected the arm {arm!r} to set one of {', '.join(keys)} for the search option {option!r} but it "
+                    "sets none of them. Set one in the arm, or add a key that the arm has to the option."
                 )
             place, values = found[0]
             grids.append([(place, value) for value in values])
@@ -87,22 +85,22 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says.
+    """The content of a study file.
 
     Attributes:
         path: The file.
-        title: A heading.
+        title: The heading of the report.
         base: The configuration that all arms share.
         arms: Name -> nested overrides of the base, already merged into one.
-        data: Name of a data set -> nested overrides; one without overrides if the file names none.
-        seeds: Seeds of the runs that are scored.
-        search: The search, if there is one.
-        equal: What all arms of a data set take equally much of: optimiser `steps`, each of as many images; or `images`
-            in all, where the batch size is the question.
-        scores: The scores of the tables, the first is that of the figures.
-        confidence: Of intervals, and of all verdicts together.
+        data: Name of a data set -> nested overrides. A file without data sets has one without overrides.
+        seeds: Seeds of the scored runs.
+        search: The search, or `None`.
+        equal: The budget that all arms of a data set share: `steps` (optimiser steps with the same number of images
+            each), or `images` (the same total, for questions about the batch size).
+        scores: The scores of the tables. The figures show the first.
+        confidence: Confidence of intervals, and of all verdicts jointly.
         claims: The claims.
-        rule: What decides the verdicts, as it stands in the file.
+        rule: The part of the file that decides the verdicts.
     """
 
     path: Path
@@ -120,7 +118,7 @@ class Study:
 
     @property
     def rule_key(self) -> str:
-        """Hash of what decides the verdicts: every run notes under which rule it was made."""
+        """Hash of the rule that decides the verdicts. Every run stores it, so that a later change is visible."""
         return hashlib.sha256(json.dumps(self.rule, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def config(self, arm: str, data: str) -> Config:
@@ -132,99 +130,98 @@ def read_study(path: Path | str) -> Study:
     """Read a study file.
 
     Raises:
-        ValueError: If it is no YAML, or something in it is missing, misspelt or repeated; the message says where.
+        ValueError: If the file is not YAML, or a key is missing, misspelt or repeated. The message names the place.
     """
     path = Path(path)
-    said = _read_yaml(path)
-    _check_keys(said, KEYS, str(path))
+    content = _read_yaml(path)
+    _check_keys(content, KEYS, str(path))
     for key in ("base", "arms", "seeds"):
-        if key not in said:
-            raise ValueError(f"{path}: expected `{key}`, which a study needs, but there is none.")
-    arms = {name: _overrides(over, f"arms: {name}") for name, over in _named(said["arms"], "arms").items()}
-    data = {name: _overrides(over, f"data: {name}") for name, over in _named(said.get("data", {}), "data").items()}
-    data = data or {_data_name(path, said["base"]): {}}
-    confidence = said.get("confidence", 0.95)
+        if key not in content:
+            raise ValueError(f"{path}: expected the key `{key}` but it is missing. Add it to the file.")
+    arms = {name: _overrides(value, f"arms: {name}") for name, value in _named(content["arms"], "arms").items()}
+    data = {name: _overrides(value, f"data: {name}") for name, value in _named(content.get("data", {}), "data").items()}
+    data = data or {_data_name(path, content["base"]): {}}
+    confidence = content.get("confidence", 0.95)
     if not isinstance(confidence, float) or not 0.5 < confidence < 1:
         raise ValueError(f"Expected `confidence` in (0.5, 1), such as 0.95, but got {confidence!r}.")
-    if (equal := said.get("equal", "steps")) not in ("steps", "images"):
+    if (equal := content.get("equal", "steps")) not in ("steps", "images"):
         raise ValueError(f"Expected `equal` to be steps or images but got {equal!r}.")
-    scores = tuple(_listed(said.get("scores", list(SCORES))))
-    claims = [
-        _claim(name, claim, arms, data, scores) for name, claim in _named(said.get("claims", {}), "claims").items()
-    ]
+    scores = tuple(_as_list(content.get("scores", list(SCORES))))
+    named_claims = _named(content.get("claims", {}), "claims")
     return Study(
         path=path,
-        title=str(said.get("title", path.stem)),
-        base=_read_yaml(path.parent / str(said["base"])),
+        title=str(content.get("title", path.stem)),
+        base=_read_yaml(path.parent / str(content["base"])),
         arms=arms,
         data=data,
-        seeds=_seeds(said["seeds"]),
-        search=_search(said["search"]) if said.get("search") else None,
+        seeds=_seeds(content["seeds"]),
+        search=_search(content["search"]) if content.get("search") else None,
         equal=equal,
         scores=scores,
         confidence=confidence,
-        claims=tuple(claims),
-        rule={"confidence": confidence, "claims": said.get("claims", {})},
+        claims=tuple(_claim(name, claim, arms, data, scores) for name, claim in named_claims.items()),
+        rule={"confidence": confidence, "claims": content.get("claims", {})},
     )
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would silently keep the last."""
+    """Refuses a repeated key in a mapping. Plain YAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(
-                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: {key!r} stands there twice."
+                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: expected every key once but {key!r} "
+                    "is repeated. Rename or remove one."
                 )
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"Expected a YAML file but there is no {path}.")
+        raise ValueError(f"Expected a YAML file but there is no file {path}.")
     try:
         with path.open(encoding="utf-8") as file:
-            said = yaml.load(file, _StrictLoader)  # a SafeLoader
+            content = yaml.load(file, _StrictLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected YAML in {path} but: {error}") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"Expected a mapping in {path} but got {type(said).__name__}.")
-    return said
+        raise ValueError(f"Expected YAML in {path} but it cannot be parsed: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a mapping in {path} but got {type(content).__name__}.")
+    return content
 
 
 def _data_name(path: Path, base: Any) -> str:
-    """Return a name for the data set of a study that names none: that of its class."""
+    """Name the data set of a study without the key `data` after its class."""
     data = _read_yaml(path.parent / str(base)).get("data", "data")
     return class_name(data).removesuffix("DataModule") or "data"
 
 
-def _check_keys(said: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+def _check_keys(content: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     known = list(known)
-    for key in said:
+    for key in content:
         if key not in known:
             raise ValueError(
-                f"{where}: there is no key {key!r}.{nearest(str(key), known)} There are {', '.join(known)}."
+                f"{where}: expected one of the keys {', '.join(known)} but got {key!r}.{nearest(str(key), known)}"
             )
 
 
-def _named(said: Any, key: str) -> dict[str, Any]:
-    """Check a mapping of names, which become names of files."""
-    if not isinstance(said, dict) or (key == "arms" and not said):
-        raise ValueError(f"Expected `{key}` to be a mapping from names but got {said!r}.")
-    for name in said:
+def _named(content: Any, key: str) -> dict[str, Any]:
+    """Check a mapping whose keys become parts of file names."""
+    if not isinstance(content, dict) or (key == "arms" and not content):
+        raise ValueError(f"Expected `{key}` to be a mapping from names but got {content!r}.")
+    for name in content:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
-                f"Expected a name in `{key}` of letters, digits and `_.+=-`, beginning with a letter or digit, but got "
-                f"{name!r}; put quotes around one of digits only."
+                f"Expected a name in `{key}` of letters, digits and `_.+=-` that begins with a letter or digit but got "
+                f"{name!r}. Put a name of digits only in quotes."
             )
-    return said
+    return content
 
 
-def _overrides(said: Any, where: str) -> Config:
-    """Return nested overrides; of a list each is merged over those before it."""
-    parts = said if isinstance(said, list) else [{} if said is None else said]
+def _overrides(content: Any, where: str) -> Config:
+    """Return nested overrides. The elements of a list are merged in their order."""
+    parts = content if isinstance(content, list) else [{} if content is None else content]
     overrides: Config = {}
     for part in parts:
         if not isinstance(part, dict):
@@ -234,21 +231,21 @@ def _overrides(said: Any, where: str) -> Config:
     return overrides
 
 
-def _seeds(said: Any) -> tuple[int, ...]:
-    seeds = _listed(said)
+def _seeds(content: Any) -> tuple[int, ...]:
+    seeds = _as_list(content)
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"Expected `seeds` to be distinct whole numbers of at least 0 but got {said!r}.")
+        raise ValueError(f"Expected `seeds` to be distinct whole numbers of at least 0 but got {content!r}.")
     return tuple(seeds)
 
 
-def _listed(said: Any) -> list[Any]:
-    return list(said) if isinstance(said, list) else [said]
+def _as_list(content: Any) -> list[Any]:
+    return list(content) if isinstance(content, list) else [content]
 
 
-def _search(said: Any) -> Search:
-    _check_keys(said, SEARCH_KEYS, "search")
+def _search(content: Any) -> Search:
+    _check_keys(content, SEARCH_KEYS, "search")
     options = {}
-    for option, keys in _named(said.get("options", {}), "options").items():
+    for option, keys in _named(content.get("options", {}), "options").items():
         if not isinstance(keys, dict) or not all(isinstance(values, list) and values for values in keys.values()):
             raise ValueError(
                 f"search: {option}: expected a mapping from configuration keys to lists of values, such as "
@@ -257,105 +254,40 @@ def _search(said: Any) -> Search:
         sizes = {key: len(values) for key, values in keys.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
-                f"search: {option}: every arm has as many tries, so expected as many values of each: {sizes}."
+                f"search: {option}: expected the same number of values for every key, because every arm has the same "
+                f"number of tries, but got {sizes}."
             )
         options[option] = keys
     if not options:
         raise ValueError("search: expected `options`, each with keys and values to try, but there are none.")
-    return Search(options, int(said.get("seed", 1000)), str(said.get("score", SCORES[0])))
+    return Search(options, int(content.get("seed", 1000)), str(content.get("score", SCORES[0])))
 
 
-def _claim(name: str, said: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
+def _claim(name: str, content: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
     where = f"claims: {name}"
-    if not isinstance(said, dict):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(CLAIM_KEYS)} but got {said!r}.")
-    _check_keys(said, CLAIM_KEYS, where)
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a mapping with {', '.join(CLAIM_KEYS)} but got {content!r}.")
+    _check_keys(content, CLAIM_KEYS, where)
     for key in ("compare", "with", "expects", "by"):
-        if key not in said:
-            raise ValueError(f"{where}: expected `{key}`, which is to be fixed before the runs, but there is none.")
-    compare, with_ = tuple(_listed(said["compare"])), tuple(_listed(said["with"]))
-    chosen = tuple(_listed(said.get("data", list(data))))
+        if key not in content:
+            raise ValueError(f"{where}: expected the key `{key}`, fixed before the runs, but it is missing.")
+    compare, with_ = tuple(_as_list(content["compare"])), tuple(_as_list(content["with"]))
+    chosen = tuple(_as_list(content.get("data", list(data))))
     for group, known, kind in ((compare + with_, list(arms), "arm"), (chosen, list(data), "data set")):
         for member in group:
             if member not in known:
-                raise ValueError(f"{where}: there is no {kind} {member!r}.{nearest(str(member), known)}")
-    if said["expects"] not in EXPECTATIONS:
+                raise ValueError(
+                    f"{where}: expected one of the {kind}s {', '.join(known)} but got {member!r}."
+                    f"{nearest(str(member), known)}"
+                )
+    if content["expects"] not in EXPECTATIONS:
         raise ValueError(
-            f"{where}: expected `expects` to be one of {', '.join(EXPECTATIONS)} but got {said['expects']!r}."
+            f"{where}: expected `expects` to be one of {', '.join(EXPECTATIONS)} but got {content['expects']!r}."
         )
-    by = said["by"]
-    if isinstance(by, bool) or not isinstance(by, int | float) or by < 0 or (by == 0 and said["expects"] == "same"):
+    by = content["by"]
+    if isinstance(by, bool) or not isinstance(by, int | float) or by < 0 or (by == 0 and content["expects"] == "same"):
         raise ValueError(
             f"{where}: expected `by`, points of the score, of at least 0 (`same`: above 0) but got {by!r}."
         )
-    score = str(said.get("score", scores[0]))
-    return Claim(name, str(said.get("says", name)), compare, with_, said["expects"], float(by), score, chosen)
-
-
-# ----------------------------------------------------------------------------------------------------- configurations
-def merged(base: Any, over: Any) -> Any:
-    """Put overrides over a configuration: mappings are merged key by key, all else is replaced.
-
-    A class with other options keeps those that are not given; another class starts from its own defaults.
-
-    Example:
-        >>> merged({"loss": {"class_path": "A", "init_args": {"x": 1, "y": 2}}}, {"loss": {"init_args": {"y": 3}}})
-        {'loss': {'class_path': 'A', 'init_args': {'x': 1, 'y': 3}}}
-        >>> merged({"loss": {"class_path": "A", "init_args": {"x": 1}}}, {"loss": {"class_path": "B"}})
-        {'loss': {'class_path': 'B'}}
-    """
-    if isinstance(base, str) and isinstance(over, dict) and set(over) == {"init_args"}:
-        base = {"class_path": base}  # a class can be given by its name alone
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return deepcopy(over)
-    if "class_path" in over and class_name(over) != class_name(base):
-        return deepcopy(over)
-    return deepcopy(base) | {key: merged(base.get(key), value) for key, value in over.items()}
-
-
-def class_name(said: Any) -> str:
-    """Return the name of a class, given by its path or with options, without its modules."""
-    path = said.get("class_path", "") if isinstance(said, dict) else said
-    return str(path).rpartition(".")[2]
-
-
-def find_key(config: Config, key: str) -> str | None:
-    """Return where in a configuration a key of the search is, with dots; None if the configuration does not name it.
-
-    A class in the key applies where this class is used, and stands for its options, also those left at their default.
-
-    Example:
-        >>> config = {"loss": {"class_path": "TripletLoss"}, "dim": 8}
-        >>> find_key(config, "dim"), find_key(config, "loss.TripletLoss.margin")
-        ('dim', 'loss.init_args.margin')
-        >>> find_key(config, "loss.ContrastiveLoss.margin") is None
-        True
-    """
-    *parents, last = key.split(".")
-    part: Any = config
-    place, optional = [], False
-    for parent in parents:
-        optional = parent[:1].isupper()  # an option of a class may be left out, any other part has to be there
-        if optional and class_name(part) != parent:
-            return None
-        place.append("init_args" if optional else parent)
-        part = part.get(place[-1]) if isinstance(part, dict) else None
-    there = isinstance(part, dict) and last in part
-    return ".".join([*place, last]) if there or optional else None
-
-
-def with_values(config: Config, values: Values) -> Config:
-    """Return a configuration with values at keys that are written with dots.
-
-    Example:
-        >>> with_values({"a": {"b": 1, "c": 2}}, {"a.b": 3})
-        {'a': {'b': 3, 'c': 2}}
-        >>> with_values({"loss": "A"}, {"loss.init_args.margin": 3})
-        {'loss': {'class_path': 'A', 'init_args': {'margin': 3}}}
-    """
-    for key, value in values.items():
-        over: Any = value
-        for part in reversed(key.split(".")):
-            over = {part: over}
-        config = merged(config, over)
-    return config
+    score = str(content.get("score", scores[0]))
+    return Claim(name, str(content.get("says", name)), compare, with_, content["expects"], float(by), score, chosen)

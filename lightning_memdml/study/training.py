@@ -1,4 +1,4 @@
-"""One run of a study: trains what its configuration says, scores it, and notes what made it."""
+"""One run of a study: trains a configuration, scores it, and records commit, versions and hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_memdml.study.plan import CLI, Record, Run, as_if_alone, budget_of
+from lightning_memdml.study.plan import CLI, Record, Run, budget_of, isolated
 from lightning_memdml.study.recording import DivergedError, RunRecorder, has_diverged
 
 PACKAGE = Path(__file__).parents[1]
@@ -26,16 +26,16 @@ LIBRARIES = ("lightning-memdml", "lightning", "torch", "torchvision", "numpy")
 
 
 def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Record:
-    """Train a run and score it; nothing is written but what callbacks write into `folder`.
+    """Train and score a run. Only its callbacks write files, into `folder`.
 
     Args:
         run: The run.
-        cli: Builds what its configuration says.
-        folder: Where callbacks of the run leave their files.
-        max_steps: Stop after so many steps and score nothing, to see how long a step takes.
+        cli: Builds learner, data and Trainer from the configuration.
+        folder: Folder for the files of the run's callbacks.
+        max_steps: Stop after this number of steps without scoring, to measure the time of a step.
 
     Raises:
-        ValueError: If it took other than its steps, or there are no validation classes to search on.
+        ValueError: If the training stopped early, or a search run has no validation classes.
     """
     config = deepcopy(run.config)
     config["trainer"] |= {
@@ -50,7 +50,7 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
     if max_steps is not None:
         config["trainer"] |= {"max_steps": max_steps, "limit_val_batches": 0}
     recorder = RunRecorder()
-    with as_if_alone(), _quiet():
+    with isolated(), _quiet():
         start = time.perf_counter()
         built = cli(run=False, args=["--config", yaml.safe_dump(config)])
         trainer, learner, data = built.trainer, built.model, built.datamodule
@@ -61,8 +61,8 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
         scores = {} if max_steps is not None else _scores(run, trainer, learner, data, diverged)
     if max_steps is None and not diverged and trainer.global_step != run.config["trainer"]["max_steps"]:
         raise ValueError(
-            f"Expected {run.config['trainer']['max_steps']} optimiser steps but the training stopped after "
-            f"{trainer.global_step}: leave out what stops it early, as arms are compared at equal budgets."
+            f"Expected {run.config['trainer']['max_steps']} optimiser steps but got {trainer.global_step}. Remove the "
+            "option or callback that stops the training early: arms are compared at equal budgets."
         )
     return {
         "stage": run.stage,
@@ -83,9 +83,9 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
 
 
 def _scores(run: Run, trainer: Any, learner: Any, data: Any, diverged: bool) -> dict[str, float]:
-    """Score the last step; a searching run never sees the test classes.
+    """Score the last step. A search run never uses the test classes.
 
-    Weights that are NaN or infinite retrieve nothing. That is a result, and a run that had it is not left out.
+    A diverged run (NaN or infinite weights) scores 0. It is a result and is not left out.
     """
     if diverged:
         return dict.fromkeys([f"recall_at_{k}" for k in learner.test_metrics.k] + ["map_at_r", "r_precision"], 0.0)
@@ -95,14 +95,14 @@ def _scores(run: Run, trainer: Any, learner: Any, data: Any, diverged: bool) -> 
     found = {name.partition("/")[2]: value for name, value in (results or [{}])[0].items() if name.startswith(stage)}
     if not found:
         raise ValueError(
-            "Expected validation classes to search on, but there are none: set `data.val_fraction` above 0, and no "
-            "`trainer.limit_val_batches: 0`. The test classes are not searched on."
+            "Expected validation classes for the search but there are none. Set `data.val_fraction` above 0 and remove "
+            "`trainer.limit_val_batches: 0`. The search never uses the test classes."
         )
     return found
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """Return what made a run: commit, versions, hardware."""
+    """Return commit, versions and hardware of a run."""
     cuda = device.type == "cuda"
     return {
         "commit": commit(),
@@ -120,24 +120,24 @@ def _version(library: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of the package's repository, `-dirty` if files differ from it; None for an installed copy."""
+    """Return the commit of the package's repository, with `-dirty` if files were changed; `None` if it is installed."""
     git = ["git", "-C", str(PACKAGE)]
     try:
-        ours = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=False)
-        if ours.returncode:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=False)
+        if tracked.returncode:
             return None
-        said = subprocess.run(
+        described = subprocess.run(
             [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     except OSError:  # no git
         return None
-    return said.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Let Lightning not introduce itself at every run."""
+    """Silence Lightning's notices, which it repeats for every run."""
     loggers = [
         logging.getLogger(f"lightning.{name}") for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
     ]
@@ -146,7 +146,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # and none of this package
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # warnings of this package are kept
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

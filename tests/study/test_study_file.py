@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_memdml.study.study_file import Study, merged, read_study
+from lightning_memdml.study.overrides import merged
+from lightning_memdml.study.study_file import Study, read_study
 
 BASE = {
     "trainer": {"max_steps": 10},
@@ -83,37 +84,46 @@ def test_every_arm_has_as_many_tries(tmp_path: Path) -> None:
     searched = study.search.choices(study.config("wide", "Glyph"), "wide")
     assert [next(iter(choice)) for choice in searched] == ["model.memory_loss.init_args.margin"] * 2
     options["edge"]["model.loss.init_args.margin"].append(0.6)
-    with pytest.raises(ValueError, match="every arm has as many tries"):
+    with pytest.raises(ValueError, match="every arm has the same number of tries"):
         read(tmp_path, search={"options": options})
 
 
 @pytest.mark.parametrize(
     ("changes", "answer"),
     [
-        ({"sedes": [0]}, "there is no key 'sedes'. Did you mean 'seeds'?"),
-        ({"claims": {"wider": {**STUDY["claims"]["wider"], "scor": "r"}}}, "no key 'scor'. Did you mean 'score'?"),
-        ({"claims": {"wider": {**STUDY["claims"]["wider"], "with": "bach"}}}, "no arm 'bach'. Did you mean 'batch'?"),
-        ({"claims": {"wider": {**STUDY["claims"]["wider"], "data": "Glyphs"}}}, "no data set 'Glyphs'. Did you mean"),
+        ({"sedes": [0]}, "but got 'sedes'. Did you mean 'seeds'?"),
+        ({"claims": {"wider": {**STUDY["claims"]["wider"], "scor": "r"}}}, "but got 'scor'. Did you mean 'score'?"),
+        (
+            {"claims": {"wider": {**STUDY["claims"]["wider"], "with": "bach"}}},
+            "one of the arms batch, wide but got 'bach'. Did you mean 'batch'?",
+        ),
+        (
+            {"claims": {"wider": {**STUDY["claims"]["wider"], "data": "Glyphs"}}},
+            "one of the data sets Glyph but got 'Glyphs'. Did you mean",
+        ),
         (
             {"claims": {"wider": {**STUDY["claims"]["wider"], "expects": "less"}}},
             "one of more, not more, same but got 'les",
         ),
         (
             {"claims": {"wider": {"compare": "wide", "with": "batch", "expects": "more"}}},
-            "expected `by`, which is to be",
+            "expected the key `by`, fixed before the runs, but it is missing",
         ),
         ({"claims": {"wider": {**STUDY["claims"]["wider"], "by": -1}}}, "of at least 0"),
         ({"arms": {}}, "Expected `arms` to be a mapping"),
         ({"arms": {"../up": {}}}, "Expected a name in `arms` of letters"),
-        ({"arms": {"batch": {"modle": {}}}}, "arms: batch: there is no key 'modle'. Did you mean 'model'?"),
+        (
+            {"arms": {"batch": {"modle": {}}}},
+            "arms: batch: expected one of the keys .* but got 'modle'. Did you mean 'model'?",
+        ),
         ({"seeds": [0, 0]}, "distinct whole numbers"),
         ({"seeds": [0.5]}, "distinct whole numbers"),
         ({"seeds": []}, "distinct whole numbers"),
         ({"equal": "epochs"}, "steps or images"),
         ({"confidence": 95}, "in \\(0.5, 1\\)"),
-        ({"base": "nowhere.yaml"}, "there is no .*nowhere.yaml"),
+        ({"base": "nowhere.yaml"}, "there is no file .*nowhere.yaml"),
         ({"search": {"options": {}}}, "expected `options`"),
-        ({"search": {"option": {}}}, "no key 'option'. Did you mean 'options'?"),
+        ({"search": {"option": {}}}, "but got 'option'. Did you mean 'options'?"),
     ],
 )
 def test_what_is_wrong_is_answered_in_a_sentence(changes: dict[str, Any], answer: str, tmp_path: Path) -> None:
@@ -125,7 +135,7 @@ def test_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """YAML would silently keep the last arm of a name."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     (tmp_path / "study.yaml").write_text("base: base.yaml\nseeds: [0]\narms:\n  a: {}\n  b: {}\n  a: {}\n")
-    with pytest.raises(ValueError, match=r"study.yaml, line 4: 'a' stands there twice"):
+    with pytest.raises(ValueError, match=r"study.yaml, line 4: expected every key once but 'a' is repeated"):
         read_study(tmp_path / "study.yaml")
 
 
@@ -154,5 +164,8 @@ def test_search_key_with_a_class_is_for_arms_that_use_it(tmp_path: Path) -> None
     assert tried["wide"] == [{"model.loss.init_args.margin": 0.05}, {"model.loss.init_args.margin": 0.1}]
     options = {"edge": {"model.memory_loss.TripletLoss.margin": [0.1], "model.temperature": [0.1]}}
     study = read(tmp_path, arms=arms, search={"options": options})
-    with pytest.raises(ValueError, match=r"'edge' names model.memory_loss.TripletLoss.margin, model.temperature, but"):
+    with pytest.raises(
+        ValueError,
+        match=r"one of model.memory_loss.TripletLoss.margin, model.temperature for the search option 'edge' but",
+    ):
         study.search.choices(study.config("batch", "Glyph"), "batch")

@@ -14,8 +14,6 @@ from lightning_memdml.study.statistics import (
     estimate,
     holm,
     judge,
-    student_quantile,
-    student_tail,
 )
 
 # From printed tables of Student's t: degrees of freedom, tail, t.
@@ -30,16 +28,17 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("freedom", "tail", "t"), TABLE)
-def test_students_t_is_that_of_the_tables(freedom: int, tail: float, t: float) -> None:
-    assert student_tail(t, freedom) == pytest.approx(tail, rel=2e-3)
-    assert student_quantile(tail, freedom) == pytest.approx(t, abs=6e-4)
-    assert student_tail(-t, freedom) == pytest.approx(1 - tail, rel=1e-4)
+def test_intervals_and_p_values_are_those_of_students_tables(freedom: int, tail: float, t: float) -> None:
+    found = Estimate(1.0, 2.0, freedom)
+    assert found.interval(1 - 2 * tail) == pytest.approx((1 - 2 * t, 1 + 2 * t), abs=2e-3)
+    assert found.p_value(1 + 2 * t) == pytest.approx(2 * tail, rel=2e-3)
+    assert found.p_value(1 - 2 * t) == pytest.approx(2 * tail, rel=2e-3)
 
 
 def test_one_degree_of_freedom_is_cauchys_distribution() -> None:
     """Its tail has a closed form, also far out where tables end."""
     for t in (0.0, 0.3, 5.0, 1000.0):
-        assert student_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-9)
+        assert Estimate(0.0, 1.0, 1).p_value(t) == pytest.approx(1 - 2 * math.atan(t) / math.pi, rel=1e-9)
 
 
 def test_mean_over_seeds_by_hand() -> None:

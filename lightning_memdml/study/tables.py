@@ -1,0 +1,183 @@
+"""The tables of a study: claims, scores, search, origin, and one line per run as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lightning_memdml.study.results import JudgedClaim, Results
+from lightning_memdml.study.study_file import Claim, Study
+
+SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
+
+
+def score_name(score: str) -> str:
+    """Return the usual name of a score.
+
+    Example:
+        >>> score_name("map_at_r"), score_name("recall_at_10")
+        ('MAP@R', 'Recall@10')
+    """
+    return SCORE_NAMES.get(score, score.replace("recall_at_", "Recall@"))
+
+
+class Table(NamedTuple):
+    """A header and rows of text cells."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+def claims_table(judged: Sequence[JudgedClaim]) -> Table:
+    """Return the table of claims, one row each."""
+    head = ["claim", "verdict", "question", "difference, over seeds", "over test classes", "p, adjusted"]
+    rows = []
+    for one in judged:
+        claim, judgement = one.claim, one.judgement
+        question = f"{_group(claim.compare)} against {_group(claim.with_)}: {_question(claim)}"
+        if one.missing:
+            rows.append([claim.says, judgement.verdict, question, f"{one.missing} runs missing", "", ""])
+            continue
+        level = f"at {100 * judgement.level:.3g} %"
+        classes = "" if one.over_classes is None else interval_in_words(one.over_classes, signed=True)
+        difference = f"{judgement.estimate.mean:+.1f} {interval_in_words(judgement.interval, signed=True)} {level}"
+        rows.append([claim.says, judgement.verdict, question, difference, classes, f"{judgement.p_value:.2g}"])
+    return Table(head, rows)
+
+
+def _group(arms: Sequence[str]) -> str:
+    return arms[0] if len(arms) == 1 else f"mean of {', '.join(arms)}"
+
+
+def _question(claim: Claim) -> str:
+    words = {"more": f"more than {claim.by:+g}", "not more": f"less than {claim.by:+g}", "same": f"within {claim.by:g}"}
+    return f"{words[claim.expects]} points of {score_name(claim.score)}"
+
+
+def interval_in_words(interval: Sequence[float], signed: bool = False) -> str:
+    """Format an interval.
+
+    Example:
+        >>> interval_in_words((31.24, 33.9)), interval_in_words((-0.5, 2.0), signed=True)
+        ('(31.2 to 33.9)', '(-0.5 to +2.0)')
+    """
+    low, high = interval
+    if not math.isfinite(low):
+        return "(one seed)"
+    return f"({low:+.1f} to {high:+.1f})" if signed else f"({low:.1f} to {high:.1f})"
+
+
+def scores_table(results: Results, data: str) -> Table:
+    """Return the table of scores: a row per arm with scores in percent, intervals, and the time of a step."""
+    first = results.study.scores[0]
+    names = [f"{score_name(score)} %" for score in results.study.scores]
+    searched = results.study.search is not None
+    chosen = ["chosen"] if searched else []
+    head = ["arm", *chosen, "seeds", names[0], "over test classes", *names[1:], "ms per step"]
+    rows = []
+    for arm in results.study.arms:
+        runs = results.of(arm, data)
+        if not runs:
+            rows.append([arm, *([""] if searched else []), "0", *[""] * (len(names) + 2)])
+            continue
+        cells = []
+        for score in results.study.scores:
+            found = results.score(arm, data, score)
+            assert found is not None  # the arm has runs
+            cells.append(f"{found.estimate.mean:.1f} {interval_in_words(found.over_seeds)}")
+            if score == first:
+                cells.append("" if found.over_classes is None else interval_in_words(found.over_classes))
+        times = sorted(record["ms_per_step"] for record in runs if record["ms_per_step"] is not None)
+        time = f"{times[len(times) // 2]:.1f}" if times else ""
+        choice = [_choice(runs[0]["choice"])] if searched else []
+        diverged = sum(record["diverged"] for record in runs)
+        seeds = f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
+        rows.append([arm, *choice, seeds, *cells, time])
+    return Table(head, rows)
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key.removesuffix('.init_args').replace('.init_args', '')}={value}" for key, value in choice.items()
+    )
+
+
+def search_table(results: Results) -> Table:
+    """Return the table of the search: a row per arm and data set with every try and its validation score."""
+    search = results.study.search
+    assert search is not None  # the search was run
+    rows = []
+    for data in results.study.data:
+        for arm in results.study.arms:
+            tried = [record for record in results.searched if (record["arm"], record["data"]) == (arm, data)]
+            if tried:
+                best = max(record["scores"][search.score] for record in tried)
+                cells = []
+                for record in tried:
+                    score = record["scores"][search.score]
+                    cell = f"{_choice(record['choice'])}: {100 * score:.1f}"
+                    cells.append(f"**{cell}**" if score == best else cell)
+                rows.append([data, arm, "; ".join(cells)])
+    return Table(["data", "arm", f"{score_name(search.score)} % of each try"], rows)
+
+
+def origin_table(results: Results) -> Table:
+    """Return the origin of the runs: commit, versions, hardware, budget, time."""
+    records = [*results.records, *results.searched]
+    made = [record["made_by"] for record in records]
+    study = results.study
+
+    def distinct(values: Any) -> str:
+        return "; ".join(sorted({str(value) for value in values}))
+
+    rows = [
+        ["study file", study.path.name],
+        [
+            "runs",
+            f"{len(results.records)} on test classes of {planned_runs(study)}, {len(results.searched)} in the search",
+        ],
+        ["seeds", ", ".join(map(str, study.seeds))],
+        [
+            "budget of a run",
+            distinct(f"{record['steps']:,} steps of {record['images_per_step']:,} images" for record in records),
+        ],
+        ["commit", "; ".join(results.commits())],
+        ["versions", distinct(", ".join(f"{name} {one}" for name, one in found["versions"].items()) for found in made)],
+        ["hardware", distinct(f"{found['hardware']}, {found['threads']} threads" for found in made)],
+        ["time of all runs", f"{sum(record['seconds'] for record in records) / 60:.1f} minutes"],
+    ]
+    changed = sum(record.get("rule") != study.rule_key for record in results.records)
+    if changed:
+        rows.append(
+            [
+                "claims",
+                f"CHANGED after {changed} of the runs were finished: the verdicts were not fixed before the runs",
+            ]
+        )
+    return Table(["", ""], rows)
+
+
+def runs_csv(results: Results) -> str:
+    """Return CSV text with a line per finished run: configuration, scores, origin."""
+    lines = []
+    for record in [*results.searched, *results.records]:
+        made = record["made_by"]
+        line = {name: record[name] for name in ("stage", "data", "arm", "seed")} | {"choice": _choice(record["choice"])}
+        line |= {
+            name: record[name] for name in ("steps", "images_per_step", "ms_per_step", "seconds", "diverged")
+        } | record["scores"]
+        line |= {"commit": made["commit"], "hardware": made["hardware"], "torch": made["versions"]["torch"]}
+        lines.append({**line, "finished": record["finished"], "key": record["key"]})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def planned_runs(study: Study) -> int:
+    """Return the number of planned test runs."""
+    return len(study.arms) * len(study.data) * len(study.seeds)

@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
-.PHONY: help install demo study test check format bench clean
+.PHONY: help install demo study test check docs format bench clean
 
 help:
 	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
 	@echo "make study   rerun the study: glyphs, and photographs if they are in data/ (110 minutes)"
 	@echo "make test    run the test suite           make check   lint, types and tests"
+	@echo "make docs    build the documentation site in build/docs"
 	@echo "make bench   run the benchmarks           make format  format the code"
 	@echo "make clean   remove what the other targets made"
 
@@ -39,7 +40,11 @@ data/%_features.npz: data/%.npz data/mobilenet_v2.pth | install
 test: install
 	$(BIN)/python -m pytest
 
-check: install
+# NO_MKDOCS_2_WARNING: Material's notice about a later version of MkDocs, which is not a warning about these pages.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: install docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -1,0 +1,61 @@
+"""What MkDocs does beside its plugins when it builds the documentation site.
+
+Pages of the repository outside `docs/` become part of the site, and formulas become MathML, which browsers draw without
+a script.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "experiments/**/*")  # beside `docs/`
+SUFFIXES = {".md", ".png", ".yaml", ".py", ".csv", ""}
+LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s#]+)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and pictures of the repository that lie outside `docs/`. The README is the first page."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file() and path.suffix in SUFFIXES:
+                level = InclusionLevel.NOT_IN_NAV if "results" in path.parts else InclusionLevel.INCLUDED
+                files.append(File.generated(config, _place(path), abs_src_path=str(path), inclusion=level))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links between files of the repository into links between pages of the site."""
+    source = Path(page.file.abs_src_path or "").parent
+    here = posixpath.dirname(page.file.src_uri)
+
+    def moved(match: re.Match[str]) -> str:
+        target = Path(os.path.normpath(source / match[2]))
+        return match[1] + posixpath.relpath(_place(target), here or ".")
+
+    return LINK.sub(moved, markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn formulas into MathML."""
+
+    def drawn(match: re.Match[str]) -> str:
+        return convert(html.unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
+
+    return FORMULA.sub(drawn, content)
+
+
+def _place(path: Path) -> str:
+    """Return where a file of the repository lies in the site."""
+    inside = path.relative_to(ROOT).as_posix()
+    return "index.md" if inside == "README.md" else inside.removeprefix("docs/")

@@ -140,9 +140,9 @@ def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step
 def ours(inputs: Inputs, names: list[str] | None) -> dict[str, Step]:
     """Return this package's losses; on a GPU, with references in 16 bits, those by the fused kernel too."""
     _, labels, references, ref_labels = inputs
-    most_shared = int(torch.isin(ref_labels, labels).sum())
+    max_shared = int(torch.isin(ref_labels, labels).sum())
     chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
-    steps = {name: step(loss, inputs, most_shared=most_shared) for name, loss in chosen.items()}
+    steps = {name: step(loss, inputs, max_shared=max_shared) for name, loss in chosen.items()}
 
     def fused(run: Step) -> Step:
         def run_fused() -> None:

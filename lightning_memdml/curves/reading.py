@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.losses.checks import check_pairs
+from lightning_memdml.checks import check_pairs
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.pair_loss import PairLoss
 

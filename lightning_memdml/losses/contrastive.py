@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_memdml.losses.checks import check_similarity
+from lightning_memdml.checks import check_similarity
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.rows import step_
 

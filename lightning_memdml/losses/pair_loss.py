@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.losses.checks import check_pairs
+from lightning_memdml.checks import check_pairs
 from lightning_memdml.losses.masks import pair_masks
 from lightning_memdml.losses.rows import hardest, row_max
 from lightning_memdml.losses.sharding import Ranks, evaluate_sharded
-from lightning_memdml.losses.streaming import Assigned, Pairs, register, stream
+from lightning_memdml.losses.streaming import Assigned, Pairs, register_loss, stream
 from lightning_memdml.losses.totals import NegativeTotals
 
 Context = tuple[Tensor, ...]
@@ -90,11 +90,11 @@ class PairLoss(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.key = register(self)
+        self.loss_id = register_loss(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.key = register(self)  # a copy is another loss
+        self.loss_id = register_loss(self)  # a copy is another loss
 
     # ---------------------------------------------------------------- what a loss defines
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
@@ -146,7 +146,7 @@ class PairLoss(nn.Module, ABC):
         *,
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
-        most_shared: int | None = None,
+        max_shared: int | None = None,
         ranks: Ranks | None = None,
     ) -> Tensor:
         """Return the scalar loss of a batch against itself or against references.
@@ -159,8 +159,8 @@ class PairLoss(nn.Module, ABC):
             indices: Data-set index of each anchor's image, ``(B,)``; pairs of equal indices are left out. A negative
                 index is unknown and equals none.
             ref_indices: Data-set index of each reference's image, ``(M,)``.
-            most_shared: An upper bound of the references that share a class or an image with the batch, such as
-                ``EmbeddingMemory.most_shared(B)``. With it the host never waits for a GPU here, except in the hinge
+            max_shared: An upper bound of the references that share a class or an image with the batch, such as
+                ``EmbeddingMemory.loss_options(B)``. With it the host never waits for a GPU here, except in the hinge
                 form of :class:`TripletLoss`; without, it waits once, for their number. A CPU does not need it.
             ranks: How to reach the other ranks, if these references are only this rank's share of all, such as a
                 ``ShardedMemory``. Every rank then has to call the loss in the same step, a rank without rows too.
@@ -176,7 +176,7 @@ class PairLoss(nn.Module, ABC):
                 if anchors.shape[0] == 0:
                     return anchors.sum() * 0.0
                 return self._dense(anchors, anchors, *pair_masks(labels, labels, indices, indices, in_batch=True))
-            pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, most_shared)
+            pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, max_shared)
             if ranks is not None:
                 return self._sharded(pairs, ranks)
             if ref_embeddings.shape[0] == 0 or anchors.shape[0] == 0:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.checks import UNIT_TOLERANCE
+from lightning_memdml.checks import UNIT_TOLERANCE
 
 REACH = (1 + UNIT_TOLERANCE) ** 2  # the largest similarity of embeddings that pass as unit length
 # With its nearest poles at +-i pi, the error of a function falls by 6 with every degree, here to that of the type.

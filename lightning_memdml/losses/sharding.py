@@ -31,7 +31,7 @@ class Ranks(Protocol):
     def gather(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Return the rows of all ranks in rank order, ``(A, D)``, ``(A,)``, ``(A,)``, and how many are of each rank."""
 
-    def to_owners(self, states: Tensor, counts: list[int]) -> Tensor:
+    def all_to_all(self, states: Tensor, counts: list[int]) -> Tensor:
         """Send each rank its rows of ``(A, S)``, ``counts`` of each; return those for this rank, ``(W, B, S)``."""
 
 
@@ -65,7 +65,7 @@ def evaluate_sharded(loss: PairLoss, pairs: Pairs, ranks: Ranks) -> tuple[Tensor
     plain = (~special.shared).sum().expand(everyone.shape[0], 1).to(anchors.dtype)
     states = [part.state()[order.argsort()] for part in shares]
     widths = [1, *(state.shape[1] for state in states)]
-    received = ranks.to_owners(torch.cat([plain, *states], dim=1), counts).split(widths, dim=2)
+    received = ranks.all_to_all(torch.cat([plain, *states], dim=1), counts).split(widths, dim=2)
     if anchors.shape[0] == 0:
         return anchors.new_zeros(0), anchors.clone()
 

@@ -53,7 +53,7 @@ class Pairs(NamedTuple):
         ref_labels: ``(M,)``.
         indices: Which image each anchor is of, ``(B,)``; below 0 is unknown.
         ref_indices: Which image each reference is of, ``(M,)``.
-        most_shared: Upper bound of the references that share a class or an image with the anchors.
+        max_shared: Upper bound of the references that share a class or an image with the anchors.
     """
 
     anchors: Tensor
@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
     ref_labels: Tensor
     indices: Tensor | None
     ref_indices: Tensor | None
-    most_shared: int | None = None
+    max_shared: int | None = None
 
     def of(self, rows: Tensor) -> Pairs:
         """Return the pairs of some of the anchors."""
@@ -156,16 +156,16 @@ def special_columns(pairs: Pairs) -> _Special:
     if pairs.indices is not None and pairs.ref_indices is not None:
         # An index below 0 is unknown and equals none.
         shared |= members(pairs.ref_indices, pairs.indices) & (pairs.ref_indices >= 0)
-    if on_host or pairs.most_shared is None:
+    if on_host or pairs.max_shared is None:
         columns = shared.nonzero().squeeze(1)
         return _Special(shared, columns, torch.ones_like(columns, dtype=torch.bool))
-    return _padded_columns(shared, min(pairs.most_shared, len(shared)))
+    return _padded_columns(shared, min(pairs.max_shared, len(shared)))
 
 
 def _padded_columns(shared: Tensor, most: int) -> _Special:
     """Find the columns without asking the device how many there are."""
     number = shared.sum()
-    torch._assert_async(number <= most, f"More than `most_shared={most}` references share a class with the batch.")
+    torch._assert_async(number <= most, f"More than `max_shared={most}` references share a class with the batch.")
     place = torch.where(shared, shared.cumsum(dim=0) - 1, most)
     columns = torch.zeros(most + 1, dtype=torch.int64, device=shared.device)
     columns = columns.scatter_(0, place, torch.arange(len(shared), device=shared.device))[:most]
@@ -286,43 +286,43 @@ def _columns(reached: Tensor, irregular: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ autograd, compile
 _LOSSES: weakref.WeakValueDictionary[int, PairLoss] = weakref.WeakValueDictionary()
-_next_key = itertools.count()
+_next_id = itertools.count()
 
 
-def register(loss: PairLoss) -> int:
+def register_loss(loss: PairLoss) -> int:
     """Give a loss the number by which the operator below finds it again."""
-    key = next(_next_key)
-    _LOSSES[key] = loss
-    return key
+    loss_id = next(_next_id)
+    _LOSSES[loss_id] = loss
+    return loss_id
 
 
 # An operator of its own is opaque to torch.compile: the step around it stays one graph however the memory grows.
 @torch.library.custom_op("lightning_memdml::stream", mutates_args=())
 def _stream(
-    key: int,
+    loss_id: int,
     anchors: Tensor,
     labels: Tensor,
     references: Tensor,
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
-    most_shared: int | None,
+    max_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
-    pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, most_shared)
-    value, gradient = evaluate(_LOSSES[key], pairs)
+    pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, max_shared)
+    value, gradient = evaluate(_LOSSES[loss_id], pairs)
     return value.mean(), gradient.div_(anchors.shape[0])
 
 
 @_stream.register_fake
 def _(
-    key: int,
+    loss_id: int,
     anchors: Tensor,
     labels: Tensor,
     references: Tensor,
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
-    most_shared: int | None,
+    max_shared: int | None,
 ) -> tuple[Tensor, Tensor]:
     return anchors.new_empty(()), torch.empty_like(anchors)
 
@@ -351,5 +351,7 @@ class Assigned(torch.autograd.Function):
 def stream(loss: PairLoss, pairs: Pairs) -> Tensor:
     """Return the scalar loss of the anchors against references that carry no gradient."""
     anchors, labels, references, *rest = pairs
-    value, gradient = torch.ops.lightning_memdml.stream(loss.key, anchors.detach(), labels, references.detach(), *rest)
+    value, gradient = torch.ops.lightning_memdml.stream(
+        loss.loss_id, anchors.detach(), labels, references.detach(), *rest
+    )
     return Assigned.apply(anchors, value, gradient)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.losses.checks import check_similarity
+from lightning_memdml.checks import check_similarity
 
 
 class WeightFunction(nn.Module, ABC):

@@ -66,7 +66,7 @@ class EmbeddingMemory:
         self.batches = 0
         self.dropped = 0
         self.was_read = False
-        self._most_anchors, self._most_shared = 0, 0
+        self._most_anchors, self._max_shared = 0, 0
         self._end = 0
         self._count = 0
         self._allocate(0)
@@ -144,7 +144,7 @@ class EmbeddingMemory:
         Args:
             anchors: Rows of the batch that is compared with the memory.
         """
-        return {"most_shared": self._most_shared} if anchors <= self._most_anchors else {}
+        return {"max_shared": self._max_shared} if anchors <= self._most_anchors else {}
 
     def __len__(self) -> int:
         """The number of valid rows."""
@@ -250,7 +250,7 @@ class EmbeddingMemory:
         for ids in (labels, indices[indices >= 0]):
             sizes = torch.unique(ids, return_counts=True)[1]
             most += int(sizes.topk(min(anchors, len(sizes))).values.sum())
-        self._most_anchors, self._most_shared = anchors, 1 << max(0, most - 1).bit_length()
+        self._most_anchors, self._max_shared = anchors, 1 << max(0, most - 1).bit_length()
 
     def _move_to_front(self, kept: int) -> None:
         """Move the newest `kept` rows to the start of the buffer.

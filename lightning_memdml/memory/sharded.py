@@ -178,7 +178,7 @@ class ShardedMemory:
         rows = self._gather(*as_rows(embeddings, labels, indices))
         return (*rows, self._gather.counts)
 
-    def to_owners(self, states: Tensor, counts: list[int]) -> Tensor:
+    def all_to_all(self, states: Tensor, counts: list[int]) -> Tensor:
         """Send each rank its rows of `(A, S)`, `counts` of each; return those of this rank, `(W, B, S)`."""
         if self.world_size == 1:
             return states[None]

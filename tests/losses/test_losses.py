@@ -232,7 +232,7 @@ def test_a_copy_and_a_pickled_loss_still_work(case):
     loss, _ = case
     x, y, r, ry = unit(4), labels_of(4, 2), unit(20, seed=2), labels_of(20, 2, seed=3)
     duplicate = copy.deepcopy(loss)
-    assert duplicate.key != loss.key
+    assert duplicate.loss_id != loss.loss_id
     assert duplicate(x, y, r, ry) == loss(x, y, r, ry)
 
 

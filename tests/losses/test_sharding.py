@@ -48,7 +48,7 @@ class Rank:
         rows = (torch.cat(column) for column in zip(*received, strict=True))
         return (*rows, [len(labels) for _, labels, _ in received])
 
-    def to_owners(self, states, counts):
+    def all_to_all(self, states, counts):
         received = self.threads.exchange(self.rank, states.split(counts))
         return torch.stack([message[self.rank] for message in received])
 

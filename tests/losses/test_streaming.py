@@ -151,13 +151,13 @@ def _like_a_gpu(monkeypatch):
     monkeypatch.setattr(streaming, "_on_host", lambda tensor: False)
 
 
-@pytest.mark.parametrize("most_shared", [None, 300, 5000])
-def test_the_way_of_a_gpu_gives_the_same(loss, most_shared, like_a_gpu, monkeypatch):
+@pytest.mark.parametrize("max_shared", [None, 300, 5000])
+def test_the_way_of_a_gpu_gives_the_same(loss, max_shared, like_a_gpu, monkeypatch):
     x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory())
     x.requires_grad_()
     monkeypatch.setattr(streaming, "GPU_BLOCK_ELEMENTS", 16 * 600)
     indices, ref_indices = torch.arange(16), torch.arange(2000) % 500 - 1
-    value = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices, most_shared=most_shared)
+    value = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices, max_shared=max_shared)
     (gradient,) = torch.autograd.grad(value, x)
     monkeypatch.undo()
     wanted = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices)
@@ -166,8 +166,8 @@ def test_the_way_of_a_gpu_gives_the_same(loss, most_shared, like_a_gpu, monkeypa
 
 def test_a_bound_that_is_too_low_is_no_silent_mistake(loss, like_a_gpu):
     x, y, r, ry = batch_and_memory(classes=4)
-    with pytest.raises(RuntimeError, match="More than `most_shared=7` references"):
-        loss(x, y, r, ry, most_shared=7)
+    with pytest.raises(RuntimeError, match="More than `max_shared=7` references"):
+        loss(x, y, r, ry, max_shared=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -176,7 +176,7 @@ def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dt
     with fake_gpu, ProductTypes() as products:
         x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
-        value, gradient = streaming.evaluate(LOSSES[name], streaming.Pairs(x, y, r, ry, y, ry, most_shared=5000))
+        value, gradient = streaming.evaluate(LOSSES[name], streaming.Pairs(x, y, r, ry, y, ry, max_shared=5000))
     assert (value.shape, value.dtype) == ((64,), torch.float32)
     assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
     assert products.large == {(dtype, torch.float32)}

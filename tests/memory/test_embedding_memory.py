@@ -345,5 +345,5 @@ def test_the_bound_of_shared_rows_holds_for_any_batch(labels, anchors, data):
     images = torch.tensor(data.draw(st.lists(st.integers(-1, 6), min_size=anchors, max_size=anchors)))
     _, stored, indices = memory.read()
     shared = torch.isin(stored, batch) | (torch.isin(indices, images) & (indices >= 0))
-    assert shared.sum() <= memory.loss_options(anchors)["most_shared"]
+    assert shared.sum() <= memory.loss_options(anchors)["max_shared"]
     assert memory.loss_options(anchors + 1) == {}  # counted for fewer anchors

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.backbones import build_backbone
 from lightning_memdml.data import TableDataModule
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.transforms import TrainingTransform
-from lightning_memdml.whole_file import whole_file
 
 BATCH = 32
 
@@ -48,7 +48,7 @@ def main() -> None:
         ]
     is_train = np.arange(len(labels)) < len(data.train_set)
     feature = torch.stack(views, dim=1).half().numpy()
-    with whole_file(given.output) as unfinished:
+    with atomic_write(given.output) as unfinished:
         np.savez(unfinished, feature=feature, label=labels.numpy(), train=is_train)
 
 

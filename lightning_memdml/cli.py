@@ -24,10 +24,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import lightning_memdml
 from lightning_memdml.cli_messages import COMMANDS, ArgumentParser, readable
 from lightning_memdml.data_check import data_command
-from lightning_memdml.deploy.commands import index, search
 from lightning_memdml.deploy.export import export
+from lightning_memdml.deploy.index_command import index
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.deploy.score import score
+from lightning_memdml.deploy.search_command import search
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint, run_folder
 from lightning_memdml.study.commands import weight_curves

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.checking import contact_sheet, describe, in_words, sets_of
-from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Look at a data set before training on it: the files found, the sets, images per class, missing and damaged images, and
@@ -61,7 +61,7 @@ def check_data(data: RetrievalDataModule, output: str = "runs/data_check", open_
         print(line)
     if all(images.has_pictures for images in sets_of(data).values()):
         path = Path(output) / f"{type(data).__name__}.png"
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             contact_sheet(data).save(unfinished)
         print(f"contact sheet: {path}")
     else:

@@ -25,15 +25,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"bfloat16", "checks"},
     "memory": {"checks", "compat"},
     "data": set(),
-    "whole_file": set(),
-    "retrieval": {"lazy", "whole_file", "bfloat16", "checks"},
+    "atomic_write": set(),
+    "retrieval": {"lazy", "atomic_write", "bfloat16", "checks"},
     "backbones": set(),
     "runs": set(),
     "curves": {"losses", "checks"},
-    "callbacks": {"lazy", "memory", "losses", "retrieval", "curves", "runs", "whole_file"},
+    "callbacks": {"lazy", "memory", "losses", "retrieval", "curves", "runs", "atomic_write"},
     "learner": {"losses", "retrieval", "backbones", "runs"},
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones"},
-    "data_check": {"data", "cli_messages", "whole_file"},
+    "data_check": {"data", "cli_messages", "atomic_write"},
 }
 ROOMS = set(MAY_IMPORT)
 MAY_IMPORT |= {

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.callbacks.memory import MemoryCallback, find_rows
 from lightning_memdml.callbacks.training_images import BATCH_SIZE, embed, find_encoder, find_train_set, load_images
 from lightning_memdml.callbacks.weight_curves import readable_losses
@@ -21,7 +22,6 @@ from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.runs import run_folder
-from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,11 +238,11 @@ class MemoryReport(Callback):
             return
         folder = run_folder(trainer) / "memory" if self.dirpath is None else Path(self.dirpath)
         picture, table = folder / "report.png", folder / "report.csv"
-        with whole_file(table) as unfinished, unfinished.open("w", newline="") as file:
+        with atomic_write(table) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for report in self.reports for name in report)))
             writer.writeheader()
             writer.writerows(self.reports)
-        with whole_file(picture) as unfinished:
+        with atomic_write(picture) as unfinished:
             plot_reports(self.reports).savefig(unfinished, dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

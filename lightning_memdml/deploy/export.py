@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PhotographTransform, Shrink
 from lightning_memdml.deploy.sources import FromFile, input_transform, tensor_shape
 from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
-from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Export a trained network: from images, prepared as the file beside it says, to unit embeddings, any number at a time.
@@ -75,13 +75,13 @@ def export_model(
     for name in formats:
         file = folder / FILES[name]
         write, read = WRITERS[name]
-        with whole_file(file) as unfinished:
+        with atomic_write(file) as unfinished:
             write(model, sample.shape, unfinished)
             differences[file.name] = difference = _difference(model, read(unfinished), sample.shape)
             if not difference <= CLOSE:
                 raise ValueError(f"{file.name} differs from the network by {difference:.1e}, more than {CLOSE:.0e}.")
         print(f"    {file}: embeddings differ from the network's by at most {difference:.1e}")
-    with whole_file(folder / PREPROCESSING) as unfinished:
+    with atomic_write(folder / PREPROCESSING) as unfinished:
         unfinished.write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(f"    {folder / PREPROCESSING}: {', '.join(step['do'] for step in described['steps'])}")
     return differences

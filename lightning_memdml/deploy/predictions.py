@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.whole_file import whole_file
+from lightning_memdml.atomic_write import atomic_write
 
 FileFormat = Literal["parquet", "npy"]
 Columns = Mapping[str, Sequence[Any]]
@@ -66,7 +66,7 @@ def columns_of(
 
 
 def _written(path: Path, write: Callable[[Path], None]) -> Path:
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         write(unfinished)
     return path
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.deploy.predictions import read_embeddings
 from lightning_memdml.deploy.trained import call
 from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
-from lightning_memdml.whole_file import whole_file
 
 DESCRIPTION = """\
 Score embeddings in files exactly, as `memdml test` does, whoever made them: without a checkpoint or images.
@@ -149,7 +149,7 @@ def _line(name: str, value: float, limits: tuple[float, float] | None) -> str:
 
 def _write_classes(path: Path, galleries: list[str], tables: list[dict[str, Tensor]], names: dict[int, str]) -> None:
     """A row for each gallery and class."""
-    with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["gallery", "class", *tables[0]])
         for gallery, table in zip(galleries, tables, strict=True):

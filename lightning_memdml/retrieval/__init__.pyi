@@ -10,9 +10,13 @@ from lightning_memdml.retrieval.gallery import gallery_figure as gallery_figure
 from lightning_memdml.retrieval.gallery import save_gallery as save_gallery
 from lightning_memdml.retrieval.index import EmbeddingIndex as EmbeddingIndex
 from lightning_memdml.retrieval.index import IndexedImages as IndexedImages
-from lightning_memdml.retrieval.index import IndexOptions as IndexOptions
 from lightning_memdml.retrieval.index import build_index as build_index
 from lightning_memdml.retrieval.index import load_index as load_index
+from lightning_memdml.retrieval.index_kinds import HNSW as HNSW
+from lightning_memdml.retrieval.index_kinds import IVF as IVF
+from lightning_memdml.retrieval.index_kinds import PQ as PQ
+from lightning_memdml.retrieval.index_kinds import Flat as Flat
+from lightning_memdml.retrieval.index_kinds import IndexKind as IndexKind
 from lightning_memdml.retrieval.metrics import RetrievalMetrics as RetrievalMetrics
 from lightning_memdml.retrieval.neighbours import nearest_neighbours as nearest_neighbours
 from lightning_memdml.retrieval.page import gallery_html as gallery_html

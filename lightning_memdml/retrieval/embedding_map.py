@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.retrieval.cells import ClassNames, name_of
 from lightning_memdml.retrieval.checks import check_embeddings, check_finite, check_integers
-from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ def save_map(
         raise ValueError(f"Expected a path ending in .png, .pdf or .svg, got {path.name!r}.")
     points, shares = map_points(embeddings, method, seed=seed)
     figure = _figure(points, check_integers(labels, "labels", embeddings).cpu(), class_names, title, method, shares)
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     return path
 

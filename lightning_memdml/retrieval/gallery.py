@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ImageOps
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.retrieval.cells import Cell, ClassNames, ImageSource, gallery_rows
 from lightning_memdml.retrieval.examples import RetrievalExample
 from lightning_memdml.retrieval.page import gallery_html
-from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def save_gallery(
     path = Path(path)
     if path.suffix not in (".html", ".png", ".pdf", ".svg"):
         raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg, got {path.name!r}.")
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         if path.suffix == ".html":
             page = gallery_html(examples, image, gallery_image, class_names=class_names, title=title)
             unfinished.write_text(page, encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.study import pictures
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.study_file import Study
@@ -25,7 +26,6 @@ from lightning_memdml.study.tables import (
     scores_table,
     search_table,
 )
-from lightning_memdml.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def write_report(results: Results, folder: Path | str) -> list[Path]:
     }
     pictures_of = {folder / "pictures" / f"{name}.png": content for name, content in drawn.items()}
     for path, content in (pictures_of | {path: text.encode() for path, text in texts.items()}).items():
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_bytes(content)
     return [markdown, page]
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.study.plan import CLI, Record, Run
 from lightning_memdml.study.training import train
-from lightning_memdml.whole_file import whole_file
 
 PROBE_STEPS = 12
 
@@ -59,13 +59,13 @@ class RunFolder:
 
     def save(self, run: Run, record: Record) -> None:
         """Write the file of a finished run atomically."""
-        with whole_file(self.runs / run.file_name) as unfinished:
+        with atomic_write(self.runs / run.file_name) as unfinished:
             unfinished.write_text(json.dumps(record, default=str), encoding="utf-8")
 
     def fail(self, run: Run, reason: str) -> Path:
         """Keep the reason why a run failed, and return the file."""
         file = self.path / "failed" / run.file_name.replace(".json", ".txt")
-        with whole_file(file) as unfinished:
+        with atomic_write(file) as unfinished:
             unfinished.write_text(reason, encoding="utf-8")
         return file
 

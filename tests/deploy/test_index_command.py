@@ -22,6 +22,7 @@ from lightning_memdml.data.transforms import EvaluationTransform
 from lightning_memdml.deploy import embedding
 from lightning_memdml.deploy.trained import load_learner
 from lightning_memdml.retrieval.index import build_index, load_index
+from lightning_memdml.retrieval.index_kinds import IVF
 
 pytest.importorskip("faiss", reason="an index is one of faiss")
 
@@ -94,7 +95,7 @@ def test_index_holds_the_test_classes_as_the_network_embeds_them(
     np.testing.assert_allclose(index.embeddings, expected, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index"]
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
-        "embeddings.npy", "images.parquet", "index.faiss", "index.json",
+        "embeddings.npy", "images.parquet", "index.json",
     ]  # fmt: skip
 
 
@@ -109,10 +110,10 @@ def test_other_parts_of_the_data_are_prepared_as_test_images(images: str, memdml
 
 def test_other_data_and_other_kinds_of_index_can_be_given(memdml: Command, tmp_path: Path) -> None:
     data = "--data FolderDataModule --data.root pictures --data.split_by alternate --data.image_size 28"
-    memdml(f"index --ckpt_path {LAST} {data} --kind ivf --lists 4 --probes 1 --output {tmp_path}/index")
+    memdml(f"index --ckpt_path {LAST} {data} --kind ivf --nlist 4 --nprobe 1 --output {tmp_path}/index")
     index = load_index(tmp_path / "index")
     assert sorted(set(index.images.classes)) == ["1 orange", "3 green", "5 blue", "7 gray"]
-    assert (index.options.kind, index.options.lists, index.options.probes) == ("ivf", 4, 1)
+    assert index.kind == IVF(nlist=4, nprobe=1)
     assert (index.faiss_index.nlist, index.faiss_index.nprobe) == (4, 1)
 
 
@@ -160,7 +161,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return whole(self, position)
 
-    monkeypatch.setattr(embedding, "KEPT_EVERY", 1)
+    monkeypatch.setattr(embedding, "BATCHES_PER_SAVE", 1)
     monkeypatch.setattr(ImageDataset, "open", dying)
     data = f"{DATA} --data.eval_batch_size=4"
     with pytest.raises(KeyboardInterrupt):
@@ -291,14 +292,17 @@ def test_what_is_wrong_is_said_in_a_sentence(
         ("index --ckpt_path none.ckpt", "got none.ckpt: there is no such file"),
         (f"index --ckpt_path {LAST} --source nowhere", "Expected a folder, or a table (.csv, .parquet, .npz), but got"),
         (f"index --ckpt_path {LAST} --images val", "has no val images"),
-        (f"index --ckpt_path {LAST} --output pictures", "it is neither, so it is left alone"),
+        (f"index --ckpt_path {LAST} --output pictures", "It was not overwritten"),
         (f"index --ckpt_path {LAST} --kind pq --output {tmp_path}/other", "at least 256 images"),
         (f"index --ckpt_path {LAST} --knd pq", "Did you mean '--kind'?"),
+        (f"index --ckpt_path {LAST} --kind tree", "Expected `kind` to be one of flat, ivf, hnsw, pq"),
+        (f"index --ckpt_path {LAST} --nprobe 4", "no option with `kind=flat` but got `nprobe`, an option of ivf"),
+        (f"index --ckpt_path {LAST} --kind ivf --probes=4", "Expected `--nprobe` but got `--probes`"),
         (f"search {query} --index {tmp_path}/index", f"Expected an image file but there is no {query}"),
         (f"search {LAST} --index {tmp_path}/index", f"Cannot read the image {LAST}"),
-        (f"search {LAST}", "`memdml index` makes one"),
-        (f"search {LAST} --index {tmp_path}/plain", "does not say which network embeds its queries"),
-        (f"search {LAST} --index {tmp_path}/index --ckpt_path none.ckpt", "pass `--ckpt_path` of where it is now"),
+        (f"search {LAST}", "Make one with `memdml index`"),
+        (f"search {LAST} --index {tmp_path}/plain", "which records its network, but this one records none"),
+        (f"search {LAST} --index {tmp_path}/index --ckpt_path none.ckpt", "Pass its path as `--ckpt_path`"),
     ):
         assert sentence in answer(memdml, line, capsys), line
 

@@ -1,4 +1,4 @@
-"""Indexes against full sorting: what they find, what they say they find, and what lies on disk afterwards."""
+"""Indexes against full sorting: what they find, the recall they report, and their files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_memdml.retrieval.index import IndexedImages, IndexOptions, build_index, load_index
+from lightning_memdml.retrieval.index import IndexedImages, build_index, load_index
+from lightning_memdml.retrieval.index_folder import staged_folder
+from lightning_memdml.retrieval.index_kinds import HNSW, IVF, PQ, Flat, IndexKind, index_kinds, make_index_kind
 
 faiss = pytest.importorskip("faiss", reason="an index is one of faiss")
 
@@ -58,18 +61,18 @@ def test_flat_finds_what_a_full_sort_finds_at_any_norm() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    "kind",
     [
-        IndexOptions("ivf", lists=16, probes=2),
-        IndexOptions("hnsw", links=4, beam=8),
-        IndexOptions("pq", code_bytes=4),
-        IndexOptions("pq", code_bytes=4, candidates=5),
+        IVF(nlist=16, nprobe=2),
+        HNSW(M=4, efSearch=8),
+        PQ(m=4),
+        PQ(m=4, k_factor=5),
     ],
     ids=str,
 )
-def test_recall_of_an_approximate_index_is_the_share_of_exact_neighbours(options: IndexOptions) -> None:
+def test_recall_of_an_approximate_index_is_the_share_of_exact_neighbours(kind: IndexKind) -> None:
     gallery, queries = clustered(700, 16), clustered(50, 16, seed=1)
-    index = build_index(gallery, options=options)
+    index = build_index(gallery, kind=kind)
     similarity, position = index.search(queries, k=10)
     _, expected = full_sort(queries, gallery, 10)
     pairs = zip(position.tolist(), expected.tolist(), strict=True)
@@ -84,19 +87,19 @@ def test_recall_of_an_approximate_index_is_the_share_of_exact_neighbours(options
 def test_more_effort_finds_more() -> None:
     gallery, queries = clustered(700, 16), clustered(50, 16, seed=1)
     for low, high in (
-        (IndexOptions("ivf", lists=16, probes=1), IndexOptions("ivf", lists=16, probes=16)),
-        (IndexOptions("hnsw", links=4, beam=4), IndexOptions("hnsw", links=4, beam=400)),
-        (IndexOptions("pq", code_bytes=2), IndexOptions("pq", code_bytes=2, candidates=50)),
+        (IVF(nlist=16, nprobe=1), IVF(nlist=16, nprobe=16)),
+        (HNSW(M=4, efSearch=4), HNSW(M=4, efSearch=400)),
+        (PQ(m=2), PQ(m=2, k_factor=50)),
     ):
-        recalls = [build_index(gallery, options=options).recall(queries) for options in (low, high)]
+        recalls = [build_index(gallery, kind=kind).recall(queries) for kind in (low, high)]
         assert recalls[0] < recalls[1]
-    assert build_index(gallery, options=IndexOptions("ivf", lists=16, probes=16)).recall(queries) == 1
+    assert build_index(gallery, kind=IVF(nlist=16, nprobe=16)).recall(queries) == 1
 
 
 def test_measured_recall_leaves_each_image_itself_out() -> None:
     """With one probe most images find themselves; counted, that would lift the recall at 1 to nearly 1."""
     gallery = clustered(700, 16)
-    index = build_index(gallery, options=IndexOptions("pq", code_bytes=2))
+    index = build_index(gallery, kind=PQ(m=2))
     measured = index.measure(k=(1, 5), queries=700)
     similarity = (gallery.double() @ gallery.double().T).fill_diagonal_(-torch.inf)
     best = similarity.argsort(dim=1, descending=True)
@@ -121,7 +124,7 @@ def test_small_sets_and_many_neighbours_are_defined() -> None:
     similarity, position = build_index(torch.eye(3)).search(torch.eye(3)[:1], k=10)
     assert position.shape == (1, 3)
     assert position[0, 0] == 0
-    index = build_index(clustered(30, 8), options=IndexOptions("ivf", lists=10, probes=1))
+    index = build_index(clustered(30, 8), kind=IVF(nlist=10, nprobe=1))
     similarity, position = index.search(clustered(2, 8, seed=1), k=30)
     missing = position < 0
     assert missing.any()
@@ -132,15 +135,24 @@ def test_small_sets_and_many_neighbours_are_defined() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_index(torch.zeros(0, 4)), "nothing to index"),
+        (lambda: build_index(torch.zeros(0, 4)), "at least one row of `embeddings` to index"),
         (lambda: build_index(torch.full((3, 4), torch.nan)), "NaN or infinity in 3 of 3 rows: 0, 1, 2"),
-        (lambda: build_index(torch.eye(4), named(3)), r"Expected 4 paths, labels and classes, got \[3, 3, 3\]"),
-        (lambda: build_index(torch.eye(4)).search(torch.zeros(2, 5)), "dimension 4, as in the index, got 5"),
-        (lambda: build_index(torch.eye(4), options=IndexOptions("pq")), "at least 256 images"),
-        (lambda: build_index(clustered(300, 9), options=IndexOptions("pq", code_bytes=2)), "divide the dimension 9"),
-        (lambda: build_index(torch.eye(4), options=IndexOptions("ivf", lists=5)), "at most 4 `lists`"),
-        (lambda: IndexOptions("tree"), "one of flat, ivf, hnsw, pq but got 'tree'"),  # type: ignore[arg-type]
-        (lambda: IndexOptions("ivf", probes=0), "`probes` of at least 1 but got 0"),
+        (
+            lambda: build_index(torch.eye(4), named(3)),
+            "4 paths, labels and classes, one per embedding, but got 3, 3, 3",
+        ),
+        (lambda: build_index(torch.eye(4)).search(torch.zeros(2, 5)), "dimension 4, as in the index, but got 5"),
+        (lambda: build_index(torch.eye(4), kind=PQ()), "at least 256 images"),
+        (lambda: build_index(clustered(300, 9), kind=PQ(m=2)), "divide the dimension 9"),
+        (lambda: build_index(torch.eye(4), kind=IVF(nlist=5)), "`nlist` of at most 4, the number of images, but got 5"),
+        (lambda: make_index_kind("tree", {}), r"one of flat, ivf, hnsw, pq.* but got 'tree'"),
+        (
+            lambda: make_index_kind("hnsw", {"nprobe": 4}),
+            "M, efSearch, efConstruction, k_factor with `kind=hnsw` but got `nprobe`, an option of ivf",
+        ),
+        (lambda: make_index_kind("ivf", {"probes": 4}), "`probes`, which is called `nprobe` now, as in faiss"),
+        (lambda: HNSW(M=1), "`M` of at least 2 but got 1"),
+        (lambda: IVF(nprobe=0), "`nprobe` of at least 1 but got 0"),
     ],
 )
 def test_what_cannot_be_is_explained(call: object, message: str) -> None:
@@ -151,19 +163,19 @@ def test_what_cannot_be_is_explained(call: object, message: str) -> None:
 @pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this is faiss-gpu: nothing is missing")
 def test_without_a_gpu_faiss_says_how_to_get_one() -> None:
     with pytest.raises(ValueError, match=r"lightning-memdml\[gpu\]"):
-        build_index(torch.eye(4), device="cuda")
+        build_index(torch.eye(4), kind=IVF(nlist=1), device="cuda")
 
 
 @pytest.mark.skipif(
     not torch.cuda.is_available() or not hasattr(faiss, "StandardGpuResources"),
     reason="needs a GPU, and faiss-gpu in place of faiss-cpu",
 )
-@pytest.mark.parametrize("kind", ["flat", "ivf", "pq"])
+@pytest.mark.parametrize("kind", ["ivf", "pq"])
 def test_an_index_built_on_a_gpu_finds_what_one_of_the_cpu_finds(kind: str) -> None:
     gallery, queries = clustered(2000, 16), clustered(20, 16, seed=1)
-    options = IndexOptions(kind, probes=10**6 if kind == "ivf" else None)  # type: ignore[arg-type]
-    index = build_index(gallery, options=options, device="cuda")
-    assert index.recall(queries) >= build_index(gallery, options=options).recall(queries) - 0.05
+    made = make_index_kind(kind, {"nprobe": 10**6} if kind == "ivf" else {})
+    index = build_index(gallery, kind=made, device="cuda")
+    assert index.recall(queries) >= build_index(gallery, kind=made).recall(queries) - 0.05
 
 
 # On disk
@@ -172,15 +184,15 @@ def test_an_index_built_on_a_gpu_finds_what_one_of_the_cpu_finds(kind: str) -> N
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "pq"])
 def test_a_saved_index_finds_the_same(kind: str, tmp_path: Path) -> None:
     gallery, queries = clustered(600, 8), clustered(9, 8, seed=1)
-    index = build_index(gallery, named(600), IndexOptions(kind), about={"checkpoint": "x"})  # type: ignore[arg-type]
+    index = build_index(gallery, named(600), make_index_kind(kind, {}), about={"checkpoint": "x"})
     index.measure(k=(1,), queries=20)
     index.save(tmp_path / "index")
     loaded = load_index(tmp_path / "index")
     assert isinstance(loaded.embeddings, np.memmap)
     for one, other in zip(index.search(queries), loaded.search(queries), strict=True):
         assert torch.equal(one, other)
-    assert (loaded.images, loaded.options, loaded.about) == (index.images, index.options, index.about)
-    assert loaded.measured == index.measured
+    assert (loaded.images, loaded.kind, loaded.about) == (index.images, index.kind, index.about)
+    assert loaded.benchmark == index.benchmark
 
 
 def test_saving_replaces_an_index_and_nothing_else(tmp_path: Path) -> None:
@@ -192,12 +204,12 @@ def test_saving_replaces_an_index_and_nothing_else(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years")
-    with pytest.raises(ValueError, match="it is left alone"):
+    with pytest.raises(ValueError, match="It was not overwritten"):
         build_index(torch.eye(4)).save(precious)
     assert contents(precious) == {"thesis.tex": b"years"}
 
 
-def test_a_killed_save_leaves_the_index_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_saving_leaves_the_index_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "index"
     build_index(torch.eye(4)).save(target)
     before = contents(target)
@@ -207,15 +219,90 @@ def test_a_killed_save_leaves_the_index_that_was_there(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(faiss, "write_index", killed)
     with pytest.raises(KeyboardInterrupt):
-        build_index(torch.eye(5)).save(target)
+        build_index(torch.eye(5), kind=IVF(nlist=1)).save(target)
     assert contents(target) == before
+    assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", ["embeddings.npy", "index.faiss", "images.parquet", "index.json"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_index_is_found_wherever_a_replacement_is_killed(renames: int, tmp_path: Path) -> None:
+    """Killed before the old index is set aside, between the two renames, and before the old one is removed."""
+    target = tmp_path / "index"
+    build_index(torch.eye(4)).save(target)
+    killed = """
+import os, shutil, sys
+import torch
+from lightning_memdml.retrieval import build_index
+count = int(sys.argv[1])
+def dying(real):
+    def call(*args, **kwargs):
+        global count
+        if count == 0:
+            os._exit(9)
+        count -= 1
+        return real(*args, **kwargs)
+    return call
+os.replace = dying(os.replace)
+if count == 2:  # both renames are done
+    shutil.rmtree = dying(shutil.rmtree)
+    count = 3
+build_index(torch.eye(6)).save("index")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", killed, str(renames)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr[-2000:]
+    assert len(load_index(target)) == (6 if renames == 2 else 4)
+    build_index(torch.eye(5)).save(target)
+    assert len(load_index(target)) == 5
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_writers_of_one_index_do_not_mix(tmp_path: Path) -> None:
+    target = tmp_path / "index"
+    with staged_folder(target, resume=True) as staged:
+        with pytest.raises(OSError, match="only process that writes"), staged_folder(target, resume=True):
+            pass
+        build_index(torch.eye(3)).save(target)  # a whole index of its own, in another folder
+        (staged / "index.json").write_text("{}")
+    assert [path.name for path in target.iterdir()] == ["index.json"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interrupted_folder_is_yielded_again(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with staged_folder(tmp_path / "index", resume=True) as staged:
+            (staged / "rows").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not (tmp_path / "index").exists()
+    with staged_folder(tmp_path / "index", resume=True) as staged:
+        assert (staged / "rows").read_text() == "half"
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "..", str(tmp_path)):
+        with pytest.raises(ValueError, match="contains the working directory"):
+            build_index(torch.eye(4)).save(folder)
+    assert not list(tmp_path.iterdir())
+
+
+FILES = ["embeddings.npy", "index.faiss", "images.parquet", "index.json"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Flat(), name) for name in FILES if name != "index.faiss"] + [(IVF(), name) for name in FILES],
+    ids=str,
+)
 @pytest.mark.parametrize("damage", ["cut", "missing", "of another index"])
-def test_damage_is_told(name: str, damage: str, tmp_path: Path) -> None:
-    build_index(clustered(40, 8), named(40)).save(tmp_path / "index")
-    build_index(clustered(50, 8), named(50)).save(tmp_path / "other")
+def test_damage_is_named(kind: IndexKind, name: str, damage: str, tmp_path: Path) -> None:
+    build_index(clustered(40, 8), named(40), kind).save(tmp_path / "index")
+    build_index(clustered(50, 8), named(50), kind).save(tmp_path / "other")
     file = tmp_path / "index" / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -223,7 +310,7 @@ def test_damage_is_told(name: str, damage: str, tmp_path: Path) -> None:
         file.unlink()
     else:
         file.write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises((ValueError, FileNotFoundError), match=r"is damaged|no index in|`memdml index`"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"is damaged|Expected an index in"):
         load_index(tmp_path / "index")
 
 
@@ -231,8 +318,75 @@ def test_an_index_of_a_later_format_is_refused(tmp_path: Path) -> None:
     build_index(torch.eye(4)).save(tmp_path)
     description = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**description, "format": 99}))
-    with pytest.raises(ValueError, match="format 99, expected 1"):
+    with pytest.raises(ValueError, match="expected format 2 or older but got 99"):
         load_index(tmp_path)
+
+
+# Kinds
+
+
+@dataclass(frozen=True)
+class ScalarQuantizer(IndexKind):
+    """A kind of a user's own, with an option of its own."""
+
+    bits: int = 8
+
+    def factory(self, rows: int, dim: int) -> str:
+        return f"SQ{self.bits}"
+
+
+def test_a_kind_of_ones_own_is_found_built_saved_and_loaded(tmp_path: Path) -> None:
+    assert index_kinds()["scalarquantizer"] is ScalarQuantizer
+    kind = make_index_kind("scalarquantizer", {"bits": 4})
+    gallery, queries = clustered(700, 16), clustered(50, 16, seed=1)
+    index = build_index(gallery, kind=kind)
+    assert 0.5 < index.recall(queries) < 1
+    loaded = load_index(index.save(tmp_path / "index"))
+    assert loaded.kind == ScalarQuantizer(bits=4)
+    assert torch.equal(loaded.search(queries)[1], index.search(queries)[1])
+
+
+@pytest.mark.parametrize("kind", [kind for name, kind in index_kinds().items() if name != "scalarquantizer"])
+def test_every_kind_documents_its_options_and_refuses_zero(kind: type[IndexKind]) -> None:
+    for option in fields(kind):
+        assert f"        {option.name}: " in str(kind.__doc__).replace("\n    ", "\n        ")
+        with pytest.raises(ValueError, match=f"`{option.name}` of at least 1 but got 0"):
+            kind(**{option.name: 0})
+
+
+WITHOUT_FAISS = """
+import sys
+sys.modules["faiss"] = None  # importing it fails, as if it were not installed
+import torch
+from lightning_memdml.retrieval import IVF, build_index, load_index
+build_index(torch.eye(4)).save("index")
+print(load_index("index").search(torch.eye(4)[2:], k=1)[1].tolist())
+try:
+    build_index(torch.eye(4), kind=IVF(nlist=1))
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_flat_index_needs_no_faiss_and_others_name_the_extra(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FAISS], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, message = done.stdout.splitlines()
+    assert found == "[[2], [3]]"
+    assert message == (
+        'Expected faiss but it is not installed. `pip install "lightning-memdml[faiss]"`, or '
+        '`pip install "lightning-memdml[gpu]"` on a machine with a GPU; `kind=flat` needs neither.'
+    )
+    assert not (tmp_path / "index" / "index.faiss").exists()
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e30])
+def test_rows_of_any_norm_are_compared_by_direction(norm: float) -> None:
+    similarity, position = build_index(norm * torch.eye(4)).search(norm * torch.eye(4), k=1)
+    torch.testing.assert_close(similarity, torch.ones(4, 1))
+    assert position[:, 0].tolist() == [0, 1, 2, 3]
 
 
 # faiss and torch bring an OpenMP each
@@ -243,11 +397,12 @@ import torch
 if sys.argv[1] == "faiss":
     import faiss
 from torch.utils.data import DataLoader, TensorDataset
-from lightning_memdml.retrieval.index import IndexOptions, build_index
+from lightning_memdml.retrieval.index import build_index
+from lightning_memdml.retrieval.index_kinds import make_index_kind
 torch.set_num_threads(2)
 rows = torch.randn(3000, 32)
 for kind in ("flat", "ivf", "hnsw"):
-    index = build_index(rows, options=IndexOptions(kind))
+    index = build_index(rows, kind=make_index_kind(kind, {}))
     for _ in range(5):
         rows @ rows.T
         index.search(rows[:200])

@@ -337,7 +337,9 @@ def test_training_that_stops_early_is_a_failed_run_and_the_others_are_kept(write
     path = write(arms={"stops": early, "batch": {}}, seeds=[0], claims={})
     with pytest.raises(FailedRunsError, match="1 of 2 runs failed") as failure:
         run_study(path, MemdmlCLI, output="out")
-    (reason,) = re.findall(r"stops on Glyph, seed 0: .*Expected 6 optimiser steps but got 3\..*\((out/failed/\S+)\)", str(failure.value))
+    (reason,) = re.findall(
+        r"stops on Glyph, seed 0: .*Expected 6 optimiser steps but got 3\..*\((out/failed/\S+)\)", str(failure.value)
+    )
     assert "Traceback" in Path(reason).read_text()
     assert [run["arm"] for run in finished(Path("out")).values()] == ["batch"]
     assert "1 of 2 runs" in Path("out/report.md").read_text()

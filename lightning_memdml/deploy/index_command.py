@@ -1,0 +1,153 @@
+"""`memdml index`: embed images with a trained network, and build an index of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+
+from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.deploy.embedding import PROGRESS, embed
+from lightning_memdml.deploy.sources import (
+    FromFile,
+    NamedImages,
+    Part,
+    images_at,
+    input_transform,
+    part_of,
+    tensor_shape,
+)
+from lightning_memdml.deploy.trained import configuration_of, data_of, file_digest, load_learner
+from lightning_memdml.retrieval.index import EmbeddingIndex, IndexedImages, build_index
+from lightning_memdml.retrieval.index_folder import require_replaceable, staged_folder
+from lightning_memdml.retrieval.index_kinds import OLD_NAMES, IndexKind, index_kinds, make_index_kind
+
+DESCRIPTION = """\
+Embed images with a trained network, and build an index of them.
+
+  memdml index --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt
+  memdml index --ckpt_path last.ckpt --source my/images --output runs/my_index
+  memdml index --ckpt_path last.ckpt --source catalogue.csv --kind ivf --nprobe 16
+
+Without --source, it indexes the images of the checkpoint's own data, by default those that its test searches. Of a
+folder it takes all images, at any depth. It resumes after an interruption, and reports recall against exact search."""
+
+
+def index(arguments: list[str]) -> None:
+    """Run `memdml index` with what follows it on the command line."""
+    _refuse_old_options(arguments)
+    parser = ArgumentParser(prog="memdml index", description=DESCRIPTION)
+    parser.add_function_arguments(index_images, as_group=False, skip={"data", "kind"})
+    parser.add_subclass_arguments(
+        LightningDataModule,
+        "data",
+        required=False,
+        help="Where the images come from, if not from the checkpoint's own data.",
+    )
+    options = _add_kind_arguments(parser)
+    given = parser.parse_args(arguments).as_dict()
+    given.pop("config", None)
+    chosen = {option: value for option in options if (value := given.pop(option)) is not None}
+    index_images(**{**given, "kind": make_index_kind(given["kind"], chosen)})
+
+
+def _refuse_old_options(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        old = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and old in OLD_NAMES:
+            raise ValueError(f"Expected `--{OLD_NAMES[old]}` but got `--{old}`, its name in version 0.1. Rename it.")
+
+
+def _add_kind_arguments(parser: ArgumentParser) -> list[str]:
+    """Add `--kind` and the options of every kind, and return the names of the options."""
+    kinds = index_kinds()
+    parser.add_argument(
+        "--kind",
+        default="flat",
+        help="Kind of index. "
+        + " ".join(f"`{name}`: {str(kind.__doc__).splitlines()[0]}" for name, kind in kinds.items()),
+    )
+    owners: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        for field in fields(kind):
+            owners.setdefault(field.name, []).append(f"{name} (default: {field.default})")
+    for option, users in owners.items():
+        parser.add_argument(f"--{option}", type=int, default=None, help=f"Option of {', '.join(users)}.")
+    return list(owners)
+
+
+def index_images(
+    ckpt_path: str,
+    source: str | None = None,
+    images: Part = "gallery",
+    data: dict[str, Any] | None = None,
+    output: str = "runs/index",
+    device: str = "cpu",
+    kind: IndexKind | None = None,
+) -> EmbeddingIndex:
+    """Embed images with a trained network, and build an index of them in a folder.
+
+    Args:
+        ckpt_path: A checkpoint of `memdml fit`.
+        source: A folder of images, or a table or archive as `TableDataModule` reads it, instead of the checkpoint's
+            data. The images are prepared as the test images are.
+        images: Which images of the data module, if there is no `source`.
+        data: Class path and arguments of another data module.
+        output: Folder of the index; an index there is replaced when the new one is finished.
+        device: Where the network runs, `cpu` or `cuda`; on `cuda`, faiss trains the index there too.
+        kind: Kind of index; by default flat.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        OSError: If an image is missing or damaged, the disk is full, or another process writes to `output`.
+        ValueError: If the checkpoint or the device cannot be used, or `output` is something other than an index.
+    """
+    folder = Path(output)
+    require_replaceable(folder)
+    about: dict[str, Any] = {
+        "ckpt_path": str(Path(ckpt_path).resolve()),
+        "source": None if source is None else str(Path(source).expanduser().resolve()),
+        "images": images,
+        "data": data or configuration_of(ckpt_path)["data"],
+    }
+    learner, about["sha256"] = load_learner(ckpt_path, device), file_digest(ckpt_path)
+    module = data_of(about["data"])
+    about["tensor_shape"] = tensor_shape(module)
+    chosen = indexed_images(about)
+    workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
+    with staged_folder(folder, resume=True) as staged:
+        rows = embed(
+            learner,
+            chosen.images,
+            staged,
+            about["sha256"],
+            batch_size=module.eval_batch_size,
+            num_workers=workers,
+            device=device,
+        )
+        named = IndexedImages(chosen.images.paths, chosen.images.labels.tolist(), chosen.classes)
+        built = build_index(rows, named, kind, about=about, device=device, progress=True)
+        classes = len(set(chosen.classes))
+        print(f"{len(built):,} images of {classes:,} classes, {built.kind.kind()} index: {built.measure()}")
+        built.write_all_but_embeddings(staged)
+        (staged / PROGRESS).unlink()
+    print(f"    {folder}")
+    if chosen.images.has_pictures:
+        print(f"Next: memdml search IMAGE... --index {folder}")
+    return built
+
+
+def indexed_images(about: dict[str, Any]) -> NamedImages:
+    """Return the images of an index.
+
+    Args:
+        about: What `memdml index` keeps with the index.
+    """
+    module = data_of(about["data"])
+    if about["source"] is None:
+        return part_of(module, about["images"])
+    return images_at(about["source"], FromFile(input_transform(module), about["tensor_shape"]))

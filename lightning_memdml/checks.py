@@ -137,7 +137,7 @@ def check_pairs(
         )
     if ref_embeddings is not None and ref_embeddings.device != embeddings.device:
         raise ValueError(
-            f"Expected `ref_embeddings` on {embeddings.device}, where `embeddings` are, but got {ref_embeddings.device}. "
+            f"Expected `ref_embeddings` on {embeddings.device}, like `embeddings`, but got {ref_embeddings.device}. "
             "Pass `ref_embeddings.to(embeddings.device)`."
         )
     if embeddings.device.type != "cpu" or embeddings.numel() == 0 or torch.compiler.is_compiling():

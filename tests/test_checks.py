@@ -111,7 +111,7 @@ def test_wrong_indices_are_named():
 
 
 def test_references_on_another_device_are_refused():
-    with pytest.raises(ValueError, match=r"^Expected `ref_embeddings` on cpu, where .* but got meta\. Pass "):
+    with pytest.raises(ValueError, match=r"^Expected `ref_embeddings` on cpu, like `embeddings`, but got meta\. Pass "):
         ContrastiveLoss()(X, Y, X.to("meta"), Y)
 
 

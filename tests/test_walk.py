@@ -1,0 +1,40 @@
+"""One training batch enters few functions in few files, so that a newcomer can read them all."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+# What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
+MOST_FUNCTIONS = 74
+MOST_FILES = 15
+
+SCRIPT = Path(__file__).with_name("walk.py")
+_spec = importlib.util.spec_from_file_location("walk", SCRIPT)
+assert _spec is not None and _spec.loader is not None
+script = importlib.util.module_from_spec(_spec)
+sys.modules["walk"] = script
+_spec.loader.exec_module(script)
+
+
+def test_a_batch_enters_few_functions_in_few_files() -> None:
+    steps = script.walk()
+    assert len(steps) <= MOST_FUNCTIONS, [step.name for step in steps]
+    assert len({step.file for step in steps}) <= MOST_FILES
+
+
+def test_the_way_goes_from_the_learner_to_the_loss_and_back_to_the_memory() -> None:
+    names = [step.name for step in script.walk()]
+    hops = ["MetricLearner.training_step", "PairLoss.forward", "ContrastiveLoss.negative_terms", "EmbeddingMemory.read",
+            "MemoryCallback.on_train_batch_end", "EmbeddingMemory.enqueue"]  # fmt: skip
+    assert [name for name in names if name in hops] == hops
+
+
+def test_the_script_prints_the_way_as_a_table_of_contents() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("  ") and "losses/pair_loss.py:" in line for line in lines)
+    assert any(" functions in " in line for line in lines)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support.pages import PAGES, REPOSITORY, read_blocks, run_page
 
+import lightning_memdml
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_code_on_the_page_works(page: Path, tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +22,11 @@ def test_the_first_screen_holds_the_commands_the_table_and_the_drop_in_diff() ->
     screen = "\n".join((REPOSITORY / "README.md").read_text().splitlines()[:65])
     for wanted in ("memdml fit", "make demo", "```python", "| Recall@1 %", "```diff"):
         assert wanted in screen
+
+
+def test_the_reference_has_every_public_name() -> None:
+    reference = "".join(page.read_text() for page in (REPOSITORY / "docs/api").glob("*.md"))
+    assert [name for name in lightning_memdml.__all__ if f".{name}\n" not in reference] == []
 
 
 # The checks themselves

@@ -1,15 +1,18 @@
 """What MkDocs does beside its plugins when it builds the documentation site.
 
-Pages of the repository outside `docs/` become part of the site, and formulas become MathML, which browsers draw without
-a script.
+Pages of the repository outside `docs/` become part of the site, formulas become MathML, which browsers draw without a
+script, and the page of the command line shows the help of the commands.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import os
 import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -21,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "experiments/**/*")  # beside `docs/`
 SUFFIXES = {".md", ".png", ".yaml", ".py", ".csv", ""}
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s#]+)")
+HELP = re.compile(r"<!-- memdml (.*?) --help -->")  # shown in its place
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -43,7 +47,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = Path(os.path.normpath(source / match[2]))
         return match[1] + posixpath.relpath(_place(target), here or ".")
 
-    return LINK.sub(moved, markdown)
+    markdown = LINK.sub(moved, markdown)
+    if commands := HELP.findall(markdown):
+        shown = read_help(commands)
+        markdown = HELP.sub(lambda match: f"```text\n{shown[match[1]]}\n```", markdown)
+    return markdown
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -53,6 +61,25 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return convert(html.unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
 
     return FORMULA.sub(drawn, content)
+
+
+def read_help(commands: list[str]) -> dict[str, str]:
+    """Return the help of each command, all from one process, since starting one takes seconds."""
+    script = f"""
+import contextlib, io, json, sys
+from lightning_memdml.cli import main
+shown = {{}}
+for command in {commands!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
+    shown[command] = printed.getvalue().strip()
+print(json.dumps(shown))
+"""
+    environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(printed.stdout.splitlines()[-1])
 
 
 def _place(path: Path) -> str:

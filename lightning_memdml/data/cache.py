@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_memdml.data.images import Record, upright
+from lightning_memdml.data.pictures import upright
+from lightning_memdml.data.records import Record
 
 HEADER = struct.Struct("<16sIHH")  # which file it was made of, checksum of the pixels, height, width
 PAGE = 4096

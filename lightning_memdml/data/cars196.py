@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_memdml.data.images import Record, inside
 from lightning_memdml.data.matlab import read_structs
-from lightning_memdml.data.module import Count
-from lightning_memdml.data.published import PublishedDataModule, box_of, checked, integer
+from lightning_memdml.data.paths import inside
+from lightning_memdml.data.published import PublishedDataModule, checked, integer
+from lightning_memdml.data.records import Record, box_of
+from lightning_memdml.data.roles import Count
 
 TRAIN_CLASSES = 98
 CLASSES = 196

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_memdml.data.downloads import Archive
-from lightning_memdml.data.images import Record, inside
-from lightning_memdml.data.module import Count
-from lightning_memdml.data.published import PublishedDataModule, box_of, checked, integer, read_list
+from lightning_memdml.data.paths import inside
+from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
+from lightning_memdml.data.records import Record, box_of
+from lightning_memdml.data.roles import Count
 
 TRAIN_CLASSES = 100
 CLASSES = 200

@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from lightning_memdml.data.images import Record, Role
-from lightning_memdml.data.published import PublishedDataModule, box_of
+from lightning_memdml.data.published import PublishedDataModule
+from lightning_memdml.data.records import Record, Role, box_of
 
 SOURCES = ("user", "shop")
 
@@ -46,6 +46,7 @@ class DeepFashion2(PublishedDataModule):
         "and pass `root=` of the folder that holds train and validation."
     )
     recall_levels = (1, 5, 10, 15, 20)
+    one_label_per_image = False
 
     def records(self) -> list[Record]:
         """Return a record per garment that is used, in the order of the annotation files."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.data.images import Record, npz_arrays, required_file
+from lightning_memdml.data.archives import npz_arrays
 from lightning_memdml.data.module import RetrievalDataModule
+from lightning_memdml.data.paths import local_path, required_file
+from lightning_memdml.data.records import Record
 from lightning_memdml.data.transforms import SeededTransform, uniform
 
 ARRAYS = ("feature", "label", "train")
@@ -47,7 +48,7 @@ class FeatureDataModule(RetrievalDataModule):
 
     def __init__(self, path: str, num_workers: int = 0, **kwargs: Any) -> None:
         super().__init__(num_workers=num_workers, **kwargs)
-        self.path = Path(path).expanduser()
+        self.path = local_path(path, "path")
 
     def records(self) -> Iterator[Record]:
         """Yield a record per image, named by its row."""

@@ -2,88 +2,95 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from lightning_memdml.data.images import ClassSplit, Record, Role, split_classes
+from lightning_memdml.data.folders import (
+    FolderReader,
+    files_below,
+    find_splits,
+    is_distractors,
+    subfolders,
+    suffixes_of,
+)
 from lightning_memdml.data.module import RetrievalDataModule
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+from lightning_memdml.data.paths import local_path, shown
+from lightning_memdml.data.pictures import SUFFIXES
+from lightning_memdml.data.records import ClassSplit, Record, Role, split_classes
 
 
 class FolderDataModule(RetrievalDataModule):
     """Images in one folder per class: `root/<class>/**/<image>`.
 
-    If `root` holds the folders `train` and `test`, these hold the class folders of either side, and `val`, if there is
-    one, those of the validation classes. Otherwise the classes are split by `split_by`, in the order of their names.
-    Hidden files and folders (also the `._` files of macOS) are passed over; other files that are no images are
-    counted in a warning.
+    If `root` holds the folders `train`, `val`, `test`, or `query`, `gallery` and `distractors`, these hold the class
+    folders of each role (`training`, `valid`, `validation` and `testing` are understood too, in capitals or not; a
+    folder that holds nothing but these folders may be passed as well). Images of `distractors` are searched, and are
+    right answers to no query. Otherwise the classes are split by `split_by`, in the order of their names.
+
+    Links are followed. Hidden files and folders, and what systems leave behind (`__MACOSX`, `@eaDir`, `__pycache__`),
+    are ignored. Other files that are no images are counted in a warning.
 
     Args:
         root: The folder.
-        split_by: Which classes train if there are no `train` and `test` folders: the first of two `halves`, or every
-            second class (`alternate`).
+        split_by: Which classes train if `root` has no folder for each role: the first of two `halves`, or every second
+            class (`alternate`).
 
     Raises:
         FileNotFoundError: If there is no such folder, or no class folder in it.
-        ValueError: If a class folder holds no image.
+        ValueError: If a class folder holds no image, or the folders of the roles are not all understood.
     """
 
     def __init__(self, root: str, split_by: ClassSplit = "halves", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root).expanduser()
+        self.root = local_path(root, "root")
         self.split_by = split_by
 
     def records(self) -> list[Record]:
         """Return a record per image file, in the order of their paths."""
-        sides: list[Role] = [role for role in ("train", "val", "test") if (self.root / role).is_dir()]
-        if "train" in sides and "test" in sides:
-            return [record for role in sides for record in records_of(self.root / role, role)]
-        found = records_of(self.root, "train")
-        return split_classes(found, sorted({record.label for record in found}), self.split_by)
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"FolderDataModule looked for the folder {shown(self.root)}, which does not exist; pass `root=`."
+            )
+        top, splits = find_splits(self.root)
+        reader = FolderReader(top)
+        if splits:
+            records = [record for folder, role in splits.items() for record in _class_records(folder, role, reader)]
+        else:
+            records = _class_records(top, "train", reader)
+            records = split_classes(records, sorted({record.label for record in records}), self.split_by)
+        reader.warn_of_left_out()
+        return records
 
 
-def records_of(folder: Path, role: Role) -> list[Record]:
-    """Return a record per image in the class folders of `folder`.
+def _class_records(folder: Path, role: Role, reader: FolderReader) -> list[Record]:
+    """Return a record per image in the class folders of `folder`; other images in it are left out.
 
     Raises:
-        FileNotFoundError: If `folder` is missing or holds no folder.
+        FileNotFoundError: If `folder` holds no folder.
         ValueError: If a class folder holds no image.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"FolderDataModule looked for the folder {folder}, which does not exist; pass `root=`.")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not class_folders:
+    if is_distractors(folder):
+        return reader.records(folder, role)
+    classes = subfolders(folder)
+    if not classes:
         raise FileNotFoundError(
-            f"FolderDataModule expected one folder per class in {folder} but found none; "
-            f"there are files with the suffixes: {_suffixes(_visible_files(folder))}."
+            f"FolderDataModule expected one folder per class in {shown(folder)} but found none; "
+            f"there are files with the suffixes: {suffixes_of(list(files_below(folder)))}. Sort them into folders."
         )
-    records, others = [], []
-    for class_folder in class_folders:
-        files = _visible_files(class_folder)
-        images = [file for file in files if file.suffix.lower() in SUFFIXES]
-        if not images:
+    records = []
+    filled = set()
+    for record in reader.records(folder, role):
+        first, *more = Path(record.path).relative_to(folder).parts
+        if more:
+            records.append(record)
+            filled.add(first)
+        else:
+            reader.left_out.append(Path(record.path))
+    for class_folder in classes:
+        if class_folder.name not in filled:
+            files = list(files_below(class_folder))
             raise ValueError(
-                f"Expected images ({', '.join(sorted(SUFFIXES))}) in the class folder {class_folder} but found files "
-                f"with the suffixes: {_suffixes(files)}. Add images or remove the folder."
+                f"Expected images ({', '.join(sorted(SUFFIXES))}) in the class folder {shown(class_folder)} but found "
+                f"files with the suffixes: {suffixes_of(files)}. Add images or remove the folder."
             )
-        records += [Record(str(image), class_folder.name, role) for image in images]
-        others += [file for file in files if file.suffix.lower() not in SUFFIXES]
-    if others:
-        rank_zero_warn(f"{len(others)} files in {folder} are no images and are not used: {_suffixes(others)}.")
     return records
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Return the files at any depth below `folder`, without hidden ones and those in hidden folders."""
-    found = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-
-
-def _suffixes(files: list[Path]) -> str:
-    """Return the suffixes of `files` in words, the most frequent first."""
-    counts = Counter(file.suffix or "(no suffix)" for file in files)
-    return ", ".join(f"{suffix} ({count})" for suffix, count in counts.most_common(8)) or "none"

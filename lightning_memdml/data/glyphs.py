@@ -22,8 +22,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_memdml.data import transforms
-from lightning_memdml.data.images import Record
 from lightning_memdml.data.module import RetrievalDataModule
+from lightning_memdml.data.paths import local_path
+from lightning_memdml.data.records import Record
 
 CATEGORIES = ("Lu", "Ll", "Lo", "Nd")  # Unicode's capital, small and other letters, and digits
 MIN_FACES = 12  # a character is used if so many fonts have it
@@ -91,7 +92,9 @@ class GlyphDataModule(RetrievalDataModule):
     def glyphs(self) -> Glyphs:
         """All pictures, from the cache or drawn now."""
         folder = self.cache_dir or os.environ.get("LIGHTNING_MEMDML_CACHE") or "~/.cache/lightning_memdml"
-        return cached_glyphs(Path(folder).expanduser(), self.image_size, self.images_per_character, self.num_classes)
+        return cached_glyphs(
+            local_path(folder, "cache_dir"), self.image_size, self.images_per_character, self.num_classes
+        )
 
     def records(self) -> Iterator[Record]:
         """Yield a record per picture; which characters train is fixed, whatever the seed."""

@@ -1,46 +1,28 @@
-"""What a data set says about an image (`Record`), and the map-style data sets made from that."""
+"""Map-style data sets of images that are opened when they are asked for, or held in memory."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from math import prod
-from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.transforms.v2 import functional
 
+from lightning_memdml.data.paths import shown
+from lightning_memdml.data.pictures import crop, open_picture, upright
+from lightning_memdml.data.records import Record
 from lightning_memdml.data.transforms import PhotographTransform, SeededTransform, normalise
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11
 
-Role = Literal["train", "val", "test", "query", "gallery"]
-ClassSplit = Literal["halves", "alternate"]
-
-
-class Record(NamedTuple):
-    """One image of a data set, as its list files describe it.
-
-    Attributes:
-        path: Where the image lies. It names the image in errors and galleries.
-        label: The class as the data set writes it; equal labels are one class, in every role.
-        role: `train`; `val` (only if the data set comes with its own validation classes); `test`, both
-            query and gallery; or `query` and `gallery` apart.
-        box: Left, upper, right, lower edge in pixels of the part that shows the object; `None` for all of it.
-    """
-
-    path: str
-    label: int | str
-    role: Role
-    box: tuple[float, float, float, float] | None = None
+__all__ = ["ImageDataset", "OpenFiles", "Record", "TensorImageDataset", "crop", "upright"]
 
 
 class OpenFiles:
@@ -54,41 +36,11 @@ class OpenFiles:
         self.records = records
 
     def __call__(self, row: int) -> Image.Image:
-        """Open the image of `records[row]`."""
+        """Return the image of `records[row]`, upright and in RGB."""
         record = self.records[row]
-        image = Image.open(record.path)  # Pillow closes the file when it has read the pixels
-        # Boxes are drawn on the picture as people see it, so it is turned upright before the cut.
-        return image if record.box is None else crop(upright(image), record.box)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB with 8 bits and turned as its EXIF orientation says; it may be changed in place."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255: nearly all white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """Cut `box` out of `image`; what lies outside the image is left out.
-
-    Raises:
-        ValueError: If no pixel of the image lies inside the box.
-
-    Example:
-        >>> crop(Image.new("RGB", (10, 10)), (5, 5, 20, 8)).size
-        (5, 3)
-    """
-    left, upper, right, lower = box
-    inside = (
-        max(0, round(left)),
-        max(0, round(upper)),
-        min(image.width, round(right)),
-        min(image.height, round(lower)),
-    )
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        raise ValueError(f"Expected a box inside the {image.width} x {image.height} image but got {box}")
-    return image.crop(inside)
+        image = open_picture(record.path)
+        # A box belongs to the picture as people see it, so it is turned upright before the cut.
+        return image if record.box is None else crop(image, record.box)
 
 
 @contextmanager
@@ -199,10 +151,13 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
             image = self.open_image(int(self.rows[position]))
             return image if isinstance(image, Tensor) else upright(image)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"The image {path} does not exist, though the data set lists it.") from error
+            raise FileNotFoundError(
+                f"The image {shown(path)} does not exist, though the data set lists it. Check `--data.root` and the "
+                "list."
+            ) from error
         except Exception as error:  # on damaged files Pillow raises nearly every type there is
             raise OSError(
-                f"Cannot read the image {path} ({error}). Replace it or take it off the list; "
+                f"Cannot read the image {shown(path)} ({error}). Replace it or take it off the list; "
                 "`verify()` of the data module names all such images."
             ) from error
 
@@ -275,90 +230,3 @@ class TensorImageDataset(ImageDataset):
             return draw_seeded(self, positions, seeds)
         at = torch.tensor(positions)
         return self.transform(self.images[self.rows[at]], seeds), self.labels[at], self.indices[at]
-
-
-def split_classes(records: Sequence[Record], classes: Sequence[int | str], split_by: ClassSplit) -> list[Record]:
-    """Return `records` with the roles `train` and `test`, of a data set that has no split of its own.
-
-    Args:
-        records: The records; their roles do not matter.
-        classes: All labels, in the order to split them by.
-        split_by: `halves`: the first half of the classes trains (the smaller one of an odd number). `alternate`: the
-            first, third, fifth, ... class trains; for classes that are ordered by kind.
-
-    Raises:
-        ValueError: If `split_by` is neither.
-
-    Example:
-        >>> records = [Record(f"{label}.jpg", label, "test") for label in "abcde"]
-        >>> [record.role for record in split_classes(records, "abcde", "halves")]
-        ['train', 'train', 'test', 'test', 'test']
-        >>> [record.role for record in split_classes(records, "abcde", "alternate")]
-        ['train', 'test', 'train', 'test', 'train']
-    """
-    if split_by not in get_args(ClassSplit):
-        raise ValueError(f"Expected `split_by` to be one of {', '.join(get_args(ClassSplit))} but got {split_by!r}.")
-    train = set(classes[: len(classes) // 2] if split_by == "halves" else classes[::2])
-    return [record._replace(role="train" if record.label in train else "test") for record in records]
-
-
-def required_file(path: Path, data_set: str, hint: str) -> Path:
-    """Return `path` if it is a file.
-
-    Args:
-        path: The file looked for.
-        data_set: Name of the data set, for the message.
-        hint: Where the file comes from and which argument points to it, for the message.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{data_set} looked for the file {path}, which does not exist. {hint}")
-    return path
-
-
-def npz_arrays(path: Path, needed: Sequence[str], further: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read arrays of a `.npz` archive; nothing in it is unpickled.
-
-    Args:
-        path: The archive.
-        needed: Names of arrays that have to be there.
-        further: Names of arrays that are read if they are there.
-
-    Raises:
-        ValueError: If the file is damaged or no archive, or lacks an array.
-    """
-    try:
-        # A file with a single array makes numpy return that: it has no context, which is an error of either type.
-        with np.load(path, allow_pickle=False) as stored:
-            found, arrays = stored.files, {name: stored[name] for name in (*needed, *further) if name in stored}
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz archive: {error}.") from error
-    if lacking := [name for name in needed if name not in arrays]:
-        raise ValueError(f"{path} has no array {', '.join(lacking)}. Found: {', '.join(found)}.")
-    return arrays
-
-
-def inside(root: Path, relative: str, where: str) -> str:
-    """Return the path of `relative` below `root`.
-
-    Args:
-        root: The folder that holds the images.
-        relative: A path as a list file writes it. List files are not trusted: they may not point out of `root`.
-        where: The place in the list file, for the message.
-
-    Raises:
-        ValueError: If `relative` is empty, absolute, or leaves `root` through `..`.
-
-    Example:
-        >>> inside(Path("images"), "a/1.jpg", "list.csv, row 1")
-        'images/a/1.jpg'
-        >>> inside(Path("images"), "../1.jpg", "list.csv, row 2")
-        Traceback (most recent call last):
-        ValueError: list.csv, row 2: expected a path below images but got '../1.jpg'.
-    """
-    path = PureWindowsPath(relative)  # takes both slashes, and knows what is absolute on either system
-    if path.anchor or not path.parts or ".." in path.parts or "\0" in relative:
-        raise ValueError(f"{where}: expected a path below {root} but got {relative!r}.")
-    return str(root.joinpath(*path.parts))

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_memdml.data.images import Record, Role, inside
-from lightning_memdml.data.module import Count
-from lightning_memdml.data.published import PublishedDataModule, box_of, checked, read_list
+from lightning_memdml.data.paths import inside
+from lightning_memdml.data.published import PublishedDataModule, checked, read_list
+from lightning_memdml.data.records import Record, Role, box_of
+from lightning_memdml.data.roles import Count
 
 COLUMNS = ("image_name", "item_id", "evaluation_status")
 BOX_COLUMNS = ("image_name", "clothes_type", "pose_type", "x_1", "y_1", "x_2", "y_2")

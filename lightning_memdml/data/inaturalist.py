@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from lightning_memdml.data.images import Record, Role, inside
-from lightning_memdml.data.module import Count
+from lightning_memdml.data.paths import inside
 from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
+from lightning_memdml.data.records import Record, Role
+from lightning_memdml.data.roles import Count
 
 SPLITS: tuple[tuple[str, Role], ...] = (
     ("Inaturalist_train_set1.txt", "train"),

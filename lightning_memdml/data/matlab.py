@@ -1,116 +1,57 @@
-"""Reads an array of structs out of a MATLAB file (version 5 to 7), which SciPy does too but crashes on damaged ones."""
+"""Read an array of structs of a MATLAB file with SciPy."""
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-HEADER = 128
-MATRIX, COMPRESSED = 14, 15  # types of elements
-STRUCT, CHARACTERS, NUMBERS = 2, 4, range(6, 16)  # classes of matrices
-MAX_BYTES = 1 << 28  # what a compressed array may unpack to
-FORMATS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-ENCODINGS = {4: "utf-16-le", 16: "utf-8", 17: "utf-16-le", 18: "utf-32-le"}
+from lightning_memdml.data.paths import shown
+
+MAX_BYTES = 1 << 28
+MAX_SECONDS = 300
+READER = Path(__file__).with_name("matlab_reader.py")
 
 
 def read_structs(path: Path, variable: str) -> list[dict[str, str]]:
     """Return the elements of an array of structs, every field, a number or a text, as text.
 
     Args:
-        path: The file.
+        path: The file, of MATLAB version 4 to 7.
         variable: Name of the array.
 
     Raises:
-        ValueError: If the file is damaged, or has no such array.
+        ImportError: If SciPy is not installed.
+        ValueError: If the file is damaged, has no such array, or is too large.
     """
-    content = path.read_bytes()
-    if content[126:128] != b"IM":
-        raise ValueError(f"{path} is no MATLAB file of version 5 to 7.")
+    if find_spec("scipy") is None:
+        raise ImportError(
+            f"Expected SciPy to read {shown(path)} but it is not installed: pip install 'lightning-memdml[matlab]'."
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{shown(path)}: expected at most {MAX_BYTES:,} bytes. Get the file anew.")
+    found = _in_a_process(path, variable)
+    if found["count"] is None:
+        names = ", ".join(found["variables"]) or "none"
+        raise ValueError(f"{shown(path)} has no array of structs named {variable}. Found: {names}. Get the file anew.")
+    if "structs" not in found:
+        raise ValueError(f"{shown(path)}: expected fewer than {found['count']:,} structs. Get the file anew.")
+    return found["structs"]
+
+
+def _in_a_process(path: Path, variable: str) -> dict[str, Any]:
+    """Return what `matlab_reader` prints; it runs apart because SciPy crashes on some damaged files."""
+    command = [sys.executable, str(READER), os.fspath(path), variable]
     try:
-        for element in elements(content[HEADER:]):
-            matrix = _matrix(element)
-            if matrix is not None and (matrix.name, matrix.kind) == (variable, STRUCT):
-                return _structs(matrix)
-    except (ValueError, IndexError, struct.error, zlib.error) as error:
-        raise ValueError(
-            f"{path} is damaged, or no MATLAB file with an array of structs {variable}: {error}."
-        ) from error
-    raise ValueError(f"{path} has no array of structs named {variable}.")
-
-
-class Element(NamedTuple):
-    """A piece of the file: what type it is, and its bytes."""
-
-    type: int
-    content: bytes
-
-
-class Matrix(NamedTuple):
-    """An array: its class, number of elements, name, and the pieces it is made of."""
-
-    kind: int
-    size: int
-    name: str
-    parts: list[Element]
-
-
-def elements(content: bytes) -> Iterator[Element]:
-    """Yield the pieces that lie end to end in `content`.
-
-    Raises:
-        ValueError: If one is longer than what is left.
-    """
-    at = 0
-    while at < len(content):
-        first, size = struct.unpack_from("<II", content, at)
-        start = at + 8
-        if first >> 16:  # the short form, for up to 4 bytes
-            first, size, start = first & 0xFFFF, first >> 16, at + 4
-            if size > 4:
-                raise ValueError(f"a short element of {size} bytes")
-        if start + size > len(content):
-            raise ValueError(f"an element of {size} bytes where {len(content) - start} are left")
-        yield Element(first, content[start : start + size])
-        at = start + size
-        at += 0 if first == COMPRESSED else -at % 8
-
-
-def _matrix(element: Element) -> Matrix | None:
-    """Return the array in an element, `None` if it is none."""
-    if element.type == COMPRESSED:
-        (element,) = elements(zlib.decompressobj().decompress(element.content, MAX_BYTES))
-    if element.type != MATRIX or not element.content:
-        return None
-    flags, dimensions, name, *parts = elements(element.content)
-    size = 1
-    for length in struct.unpack(f"<{len(dimensions.content) // 4}i", dimensions.content):
-        size *= length
-    return Matrix(flags.content[0], size, name.content.decode("ascii"), parts)
-
-
-def _structs(matrix: Matrix) -> list[dict[str, str]]:
-    """Return the elements of an array of structs."""
-    (width,) = struct.unpack("<i", matrix.parts[0].content)
-    packed, values = matrix.parts[1].content, matrix.parts[2:]
-    if width < 1 or len(values) != matrix.size * (len(packed) // width):
-        raise ValueError(f"{len(values)} values where {matrix.size} structs were promised")
-    names = [packed[at : at + width].rstrip(b"\0").decode("ascii") for at in range(0, len(packed), width)]
-    if len(set(names)) != len(names):
-        raise ValueError("two fields of one name")
-    texts = iter([_text(value) for value in values])
-    return [{name: next(texts) for name in names} for _ in range(matrix.size)]
-
-
-def _text(element: Element) -> str:
-    """Return a number or a text as text; empty for what is neither."""
-    matrix = _matrix(element)
-    if matrix is None or not matrix.parts or matrix.kind not in (CHARACTERS, *NUMBERS):
-        return ""
-    part = matrix.parts[0]
-    if matrix.kind == CHARACTERS:
-        return part.content.decode(ENCODINGS.get(part.type, "ascii"))
-    numbers = struct.unpack(f"<{matrix.size}{FORMATS.get(part.type, 'b')}", part.content)
-    return " ".join(str(int(number)) if float(number).is_integer() else str(number) for number in numbers)
+        done = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{shown(path)} was not read in {MAX_SECONDS} s. Get the file anew.") from error
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    reason = lines[-1] if lines else f"SciPy crashed with signal {-done.returncode}"
+    raise ValueError(f"{shown(path)} is damaged, or no MATLAB file of version 4 to 7 ({reason}). Get the file anew.")

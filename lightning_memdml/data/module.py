@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,8 +18,11 @@ from tqdm import tqdm
 
 from lightning_memdml.data import transforms
 from lightning_memdml.data.cache import PixelCache
-from lightning_memdml.data.images import ImageDataset, OpenFiles, Record, Role, TensorImageDataset
+from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
 from lightning_memdml.data.loader import ClassBalancedLoader
+from lightning_memdml.data.paths import is_utf8, local_path, shown
+from lightning_memdml.data.records import Record, Role, first_rows
+from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, split_rows
 from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch
 
 MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
@@ -88,6 +91,7 @@ class RetrievalDataModule(LightningDataModule):
     gallery_set: ImageDataset
     classes: list[int | str]
     counts: dict[Role, Count]
+    one_label_per_image: ClassVar[bool] = True  # false: two objects with one box are two images
 
     def __init__(
         self,
@@ -122,6 +126,21 @@ class RetrievalDataModule(LightningDataModule):
         self.test_transform = test_transform
         self.pixel_cache = pixel_cache
         self.pixel_cache_gb = pixel_cache_gb
+
+    def __repr__(self) -> str:
+        where = getattr(self, "root", getattr(self, "path", None))
+        name = type(self).__name__ + ("" if where is None else f"({str(where)!r})")
+        if not hasattr(self, "counts"):
+            return f"{name}, not set up"
+        sets = {"train": self.train_set, "validation": self.val_set, "query": self.query_set}
+        if self.gallery_set is self.query_set:
+            sets["query and gallery"] = sets.pop("query")
+        else:
+            sets["gallery"] = self.gallery_set
+        found = (Count(len(images), len(images.labels.unique())).in_words(role) for role, images in sets.items())
+        return f"{name}: {', '.join(found)}"
+
+    __str__ = __repr__  # Lightning's reads every loader, and fails on one that is not a `DataLoader`
 
     # What a data set says: `records`, and the others only where it differs from files and photographs.
 
@@ -158,12 +177,14 @@ class RetrievalDataModule(LightningDataModule):
         if hasattr(self, "classes"):
             return
         records = list(self.records())
+        pixels, paths = self.images(records), [record.path for record in records]
         rows = split_rows(records, self.val_fraction)
+        if isinstance(pixels, OpenFiles):
+            rows = self._each_image_once(rows, first_rows(records, self.one_label_per_image))
         self.counts = count_roles(records)
         classes = list(dict.fromkeys(records[row].label for part in rows for row in part.tolist()))
         label_of = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([label_of[record.label] for record in records], dtype=torch.long)
-        pixels, paths = self.images(records), [record.path for record in records]
         if isinstance(pixels, Tensor):
             self._all_images: ImageDataset = TensorImageDataset(pixels, paths, labels)
         else:
@@ -172,12 +193,33 @@ class RetrievalDataModule(LightningDataModule):
         self._warn_of_odd_classes()
         self.classes = classes
 
+    def _each_image_once(self, rows: Rows, first: Sequence[int]) -> Rows:
+        """Return `rows` with every row replaced by the first one of the same image, and each of those once."""
+        if len(set(first)) == len(first):
+            return rows
+        first_of = torch.tensor(first, dtype=torch.long)
+        once = Rows(*(first_of[part].unique() for part in rows))
+        repeats: set[int] = set()
+        for part in rows:
+            kept = np.unique(first_of[part].numpy(), return_index=True)[1]
+            repeats |= set(part.tolist()) - set(part[kept].tolist())
+        if repeats:
+            rank_zero_warn(
+                f"{type(self).__name__} lists images more than once; {len(repeats)} repeated rows are not used."
+            )
+        tested = torch.cat([once.query, once.gallery]).unique()
+        if shared := int(torch.isin(tested, torch.cat([once.train, once.val])).sum()):
+            rank_zero_warn(
+                f"Test images that are training or validation images too: {shared}. Scores will be too good."
+            )
+        return once
+
     def _cached(self, records: Sequence[Record]) -> ImageDataset:
         """Return all images, through the pixel cache if there is one; `verify` goes on reading the files."""
         shrink, images = self.shrink(), self._all_images
         if self.pixel_cache is None or shrink is None or isinstance(images, TensorImageDataset):
             return images
-        folder, max_bytes = Path(self.pixel_cache).expanduser(), round(1e9 * self.pixel_cache_gb)
+        folder, max_bytes = local_path(self.pixel_cache, "pixel_cache"), round(1e9 * self.pixel_cache_gb)
         cache = PixelCache(images.open_image, records, shrink, shrink.side, folder, max_bytes)
         rank_zero_info(f"Pixel cache: {cache.taken() / 1e9:.1f} of {max_bytes / 1e9:.1f} GB taken in {folder}.")
         return ImageDataset(cache, images.paths, images.labels)
@@ -275,107 +317,15 @@ class RetrievalDataModule(LightningDataModule):
         count = len(self._all_images)
         with ThreadPool(max(1, self._workers())) as threads:
             reasons = threads.imap(self._reason_not_to_open, range(count), chunksize=16)
-            shown = tqdm(reasons, f"{type(self).__name__}: opening images", count, delay=1, unit="image")
-            return [Problem(path, reason) for path, reason in zip(self._all_images.paths, shown, strict=True) if reason]
+            counted = tqdm(reasons, f"{type(self).__name__}: opening images", count, delay=1, unit="image")
+            found = zip(self._all_images.paths, counted, strict=True)
+            return [Problem(shown(path), reason) for path, reason in found if reason]
 
     def _reason_not_to_open(self, position: int) -> str | None:
+        if not is_utf8(self._all_images.paths[position]):
+            return "expected a name in UTF-8, without which it cannot be written into tables; rename the file or folder"
         try:
             self._all_images.open(position)
         except OSError as error:
             return str(error.__cause__ or error)
         return None
-
-
-class Problem(NamedTuple):
-    """An image that cannot be used, and why."""
-
-    path: str
-    reason: str
-
-
-class Count(NamedTuple):
-    """How many images of how many classes; `None` where that is not known."""
-
-    images: int | None
-    classes: int | None
-
-    def in_words(self, role: str) -> str:
-        """Return the numbers as a part of a sentence.
-
-        Example:
-            >>> Count(5864, 100).in_words("train"), Count(None, 800).in_words("test")
-            ('5,864 train images of 100 classes', 'test images of 800 classes')
-        """
-        images, classes = ("" if number is None else f"{number:,} " for number in self)
-        plural = "" if self.classes == 1 else "es"
-        return f"{images}{role} images" + (f" of {classes}class{plural}" if classes else "")
-
-
-def count_roles(records: Sequence[Record]) -> dict[Role, Count]:
-    """Return the images and classes of each role that occurs.
-
-    Example:
-        >>> count_roles([Record("1", "a", "train"), Record("2", "a", "train"), Record("3", "b", "test")])
-        {'train': Count(images=2, classes=1), 'test': Count(images=1, classes=1)}
-    """
-    labels: dict[Role, list[int | str]] = {}
-    for record in records:
-        labels.setdefault(record.role, []).append(record.label)
-    return {role: Count(len(found), len(set(found))) for role, found in labels.items()}
-
-
-class Rows(NamedTuple):
-    """Which records each set is made of: their rows, in order."""
-
-    train: Tensor
-    val: Tensor
-    query: Tensor
-    gallery: Tensor
-
-
-def split_rows(records: Sequence[Record], val_fraction: float) -> Rows:
-    """Sort records by role, and hold out validation classes unless the data set has its own.
-
-    Raises:
-        ValueError: If a role is not one of `Role`, or too few training classes are left.
-
-    Example:
-        >>> split_rows([Record("1", "a", "train"), Record("2", "b", "test"), Record("3", "b", "test")], 0).gallery
-        tensor([1, 2])
-    """
-    rows: dict[str, list[int]] = {role: [] for role in get_args(Role)}
-    for row, record in enumerate(records):
-        if record.role not in rows:
-            raise ValueError(f"{record.path}: expected a role of {', '.join(rows)} but got {record.role!r}.")
-        rows[record.role].append(row)
-    train, val = rows["train"], rows["val"]
-    if not val:
-        held_out = validation_classes([records[row].label for row in train], val_fraction)
-        val = [row for row in train if records[row].label in held_out]
-        train = [row for row in train if records[row].label not in held_out]
-    query, gallery = sorted(rows["test"] + rows["query"]), sorted(rows["test"] + rows["gallery"])
-    return Rows(*(torch.tensor(part, dtype=torch.long) for part in (train, val, query, gallery)))
-
-
-def validation_classes(labels: Sequence[int | str], fraction: float) -> set[int | str]:
-    """Return the share `fraction` of the classes, evenly spread over their order of appearance.
-
-    No chance is in it: runs with different seeds are validated on the same classes.
-
-    Raises:
-        ValueError: If less than two classes would be left to train.
-
-    Example:
-        >>> sorted(validation_classes(range(10), 0.2))
-        [2, 7]
-    """
-    classes = list(dict.fromkeys(labels))
-    if len(classes) < 2 or not fraction:
-        return set()  # of a single class the sampler says that it cannot be trained on
-    count = max(2, round(fraction * len(classes)))  # with a single class, every neighbour would be right
-    if len(classes) - count < 2:
-        raise ValueError(
-            f"Expected to keep at least 2 of the {len(classes)} training classes but val_fraction={fraction} holds out "
-            f"{count} for validation; pass val_fraction=0 to train on all and validate on none."
-        )
-    return {classes[int((i + 0.5) * len(classes) / count)] for i in range(count)}

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lightning_memdml.data.downloads import Archive
-from lightning_memdml.data.images import Record, Role
-from lightning_memdml.data.module import Count
 from lightning_memdml.data.published import PublishedDataModule, checked
+from lightning_memdml.data.records import Record, Role
+from lightning_memdml.data.roles import Count
 from lightning_memdml.data.transforms import RandomAffine
 
 HOME = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"

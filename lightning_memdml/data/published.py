@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_memdml.data.downloads import Archive, fetch, unpack
-from lightning_memdml.data.images import Record, Role
-from lightning_memdml.data.module import Count, Problem, RetrievalDataModule
+from lightning_memdml.data.module import RetrievalDataModule
+from lightning_memdml.data.paths import local_path
+from lightning_memdml.data.records import Record, Role
+from lightning_memdml.data.roles import Count, Problem
 
 Line = tuple[str, list[str]]  # where it stands, for messages, and its cells
 
@@ -42,7 +43,7 @@ class PublishedDataModule(RetrievalDataModule):
 
     def __init__(self, root: str, download: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root).expanduser()
+        self.root = local_path(root, "root")
         if download and not self.archives:
             raise ValueError(
                 f"Expected `download=False`, as {type(self).__name__} has no official direct address. {self.source}"
@@ -153,21 +154,6 @@ def integer(cell: str, where: str, name: str, low: int = 0, high: int = 10**18) 
         return int(cell)
     bounds = f"of {low} to {high}" if high < 10**18 else f"of {low} or more"
     raise ValueError(f"{where}: expected {name} to be an integer {bounds} but got {cell!r}.")
-
-
-def box_of(cells: Sequence[Any], where: str) -> tuple[float, float, float, float]:
-    """Return left, upper, right and lower edge of a box.
-
-    Raises:
-        ValueError: If they are no four finite numbers, or have no area.
-    """
-    try:
-        left, upper, right, lower = (float(cell) for cell in cells)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected a box of four numbers but got {cells!r}.") from None
-    if not all(map(math.isfinite, (left, upper, right, lower))) or left >= right or upper >= lower:
-        raise ValueError(f"{where}: expected left < right and upper < lower edge of a box but got {cells!r}.")
-    return left, upper, right, lower
 
 
 def checked(records: Iterable[Record], data_set: str) -> list[Record]:

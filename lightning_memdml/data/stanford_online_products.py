@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from lightning_memdml.data.downloads import Archive
-from lightning_memdml.data.images import Record, Role, inside
-from lightning_memdml.data.module import Count
+from lightning_memdml.data.paths import inside
 from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
+from lightning_memdml.data.records import Record, Role
+from lightning_memdml.data.roles import Count
 
 COLUMNS = ("image_id", "class_id", "super_class_id", "path")
 SPLITS: tuple[tuple[str, Role, int, int], ...] = (

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_RATIO = 32  # longer to shorter side: resized by the shorter side, 1 x 30,000 pixels would become 6 GB
 
 
 def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -87,7 +88,8 @@ class EvaluationTransform(PhotographTransform):
 class Shrink(v2.Compose):
     """The part that both transforms begin with, and nothing random: shorter side to `256 / 224 * image_size`.
 
-    An image that has this size already is left as it is, so shrinking twice is shrinking once.
+    An image that has this size already is left as it is, so shrinking twice is shrinking once. Of an image that is
+    more than 32 times as long as wide, the middle is used.
 
     Args:
         image_size: Side of the network's input in pixels.
@@ -102,6 +104,25 @@ class Shrink(v2.Compose):
         self.side = round(image_size * 256 / 224)
         # As a tensor, three bytes of a pixel side by side, an image is resized twice as fast as by Pillow.
         super().__init__([v2.PILToTensor(), v2.Resize(self.side, antialias=True)])
+
+    def forward(self, image: Any) -> Tensor:
+        """Return the image `(3, H, W)` uint8, its shorter side `side` pixels long."""
+        return super().forward(cut_length(image))
+
+
+def cut_length(image: Any) -> Any:
+    """Return the middle of an image that is more than `MAX_RATIO` times as long as wide, any other as it is.
+
+    Example:
+        >>> cut_length(torch.zeros(3, 1, 30_000)).shape
+        torch.Size([3, 1, 32])
+    """
+    height, width = v2.functional.get_size(image)
+    longest = MAX_RATIO * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    top, left = (max(0, side - longest) // 2 for side in (height, width))
+    return v2.functional.crop(image, top, left, min(height, longest), min(width, longest))
 
 
 class SeededTransform(nn.Module, ABC):

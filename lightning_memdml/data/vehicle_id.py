@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lightning_memdml.data.images import Record, Role
-from lightning_memdml.data.module import Count
 from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
+from lightning_memdml.data.records import Record, Role
+from lightning_memdml.data.roles import Count
 
 TestSize = Literal["small", "medium", "large"]
 Protocol = Literal["retrieval", "re_identification"]

@@ -12,8 +12,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lightning_memdml.data import Record, RetrievalDataModule, TableDataModule
-from lightning_memdml.data.folder import SUFFIXES
-from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset, upright
+from lightning_memdml.data.folders import image_records
+from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
+from lightning_memdml.data.paths import local_path
+from lightning_memdml.data.pictures import SUFFIXES, upright
+from lightning_memdml.data.records import first_rows
 
 Part = Literal["gallery", "query", "val", "train"]
 
@@ -48,22 +51,18 @@ def part_of(data: RetrievalDataModule, part: Part) -> NamedImages:
 def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImages:
     """Return all images of a folder, or of a table or archive as `TableDataModule` reads them.
 
-    Of a folder these are the images at any depth that are not hidden; the class of an image is the name of the
-    folder it lies in.
+    Of a folder these are the images at any depth that are not hidden; their classes are those that `FolderDataModule`
+    gives them. An image that is listed twice is taken once.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
         ValueError: If there is no image.
     """
-    source = Path(source).expanduser()
-    if source.is_dir():
-        shown = (
-            path for path in source.rglob("*") if not any(part[0] == "." for part in path.relative_to(source).parts)
-        )
-        files = sorted(path for path in shown if path.suffix.lower() in SUFFIXES and path.is_file())
-        records: Sequence[Record] = [Record(str(path), path.parent.name, "test") for path in files]
-        opened: Any = OpenFiles(records)
-    elif source.suffix in (".csv", ".parquet", ".npz"):
+    source = local_path(source, "source")
+    if source.is_dir() and source.suffix.lower() != ".parquet":
+        records: Sequence[Record] = image_records(source)
+        opened: Any = None
+    elif source.suffix.lower() in (".csv", ".parquet", ".npz"):
         table = TableDataModule(path=str(source))
         records = table.records()
         opened = table.images(records)
@@ -72,6 +71,9 @@ def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImage
         raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}{there}.")
     if not records:
         raise ValueError(f"There is no image in {source}; images end in {', '.join(sorted(SUFFIXES))}.")
+    if opened is None or isinstance(opened, OpenFiles):
+        records = [records[row] for row in dict.fromkeys(first_rows(records))]
+        opened = OpenFiles(records)
     names = [record.label for record in records]
     number = {name: label for label, name in enumerate(dict.fromkeys(names))}
     labels = torch.tensor([number[name] for name in names])

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import multiprocessing
 
 from lightning_memdml.data.cache import PixelCache
-from lightning_memdml.data.images import OpenFiles, Record
+from lightning_memdml.data.images import OpenFiles
 from lightning_memdml.data.module import RetrievalDataModule
+from lightning_memdml.data.records import Record
 from lightning_memdml.data.transforms import Shrink
 
 

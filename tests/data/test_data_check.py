@@ -118,7 +118,7 @@ def test_the_contact_sheet_shows_a_column_per_class_and_marks_what_cannot_be_rea
     [
         (["data"], "Expected `memdml data check --data CLASS`"),
         (["data", "chek"], "Expected `memdml data check --data CLASS`"),
-        (["data", "check", "--data", "CUB200", "--data.root", "nowhere"], r"CUB200 looked for nowhere/images\.txt"),
+        (["data", "check", "--data", "CUB200", "--data.root", "nowhere"], r"CUB200 looked for /.*/nowhere/images\.txt"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, message, tmp_path, monkeypatch):

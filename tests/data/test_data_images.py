@@ -15,16 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import PILToTensor
 
-from lightning_memdml.data.images import (
-    ImageDataset,
-    OpenFiles,
-    Record,
-    TensorImageDataset,
-    crop,
-    draw_seeded,
-    inside,
-    split_classes,
-)
+from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset, draw_seeded
+from lightning_memdml.data.paths import inside
+from lightning_memdml.data.pictures import crop
+from lightning_memdml.data.records import Record, split_classes
 from lightning_memdml.data.transforms import EvaluationTransform, TrainingTransform
 
 

@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_memdml.data.images import Record
-from lightning_memdml.data.module import RetrievalDataModule, split_rows, validation_classes
+from lightning_memdml.data.module import RetrievalDataModule
+from lightning_memdml.data.records import Record
+from lightning_memdml.data.roles import split_rows, validation_classes
 from lightning_memdml.data.transforms import EvaluationTransform, RandomAffine
 
 

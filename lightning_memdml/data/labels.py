@@ -1,0 +1,99 @@
+"""The class that a cell of a table stands for: the same label is the same class, in any kind of file."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+MISSING = ("", "none", "nan", "null", "<na>")  # how tables write an empty cell
+INTEGER = re.compile(r"(0|-?[1-9]\d{0,17})(\.0+)?", re.ASCII)  # not "007", which is a text
+LARGEST = 10**18
+NUMBERS = (float, Decimal, np.floating)
+
+
+def normal_text(text: str) -> str:
+    """Return a text without space around it, and with each accented letter as one character.
+
+    The names that macOS gives to files have accents as characters of their own, which look the same.
+
+    Example:
+        >>> normal_text("cafe\N{COMBINING ACUTE ACCENT} ") == "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+        True
+    """
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def label_of(cell: Any) -> int | str | None:
+    """Return the label in a cell: a number if it is an integer, else a text; `None` if the cell is empty.
+
+    A float that is an integer is this integer. Leading zeros make a text.
+
+    Raises:
+        ValueError: If the cell is neither a number nor a text.
+
+    Example:
+        >>> [label_of(cell) for cell in (7, 7.0, "7", "7.0", " 7 ", "007", "cat", None, float("nan"), "")]
+        [7, 7, 7, 7, 7, '007', 'cat', None, None, None]
+    """
+    if isinstance(cell, bytes):
+        cell = cell.decode()
+    if cell is None or (isinstance(cell, NUMBERS) and math.isnan(cell)):
+        return None
+    if isinstance(cell, str):
+        text = normal_text(cell)
+        if text.lower() in MISSING:
+            return None
+        whole = INTEGER.fullmatch(text)
+        return int(whole[1]) if whole else text
+    if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
+        return int(cell) if abs(int(cell)) < LARGEST else str(int(cell))
+    if isinstance(cell, NUMBERS) and not isinstance(cell, bool):
+        whole_number = cell % 1 == 0 and abs(cell) < 2**53  # beyond, floats skip integers
+        return int(cell) if whole_number else str(cell)
+    if isinstance(cell, dict | list | tuple | set):
+        raise ValueError(f"expected a number or a text but got {cell!r}. Write one label in each row")
+    return str(cell)
+
+
+def labels_of(cells: Iterable[Any], where: Callable[[int], str], name: str = "label") -> list[int | str]:
+    """Return the labels of a column: integers if all of them are, else texts.
+
+    Args:
+        cells: The column.
+        where: Function of a row number that returns its place, for messages.
+        name: Name of the column, for messages.
+
+    Raises:
+        ValueError: If labels are missing; the message counts them and names the first row.
+
+    Example:
+        >>> labels_of(["3", "12"], "row {}".format), labels_of(["3", "x"], "row {}".format)
+        ([3, 12], ['3', 'x'])
+    """
+    known: dict[Any, int | str | None] = {}
+    labels: list[Any] = []
+    for row, cell in enumerate(cells):
+        key = (type(cell), repr(cell) if isinstance(cell, dict | list) else cell)
+        if key not in known:
+            known[key] = _label_at(cell, where(row), name)
+        labels.append(known[key])
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise ValueError(
+            f"{where(missing[0])}: the {name} is missing (in {len(missing):,} of {len(labels):,} rows). "
+            "Fill in these cells, or remove the rows."
+        )
+    return labels if all(isinstance(label, int) for label in labels) else [str(label) for label in labels]
+
+
+def _label_at(cell: Any, where: str, name: str) -> int | str | None:
+    try:
+        return label_of(cell)
+    except ValueError as error:
+        raise ValueError(f"{where}, column `{name}`: {error}.") from error

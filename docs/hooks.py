@@ -72,7 +72,7 @@ shown = {{}}
 for command in {commands!r}:
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
-    shown[command] = printed.getvalue().strip()
+    shown[command] = printed.getvalue().strip().replace(" \\b", "")  # of jsonargparse
 print(json.dumps(shown))
 """
     environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}

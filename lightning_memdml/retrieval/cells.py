@@ -1,4 +1,4 @@
-"""What a retrieval gallery shows, cell by cell, before it becomes a figure or a page."""
+"""The cells of a retrieval gallery, before they become a figure or a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_memdml.retrieval.examples import Neighbour, RetrievalExample
 
 ImageSource = Callable[[int], Any]
-"""Gives a picture by its position: PIL, array `(H, W)` or `(H, W, C)`, tensor `(C, H, W)`; uint8 or in [0, 1]."""
+"""Returns a picture by its position: PIL, array `(H, W)` or `(H, W, C)`, tensor `(C, H, W)`; uint8 or in [0, 1]."""
 ClassNames = Mapping[int, str] | Sequence[str] | None
 Kind = Literal["query", "right", "wrong", "found"]
 _MARKS: dict[bool | None, tuple[Kind, str]] = {True: ("right", "✓ "), False: ("wrong", "✗ "), None: ("found", "")}
@@ -21,15 +21,15 @@ _MARKS: dict[bool | None, tuple[Kind, str]] = {True: ("right", "✓ "), False: (
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a gallery with its words.
+    """One picture of a gallery with its caption.
 
     Attributes:
-        kind: A query, or a reference: right, wrong, or found for a query whose class nobody knows.
+        kind: A query, or a reference: right, wrong, or found for a query of unknown class.
         picture: RGB.
-        name: Of its class.
-        facts: Of a reference: a tick or a cross, which tell right from wrong without colour, and the similarity.
-            A query of unknown class has neither.
-        rank: Of the first right reference where no neighbour is right, such as "rank 57"; otherwise empty.
+        name: Name of its class.
+        facts: Of a reference: a tick or a cross, which mark right and wrong without colour, and the similarity. For a
+            query of unknown class there is no mark.
+        rank: Rank of the first right reference where no neighbour is right, such as "rank 57"; otherwise empty.
     """
 
     kind: Kind
@@ -45,13 +45,13 @@ def gallery_rows(
     gallery_image: ImageSource | None,
     class_names: ClassNames,
 ) -> list[list[Cell]]:
-    """A row for each example: the query, its neighbours, and the first right reference if none of them is.
+    """Return a row for each example: the query, its neighbours, and the first right reference if none of them is.
 
     Raises:
         ValueError: If there is no example.
     """
     if not examples:
-        raise ValueError("There is nothing to show: no query has a match, or `count` is 0.")
+        raise ValueError("Expected at least one example to show but got none: no query has a match, or `count` is 0.")
     return [list(_cells(example, image, gallery_image or image, class_names)) for example in examples]
 
 
@@ -71,7 +71,7 @@ def _cells(
 
 
 def as_picture(image: Any) -> Image.Image:
-    """An RGB picture from what data sets give: see `ImageSource`.
+    """Return an RGB picture of an image in one of the forms of `ImageSource`.
 
     Raises:
         TypeError: If it is neither a PIL image nor an array or tensor.
@@ -83,18 +83,18 @@ def as_picture(image: Any) -> Image.Image:
         image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"Expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+        raise TypeError(f"Expected a PIL image, an array or a tensor but got {type(image).__name__}.")
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in (3, 4)):
-        raise ValueError(f"Expected a picture (H, W), (H, W, C) or tensor (C, H, W), got shape {image.shape}.")
+        raise ValueError(f"Expected a picture (H, W), (H, W, C) or tensor (C, H, W) but got shape {image.shape}.")
     if image.dtype != np.uint8:
         image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(image).convert("RGB")
 
 
 def name_of(label: int | None, class_names: ClassNames) -> str:
-    """Name of a label's class, as far as there is one."""
+    """Return the name of a label's class, or `class <label>` where there is no name."""
     if label is None:
         return "query"
     named = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names or ()))

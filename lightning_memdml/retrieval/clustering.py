@@ -1,4 +1,4 @@
-"""Normalised mutual information of k-means clusters and classes, the clustering score of older papers."""
+"""Normalised mutual information (NMI) of k-means clusters and classes, the clustering score of older papers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memdml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_memdml.retrieval.faiss_index import import_faiss
+from lightning_memdml.retrieval.retrieval_sets import as_integers, check_finite_embeddings
 
 
 @torch.no_grad()
@@ -17,9 +18,9 @@ def normalized_mutual_information(
 ) -> float:
     """Compare k-means clusters of unit embeddings with the classes: `2 I(U; V) / (H(U) + H(V))`.
 
-    The value depends on the seed and on the k-means implementation by about a percent, so state both with a
-    result. Runs on the CPU, in `O(iterations * N * clusters * D)`: as long as a few retrieval evaluations on
-    many classes.
+    The value depends on the seed and on the k-means implementation by about a percent, so state both with a result. It
+    runs on the CPU, in `O(iterations * N * clusters * D)`: as long as a few retrieval evaluations with many classes.
+    The table of clusters and classes is sparse, so that 11,000 of each fit in memory.
 
     Args:
         embeddings: `(N, D)`, any norm.
@@ -40,20 +41,19 @@ def normalized_mutual_information(
         >>> normalized_mutual_information(torch.eye(2).repeat(5, 1), torch.tensor([0, 1]).repeat(5))
         1.0
     """
-    check_embeddings(embeddings, "embeddings")
-    check_finite(embeddings, "embeddings")
-    labels = check_integers(labels, "labels", embeddings).cpu()
+    check_finite_embeddings("embeddings", embeddings)
+    labels = as_integers("labels", labels, embeddings).cpu()
     if len(labels) == 0:
         return math.nan
     classes = labels.unique(return_inverse=True)[1]
     clusters = int(classes.max()) + 1 if clusters is None else clusters
     if not 1 <= clusters <= len(labels):
-        raise ValueError(f"Expected 1 to {len(labels)} `clusters`, one per sample at most, got {clusters}.")
+        raise ValueError(f"Expected 1 to {len(labels)} `clusters`, one per sample at most, but got {clusters}.")
     return mutual_information_of(_k_means(embeddings.cpu(), clusters, seed, iterations), classes)
 
 
 def mutual_information_of(first: Tensor, second: Tensor) -> float:
-    """`2 I(U; V) / (H(U) + H(V))` of two partitions, `(N,)` part numbers from 0 each."""
+    """Return `2 I(U; V) / (H(U) + H(V))` of two partitions, `(N,)` part numbers from 0 each."""
     pairs, joint = torch.stack([first, second]).unique(dim=1, return_counts=True)
     joint = joint.double() / len(first)
     left, right = (torch.bincount(parts).double() / len(parts) for parts in (first, second))
@@ -63,14 +63,9 @@ def mutual_information_of(first: Tensor, second: Tensor) -> float:
 
 
 def _k_means(embeddings: Tensor, clusters: int, seed: int, iterations: int) -> Tensor:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "Normalised mutual information needs faiss for k-means, and it is missing: pip install faiss-cpu."
-        ) from error
+    faiss = import_faiss("Only normalised mutual information and approximate indexes need it.")
     unit = F.normalize(embeddings.float(), dim=1).numpy()
-    # Every sample takes part: by default faiss draws 256 per cluster and warns below 39.
+    # Every sample is used: by default faiss draws 256 per cluster and warns below 39.
     k_means = faiss.Kmeans(
         unit.shape[1],
         clusters,

@@ -1,14 +1,13 @@
-"""Ranks by counting the negatives that stand above each positive, without sorting, without neighbour lists.
+"""Ranks by counting the negatives above each positive, without sorting and without neighbour lists.
 
-Both sets are ordered by class, so the positives of a query are one run of the gallery; their similarities are
-computed first, in float64. Then float32 similarity tiles pass by. A tile is only looked into where its
-maximum reaches a query's *live threshold*, the lowest positive whose rank can still change a score: positives
-that can no longer enter the top R leave, the best one leaves once `depth` negatives beat it. What remains are
-a few hits per query, each counted against the positives it beats.
+Both sets are ordered by class, so the positives of a query are one run of the gallery. Their similarities are computed
+first, in float64. Then the similarities to the whole gallery are computed in float32, tile by tile. A tile is searched
+only where its maximum reaches the *threshold* of a query: the similarity of its lowest positive whose rank can still
+change a score. A positive that can no longer enter the top R is dropped, and the best positive is dropped once `depth`
+negatives rank above it. What remains are a few hits per query, each counted against the positives below it.
 
-No precision decides what it cannot decide: a hit that lies within the rounding bound of a positive is computed
-again, from a bfloat16 tile in float32, from there in float64. Ranks are therefore those of float64 arithmetic,
-whatever a tile was computed in and whatever order a matrix product sums in.
+A hit within the rounding error of a positive is computed again: of a bfloat16 tile in float32, and if that does not
+decide, in float64. So ranks are those of float64, whatever the precision of a tile and the order of the sums.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from lightning_memdml.retrieval.class_sorted import (
     pair_similarities,
     positive_similarities,
 )
-from lightning_memdml.retrieval.sieve import Rounding, SimilarityTiles, float32_rounding
-from lightning_memdml.retrieval.tiles import full_precision_products, ramped_tiles, split_rows
+from lightning_memdml.retrieval.similarity_tiles import Rounding, SimilarityTiles, float32_rounding
+from lightning_memdml.retrieval.tiles import full_precision_products, ramped_tiles, row_slices
 
 TIE = 1e-12
-"""Float64 similarities closer than this are tied; above the rounding of dot products of up to 8,000 terms."""
+"""Float64 similarities that differ by less are tied. It is above the rounding of dot products of up to 8,000 terms."""
 
 _SEGMENT = 128  # columns that share one maximum when a tile is searched
 _BATCH = 2**16  # hits counted together
 _HIT_BUDGET = 2**20  # elements of a tile searched at a time; bounds the index tensors to about 60 MB
-_NO_THRESHOLD = 2.0  # above any cosine and its rounding: nothing can change the scores of this query any more
+_NO_THRESHOLD = 2.0  # above any cosine and its rounding: nothing can change the scores of this query
 _STATE_BUDGET = 2**23  # (query, positive) entries of one counter, 12 bytes each
 
 
 class RankStatistics(NamedTuple):
-    """Per query, all `(Q,)`: the number of matches, the best one's rank, and the scores, NaN without a match."""
+    """Per query, all `(Q,)`: the number of matches, the rank of the best one, and the scores, NaN without a match."""
 
     relevant: Tensor
     best_rank: Tensor  # at most depth + 1
     r_precision: Tensor
     average_precision_at_r: Tensor
-    average_precision: Tensor  # of meaning only if every positive was followed
+    average_precision: Tensor  # defined only with `every_positive`
 
 
 class RankCounter:
@@ -57,9 +56,9 @@ class RankCounter:
         queries: The query set.
         gallery: The gallery set; the same object in self-retrieval.
         rows: The run of queries this counter is responsible for.
-        depth: Best-positive ranks are exact up to here; at least the largest K of a recall.
-        every_positive: Follow all positives to their exact rank (full average precision) instead of dropping
-            those that have left the top R.
+        depth: Largest exact rank of the best positive; at least the largest K of a recall.
+        every_positive: Compute the exact rank of all positives (full average precision) instead of dropping those that
+            cannot enter the top R.
     """
 
     def __init__(
@@ -79,16 +78,16 @@ class RankCounter:
         self.counts = torch.zeros(len(self.positives), self.width + 1, dtype=torch.int32, device=queries.unit.device)
         self._places = torch.arange(1, self.width + 1, device=queries.unit.device)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._waiting = 0  # hits in there; adding them up at every tile took a tenth of the whole time
+        self._waiting = 0  # number of pending hits; summing them at every tile took a tenth of the whole time
         self.threshold = torch.empty(len(self.positives), device=queries.unit.device)
-        for part in split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width)):
+        for part in row_slices(len(self.positives), max(1, FLOAT64_BUDGET // self.width)):
             self._update_threshold(torch.arange(part.start, part.stop, device=queries.unit.device))
 
     def observe(self, tile: Tensor, rounding: Rounding, first_query: int, first_reference: int) -> int:
         """Count a tile of similarities `(queries, references)`, -inf where a reference is no negative.
 
         Returns:
-            How many of them were hits, which had to be looked at one by one.
+            How many of them were hits, which are counted one by one.
         """
         if rounding != self._rounding:
             self._count_pending()
@@ -110,7 +109,7 @@ class RankCounter:
         return hits
 
     def _collect(self, row: Tensor, reference: Tensor, similarity: Tensor) -> None:
-        """Count hits at once if they are many, else when enough have come together to be worth the calls."""
+        """Count hits at once if they are many; collect them first if they are few."""
         if len(row) >= _BATCH:
             self._count(row, reference, similarity)
             return
@@ -140,7 +139,7 @@ class RankCounter:
         self._update_threshold(row.unique())
 
     def _beaten(self, row: Tensor, similarity: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Number of positives above each hit, and the places of the hits that are too close to one to tell."""
+        """Return the number of positives above each hit, and the places of hits too close to a positive to decide."""
         similarity = similarity.double()
         error = rounding.bound(similarity)
         beaten_from = self._positives_above(row, similarity - error)
@@ -151,7 +150,7 @@ class RankCounter:
         return pair_similarities(self.queries, row + self.rows.start, self.gallery, reference, exact=exact)
 
     def _positives_above(self, row: Tensor, value: Tensor) -> Tensor:
-        """Number of a row's positives greater than the value: a binary search over 2^m - 1 entries."""
+        """Return the number of a row's positives above the value, by binary search over 2^m - 1 entries."""
         found = torch.zeros_like(row)
         base = row * self.width - 1
         step = (self.width + 1) // 2
@@ -162,7 +161,7 @@ class RankCounter:
         return found
 
     def _ranks(self, row: Tensor | slice) -> Tensor:
-        """Rank of each positive, 1-based: its place among the positives plus the negatives at or above it."""
+        """Return the 1-based rank of each positive: its place among the positives plus the negatives at or above it."""
         return self.counts[row, : self.width].cumsum(1) + self._places
 
     def _update_threshold(self, row: Tensor) -> None:
@@ -173,14 +172,14 @@ class RankCounter:
             rank = self._ranks(row)
             alive = rank <= relevant
             alive[:, 0] |= (rank[:, 0] <= self.depth) & (relevant[:, 0] > 0)
-        last = alive.sum(1)  # the living are a prefix: rank grows with place
+        last = alive.sum(1)  # those that count are a prefix: rank grows with place
         lowest = self.positives.take(row * self.width + (last - 1).clamp_min(0))
         self.threshold[row] = torch.where(last > 0, lowest, _NO_THRESHOLD).float()
 
     def statistics(self) -> RankStatistics:
-        """What was counted, for each query of `rows`."""
+        """Return the ranks and scores of each query of `rows`."""
         self._count_pending()
-        parts = split_rows(len(self.positives), max(1, FLOAT64_BUDGET // self.width))
+        parts = row_slices(len(self.positives), max(1, FLOAT64_BUDGET // self.width))
         return _concatenated([self._statistics(part) for part in parts])
 
     def _statistics(self, rows: slice) -> RankStatistics:
@@ -208,10 +207,10 @@ def count_ranks(
 ) -> RankStatistics:
     """Count the ranks of all queries, in sorted order.
 
-    Self-retrieval (one object given twice) computes each tile once and counts it in both directions, so it costs half
-    a matrix product, a quarter where tiles can be computed in bfloat16 (see `SimilarityTiles`). Between two sets, and
-    where classes are so large that the state of all queries would not fit the memory bound, queries go block by
-    block.
+    Self-retrieval (one object given twice) computes each tile once and counts it in both directions. So it costs half
+    a matrix product, and a quarter where tiles can be computed in bfloat16 (see `SimilarityTiles`). Between two sets,
+    and where classes are so large that the state of all queries would exceed the memory bound, queries are handled
+    block by block.
     """
     size = tile_size or (4096 if queries.unit.is_cuda else 1024)
     width = padded_width(largest_class(queries, gallery))
@@ -252,9 +251,9 @@ def _count_blocks(
 ) -> Iterator[RankCounter]:
     similarities = SimilarityTiles(queries, gallery, min(block, len(queries)) * min(size, len(gallery)))
     tiles = list(ramped_tiles(len(gallery), size))
-    for rows in split_rows(len(queries), block):
+    for rows in row_slices(len(queries), block):
         counter = RankCounter(queries, gallery, rows, depth=depth, every_positive=every_positive)
-        similarities.sieving = False  # new queries have all their positives alive, and many hits
+        similarities.use_bfloat16 = False  # all positives of new queries still count, which makes many hits
         for columns in tiles:
             tile, rounding = similarities.compute(rows, columns)
             similarities.choose(counter.observe(tile, rounding, rows.start, columns.start), tile.numel())
@@ -262,7 +261,7 @@ def _count_blocks(
 
 
 def _segment_maxima(tile: Tensor, segment: int) -> Tensor:
-    """Maxima of runs of columns, `(queries, runs)`. A transposed tile is reduced as it lies: 6 times faster."""
+    """Return maxima of runs of columns, `(queries, runs)`. A transposed tile is reduced as it lies, 6 times faster."""
     if tile.stride(1) == 1:
         return tile.unflatten(1, (-1, segment)).amax(2)
     return tile.T.unflatten(0, (-1, segment)).amax(1).T

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.retrieval.cells import ClassNames, name_of
-from lightning_memdml.retrieval.checks import check_embeddings, check_finite, check_integers
+from lightning_memdml.retrieval.retrieval_sets import as_integers, check_finite_embeddings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,8 +57,7 @@ def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> 
         >>> points.shape, len(shares)
         (torch.Size([4, 2]), 2)
     """
-    check_embeddings(embeddings, "embeddings")
-    check_finite(embeddings, "embeddings")
+    check_finite_embeddings("embeddings", embeddings)
     if len(embeddings) < 3 or embeddings.shape[1] < 2:
         raise ValueError(f"Expected at least 3 embeddings of 2 dimensions to map, got {tuple(embeddings.shape)}.")
     unit = F.normalize(embeddings.detach().cpu().float(), dim=1)
@@ -116,7 +115,7 @@ def save_map(
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"Expected a path ending in .png, .pdf or .svg, got {path.name!r}.")
     points, shares = map_points(embeddings, method, seed=seed)
-    figure = _figure(points, check_integers(labels, "labels", embeddings).cpu(), class_names, title, method, shares)
+    figure = _figure(points, as_integers("labels", labels, embeddings).cpu(), class_names, title, method, shares)
     with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     return path

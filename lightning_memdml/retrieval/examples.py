@@ -1,4 +1,4 @@
-"""Queries worth looking at, each with what it found and what it should have found."""
+"""Queries to look at, each with its nearest references and its best match."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from torch.nn import functional as F
 
 from lightning_memdml.retrieval.neighbours import nearest_neighbours
 from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
+from lightning_memdml.retrieval.retrieval_sets import UNKNOWN, same_known_index
 
 Order = Literal["hardest", "random"]
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A reference: position in the gallery, label, cosine similarity, whether it has the query's label, if known."""
+    """A reference that a query found.
+
+    Attributes:
+        position: Position in the gallery.
+        label: Its label.
+        similarity: Cosine similarity to the query.
+        right: Whether it has the query's label; None if that is unknown.
+    """
 
     position: int
     label: int
@@ -32,12 +40,12 @@ class RetrievalExample:
 
     Attributes:
         position: Position of the query in its embeddings.
-        label: Its label, or None if nobody knows.
+        label: Its label, or None if unknown.
         neighbours: Nearest references, most similar first.
         best_match: The most similar right reference, or None if there is none at all.
         best_rank: 1-based rank of that match, ties counted against it; beyond `depth` it is `depth + 1`.
-        depth: Largest rank that is told apart.
-        name: What the query is called, by default the name of its class.
+        depth: Largest exact rank.
+        name: Name of the query, by default the name of its class.
     """
 
     position: int
@@ -66,19 +74,19 @@ def retrieval_examples(
     """Choose queries and find their nearest neighbours, exactly, by cosine similarity.
 
     Args:
-        embeddings: `(N, D)` queries; without a gallery they are searched among each other, nobody finding
-            itself.
+        embeddings: `(N, D)` queries; without a gallery they are searched among each other, excluding self-matches.
         labels: `(N,)` integers.
         gallery_embeddings: `(M, D)`.
         gallery_labels: `(M,)`.
         count: Number of queries.
         neighbours: Number of neighbours of each.
-        order: `"hardest"`: the deeper the first right reference the earlier, among equals the lower the
-            average precision at R; `"random"`: a draw. Queries without any match are not drawn.
+        order: `"hardest"`: by descending rank of the first right reference, then by ascending average precision at R;
+            `"random"`: a draw. Queries without any match are not chosen.
         queries: Positions of the queries instead, shown in this order.
         seed: Seed of the draw.
-        indices: `(N,)` image numbers, each once; with `gallery_indices`, a query does not find its own number.
-        gallery_indices: `(M,)` image numbers of the gallery.
+        indices: `(N,)` index of each image, each once, -1 where unknown; with `gallery_indices`, a query does not find
+            its own image.
+        gallery_indices: `(M,)` index of each image of the gallery.
 
     Raises:
         TypeError: If an embedding or label argument has the wrong type.
@@ -91,19 +99,19 @@ def retrieval_examples(
         [(2, 3), (3, 3), (0, 1), (1, 1)]
     """
     if order not in ("hardest", "random"):
-        raise ValueError(f"Expected `order` to be 'hardest' or 'random', got {order!r}.")
+        raise ValueError(f"Expected `order` to be 'hardest' or 'random' but got {order!r}.")
     ranks = rank_queries(
         embeddings, labels, gallery_embeddings, gallery_labels, indices=indices, gallery_indices=gallery_indices
     )
     if len(ranks.rows) < len(embeddings):
-        raise ValueError("Expected each image once, but `indices` repeat; leave the repeated rows out.")
+        raise ValueError("Expected each image once but `indices` repeat. Leave the repeated rows out.")
     chosen = _choose(ranks, count, order, seed) if queries is None else torch.as_tensor(list(queries)).to(ranks.rows)
     if gallery_embeddings is None or gallery_labels is None:
         gallery_embeddings, gallery_labels, own = embeddings, ranks.labels, ranks.rows
         gallery_own = own
     else:
         gallery_labels = gallery_labels.to(ranks.labels)
-        own, gallery_own = ranks.rows, torch.full_like(gallery_labels, -1)  # no query is in the gallery
+        own, gallery_own = ranks.rows, torch.full_like(gallery_labels, UNKNOWN)  # no query is in the gallery
         if indices is not None and gallery_indices is not None:
             own, gallery_own = indices.to(ranks.labels), gallery_indices.to(ranks.labels)
 
@@ -120,7 +128,8 @@ def retrieval_examples(
         label = int(ranks.labels[query])
         found = zip(position.tolist(), gallery_labels[position].tolist(), similarity.tolist(), strict=True)
         listed = tuple(Neighbour(at, other, value, other == label) for at, other, value in found if at >= 0)
-        right = ((gallery_labels == label) & (gallery_own != own[query])).nonzero().squeeze(1)
+        is_self = same_known_index(own[query], gallery_own)
+        right = ((gallery_labels == label) & ~is_self).nonzero().squeeze(1)
         best_match = _best_match(embeddings[query], gallery_embeddings, right, label)
         rank = int(ranks.best_rank[query])
         examples.append(RetrievalExample(query, label, listed, best_match, rank, ranks.depth))

@@ -9,6 +9,8 @@ import numpy as np
 
 from lightning_memdml.retrieval.index_kinds import IndexKind, index_kinds
 
+WITHOUT_FAISS = "An index with `kind=flat` needs neither."
+
 
 def build_faiss_index(unit: np.ndarray, kind: IndexKind, device: str, blocks: Iterable[slice]) -> Any:
     """Return a faiss index of these rows, on the CPU.
@@ -23,7 +25,7 @@ def build_faiss_index(unit: np.ndarray, kind: IndexKind, device: str, blocks: It
         ImportError: If faiss is not installed.
         ValueError: If an option does not fit the rows, or the kind or the installed faiss cannot use a GPU.
     """
-    faiss = import_faiss()
+    faiss = import_faiss(WITHOUT_FAISS)
     index = faiss.index_factory(unit.shape[1], kind.factory(*unit.shape), faiss.METRIC_INNER_PRODUCT)
     kind.before_training(index)
     if device != "cpu":
@@ -55,8 +57,11 @@ def _on_gpu(faiss: Any, index: Any, kind: IndexKind) -> Any:
     return faiss.index_cpu_to_all_gpus(index)
 
 
-def import_faiss() -> Any:
+def import_faiss(instead: str) -> Any:
     """Return the module faiss.
+
+    Args:
+        instead: A sentence that says what to do without faiss.
 
     Raises:
         ImportError: If it is not installed.
@@ -66,6 +71,6 @@ def import_faiss() -> Any:
     except ImportError as error:
         raise ImportError(
             'Expected faiss but it is not installed. `pip install "lightning-memdml[faiss]"`, or '
-            '`pip install "lightning-memdml[gpu]"` on a machine with a GPU; `kind=flat` needs neither.'
+            f'`pip install "lightning-memdml[gpu]"` on a machine with a GPU. {instead}'
         ) from error
     return faiss

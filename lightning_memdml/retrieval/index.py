@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_memdml.retrieval.checks import check_embeddings, check_finite, check_recall_levels
-from lightning_memdml.retrieval.faiss_index import build_faiss_index, import_faiss
+from lightning_memdml.retrieval.faiss_index import WITHOUT_FAISS, build_faiss_index, import_faiss
 from lightning_memdml.retrieval.index_folder import DESCRIPTION, existing_folder, staged_folder, write_header
 from lightning_memdml.retrieval.index_kinds import Flat, IndexKind, kind_from_description
-from lightning_memdml.retrieval.tiles import full_precision_products, split_rows
+from lightning_memdml.retrieval.retrieval_sets import check_finite_embeddings, check_recall_levels
+from lightning_memdml.retrieval.tiles import full_precision_products, row_slices, unit_float32
 
 FORMATS = (1, 2)  # of the folder; the last is written
 EMBEDDINGS, FAISS, IMAGES = "embeddings.npy", "index.faiss", "images.parquet"
@@ -124,7 +124,7 @@ class EmbeddingIndex:
         unit = self._unit(queries)
         best, position = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.long)
         with full_precision_products(unit.device):
-            for part in split_rows(len(self), _BLOCK):
+            for part in row_slices(len(self), _BLOCK):
                 value, place = (unit @ torch.from_numpy(self.embeddings[part]).T).topk(min(k, part.stop - part.start))
                 best, chosen = torch.cat([best, value], dim=1).topk(min(k, best.shape[1] + value.shape[1]))
                 position = torch.cat([position, place + part.start], dim=1).gather(1, chosen)
@@ -174,7 +174,7 @@ class EmbeddingIndex:
         with staged_folder(Path(folder)) as staged:
             with (staged / EMBEDDINGS).open("wb") as file:
                 write_header(file, self.embeddings.shape)
-                for part in split_rows(len(self), _BLOCK):
+                for part in row_slices(len(self), _BLOCK):
                     file.write(np.ascontiguousarray(self.embeddings[part]).data)
             self.write_all_but_embeddings(staged)
         return Path(folder)
@@ -199,8 +199,7 @@ class EmbeddingIndex:
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     def _unit(self, queries: Tensor) -> Tensor:
-        check_embeddings(queries, "queries")
-        check_finite(queries, "queries")
+        check_finite_embeddings("queries", queries)
         if queries.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
                 f"Expected `queries` of dimension {self.embeddings.shape[1]}, as in the index, but got "
@@ -240,8 +239,7 @@ def build_index(
         [[1, 2]]
     """
     rows = torch.as_tensor(embeddings)
-    check_embeddings(rows, "embeddings")
-    check_finite(rows, "embeddings")
+    check_finite_embeddings("embeddings", rows)
     if not len(rows):
         raise ValueError("Expected at least one row of `embeddings` to index but got none.")
     if images is None:
@@ -254,20 +252,14 @@ def build_index(
     copied = None if isinstance(embeddings, np.memmap) else rows.detach().cpu().float().numpy().copy()
     unit = normalise_in_place(np.asanyarray(embeddings) if copied is None else copied)
     kind = Flat() if kind is None else kind
-    blocks = tqdm(list(split_rows(len(unit), _BLOCK)), f"{kind.kind()} index", disable=not progress, delay=1)
+    blocks = tqdm(list(row_slices(len(unit), _BLOCK)), f"{kind.kind()} index", disable=not progress, delay=1)
     faiss_index = build_faiss_index(unit, kind, device, blocks) if kind.uses_faiss else None
     return EmbeddingIndex(unit, images, kind, faiss_index, about or {})
 
 
-def unit_float32(rows: Tensor) -> Tensor:
-    """Return rows `(N, D)` of norm 1 in float32, whatever their norm; a zero row stays zero."""
-    exact = rows.double()
-    return (exact / exact.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).float()
-
-
 def normalise_in_place(embeddings: np.ndarray) -> np.ndarray:
     """Divide the rows by their norm where they lie; blocks that are unit to rounding are not written."""
-    for part in split_rows(len(embeddings), _BLOCK):
+    for part in row_slices(len(embeddings), _BLOCK):
         rows = torch.from_numpy(np.asarray(embeddings[part])).float()
         if not torch.allclose(rows.norm(dim=1), torch.ones(()), atol=1e-6):
             embeddings[part] = unit_float32(rows).numpy()
@@ -301,7 +293,7 @@ def load_index(folder: str | Path) -> EmbeddingIndex:
         rows, dim, about = description["images"], description["dim"], dict(description["about"])
         embeddings = np.load(folder / EMBEDDINGS, mmap_mode="c", allow_pickle=False)
         columns = parquet.read_table(folder / IMAGES, columns=["path", "label", "class"]).to_pydict()
-        faiss_index = import_faiss().read_index(str(folder / FAISS)) if kind.uses_faiss else None
+        faiss_index = import_faiss(WITHOUT_FAISS).read_index(str(folder / FAISS)) if kind.uses_faiss else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"Expected a whole index in {folder} but it is damaged: {error}. Make it again with `memdml index`."
@@ -321,7 +313,7 @@ def load_index(folder: str | Path) -> EmbeddingIndex:
 
 def _write_faiss(index: Any, path: Path) -> None:
     try:
-        import_faiss().write_index(index, str(path))
+        import_faiss(WITHOUT_FAISS).write_index(index, str(path))
     except RuntimeError as error:
         if "No space left" not in str(error):
             raise

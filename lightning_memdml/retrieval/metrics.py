@@ -1,4 +1,4 @@
-"""`RetrievalMetrics`: the exact scores as a torchmetrics metric, the same on one rank and on many."""
+"""`RetrievalMetrics`: the exact scores as a torchmetrics metric, equal on one rank and on many."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import torch
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
-from lightning_memdml.retrieval.checks import (
-    check_embeddings,
+from lightning_memdml.checks import check_embeddings
+from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
+from lightning_memdml.retrieval.retrieval_sets import (
+    UNKNOWN,
+    as_integers,
     check_finite,
-    check_integers,
-    check_non_negative,
     check_recall_levels,
     first_of_each,
 )
-from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
 
 Role = Literal["both", "query", "gallery"]
 Column = TypeVar("Column", Tensor, Tensor | None)
 _ROLES: tuple[Role, ...] = ("both", "query", "gallery")
-_ABSENT = -1  # stands for an index or a group that was not given
+_NOT_GIVEN = -2  # in place of an index, a group or a gallery that was not given; -1 is an unknown index
 
 
 class Samples(NamedTuple):
-    """What a metric has seen, each image once.
+    """The rows that a metric was given, each image once.
 
     Attributes:
         embeddings: `(N, D)` float32, as they were given.
         labels: `(N,)`.
-        indices: `(N,)` image numbers, or None.
+        indices: `(N,)` index of each image, -1 where unknown; None if no index is known.
         groups: `(N,)`, or None.
         query: Positions of the queries among the rows.
         gallery: Positions of the references.
-        gallery_numbers: `(N,)` which of several galleries a reference belongs to; -1 for all.
+        gallery_numbers: `(N,)` which of several galleries a reference belongs to; -2 for all.
     """
 
     embeddings: Tensor
@@ -52,24 +52,23 @@ class Samples(NamedTuple):
 class RetrievalMetrics(Metric):
     """Exact recall at K, MAP@R and R-precision of a whole evaluation set; formulas: see `retrieval_scores`.
 
-    Each rank keeps what it has seen. At `compute` the ranks exchange their rows, each scores its share of the
-    queries against the whole gallery, and they exchange the ranks found, so all return the values one process
-    would return. Embeddings are kept in float32 under any precision.
+    Each rank keeps its own rows. At `compute` the ranks exchange them, each scores its share of the queries against the
+    whole gallery, and they exchange the ranks found. So all return the values that one process would return. Embeddings
+    are kept in float32 under any precision.
 
     Args:
         k: Recall levels, distinct positive integers.
-        shared_indices: Whether queries and gallery are numbered together, so that equal indices are one image, which
-            is then not found by itself. By default each role counts on its own.
-        mean_average_precision: Also follow every match to its rank, however deep; several times slower.
-        galleries: Names of several galleries that the same queries search, each on its own: nested galleries of
-            growing size, or repeated draws of one image per class. Scores are then called `<name>/recall_at_1` and
-            so on.
+        shared_indices: Whether queries and gallery are numbered together, so that a query does not find the reference
+            of the same index. By default each role has its own numbers.
+        mean_average_precision: Also compute the rank of every match, however deep; several times slower.
+        galleries: Names of several galleries that the same queries search one by one: nested galleries of growing
+            size, or repeated draws of one image per class. Scores are then called `<name>/recall_at_1` and so on.
         **kwargs: Of `torchmetrics.Metric`. `compute_on_cpu=True` keeps the rows, and does the scoring, on the
             CPU: it frees `4 * N * D` bytes of GPU memory between updates.
 
     Raises:
         TypeError: If `k` holds anything but integers.
-        ValueError: If `k` is empty, repeats or is below 1, or two galleries have one name.
+        ValueError: If `k` is empty, repeats or is below 1, or two galleries have the same name.
 
     Example:
         >>> metrics = RetrievalMetrics(k=(1,))
@@ -104,7 +103,7 @@ class RetrievalMetrics(Metric):
         self.mean_average_precision = mean_average_precision
         self.galleries = tuple(galleries or ())
         if len(set(self.galleries)) < len(self.galleries):
-            raise ValueError(f"Expected `galleries` of distinct names, got {self.galleries}.")
+            raise ValueError(f"Expected `galleries` of distinct names but got {self.galleries}. Rename one.")
         for state in ("embeddings", "labels", "indices", "groups", "roles", "gallery_numbers"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -123,27 +122,29 @@ class RetrievalMetrics(Metric):
         Args:
             embeddings: `(B, D)`, any norm.
             labels: `(B,)` integers.
-            indices: `(B,)` number of each image in its data set. With them, images that a distributed sampler
-                repeated to pad are counted once; without, such a copy finds itself and inflates the scores.
-            role: `"both"` for self-retrieval; `"query"` or `"gallery"` where these are two sets, whose
-                indices then count each on their own. Roles may be mixed: a query that is in the gallery too
-                is `"both"`.
-            groups: `(B,)` non-negative group, such as the camera: references of the query's label **and**
-                group are left out.
+            indices: `(B,)` index of each image in its data set. With them, images that a distributed sampler repeated
+                to pad count once; without, such a copy finds itself and inflates the scores. -1 means unknown: such an
+                image equals no other.
+            role: `"both"` for self-retrieval; `"query"` or `"gallery"` for two sets. Roles may be mixed: a query that
+                is in the gallery too is `"both"`.
+            groups: `(B,)` non-negative group, such as the camera: references of the query's label **and** group are
+                left out.
             gallery: With `role="gallery"`, which of the `galleries` the batch belongs to; an image of two galleries
                 is given to both. Images that are `"both"` are in every gallery.
 
         Raises:
-            TypeError: If something is no tensor or has the wrong dtype.
-            ValueError: If shapes disagree, `role` or `gallery` is unknown, or `indices` or `groups` are negative.
+            TypeError: If something is not a tensor or has the wrong dtype.
+            ValueError: If shapes disagree, `role` or `gallery` is unknown, or `groups` are negative.
         """
         if role not in _ROLES:
-            raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))}, got {role!r}.")
+            raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))} but got {role!r}.")
         number = self._gallery_number(role, gallery)
-        check_embeddings(embeddings, "embeddings")
-        labels = check_integers(labels, "labels", embeddings)
-        indices = _optional_numbers(indices, "indices", embeddings)
-        groups = _optional_numbers(groups, "groups", embeddings)
+        check_embeddings("embeddings", embeddings)
+        labels = as_integers("labels", labels, embeddings)
+        indices = _or_not_given("indices", indices, embeddings).clamp_min(_NOT_GIVEN if indices is None else UNKNOWN)
+        groups = _or_not_given("groups", groups, embeddings)
+        if len(groups) and _NOT_GIVEN < int(groups.min()) < 0:
+            raise ValueError(f"Expected `groups` of at least 0 but got {int(groups.min())}. Number them from 0.")
         self.embeddings.append(embeddings.detach().float())
         self.labels.append(labels)
         self.indices.append(indices)
@@ -155,22 +156,22 @@ class RetrievalMetrics(Metric):
         if role == "gallery" and self.galleries:
             if gallery not in self.galleries:
                 raise ValueError(
-                    f"Expected `gallery` to be one of {', '.join(map(repr, self.galleries))}, got {gallery!r}."
+                    f"Expected `gallery` to be one of {', '.join(map(repr, self.galleries))} but got {gallery!r}."
                 )
             return self.galleries.index(gallery)
         if gallery is not None:
             raise ValueError(
-                f'`gallery={gallery!r}` says which of several galleries a batch of `role="gallery"` belongs to, but '
-                f"the role is {role!r} and the galleries are {self.galleries}; pass `RetrievalMetrics(galleries=...)`."
+                f'Expected `gallery` only with `role="gallery"` and `RetrievalMetrics(galleries=...)` but got '
+                f"`gallery={gallery!r}` with the role {role!r} and the galleries {self.galleries}. Leave it out."
             )
-        return _ABSENT
+        return _NOT_GIVEN
 
     def compute(self) -> dict[str, Tensor]:
         """Return each score as a float32 scalar; NaN if no query has a match, as in a short sanity check.
 
         Raises:
-            ValueError: If embeddings are not finite (naming the images), or `indices` or `groups` were given
-                in some updates and not in others.
+            ValueError: If embeddings are not finite (the images are named), or `indices` or `groups` were given in some
+                updates and not in others.
         """
         return {
             f"{gallery}/{name}" if gallery else name: torch.tensor(float(value), device=self.device)
@@ -179,9 +180,9 @@ class RetrievalMetrics(Metric):
         }
 
     def ranks(self, gallery: str | None = None) -> QueryRanks:
-        """Return what was counted for each query of all ranks, for scores per class and confidence intervals.
+        """Return the ranks counted for each query of all processes, for scores per class and confidence intervals.
 
-        Every rank has to call it. Its `rows` count the queries in the order of the ranks' updates.
+        Every process has to call it. Its `rows` count the queries in the order of the updates.
 
         Args:
             gallery: Which of the `galleries`, if there are several.
@@ -209,7 +210,7 @@ class RetrievalMetrics(Metric):
             return self._samples()
 
     def _exchanged(self) -> AbstractContextManager[None]:
-        """The ranks' rows are those of all inside."""
+        """Return a context in which the rows of this process are those of all."""
         return self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         )
@@ -218,10 +219,10 @@ class RetrievalMetrics(Metric):
         labels, roles, numbers = _rows(self.labels), _rows(self.roles), _rows(self.gallery_numbers)
         indices, groups = _all_or_none(_rows(self.indices), "indices"), _all_or_none(_rows(self.groups), "groups")
         embeddings = _rows(self.embeddings) if len(labels) else torch.zeros(0, 1, device=labels.device)
-        check_finite(embeddings, "embeddings", indices)
+        check_finite("embeddings", embeddings, indices)
         kept = torch.arange(len(labels), device=labels.device)
         if indices is not None:
-            kept = _first_of_each_within_role(indices, labels, roles + len(_ROLES) * (1 + numbers))
+            kept = _first_of_each_within_role(indices, labels, roles + len(_ROLES) * (numbers - _NOT_GIVEN))
         embeddings, labels, roles, numbers = (_at(column, kept) for column in (embeddings, labels, roles, numbers))
         query = (roles != _ROLES.index("gallery")).nonzero().squeeze(1)
         gallery = (roles != _ROLES.index("query")).nonzero().squeeze(1)
@@ -231,7 +232,7 @@ class RetrievalMetrics(Metric):
         embeddings, labels, indices, groups, query, gallery, numbers = self._samples()
         if searched is not None:
             part = numbers[gallery]
-            gallery = gallery[(part == self.galleries.index(searched)) | (part == _ABSENT)]
+            gallery = gallery[(part == self.galleries.index(searched)) | (part == _NOT_GIVEN)]
         ranked = partial(rank_queries, depth=max(self.k), mean_average_precision=self.mean_average_precision)
         if not self._is_synced and len(query) == len(gallery) == len(labels):
             # Compared with itself, one set costs half of what two sets cost.
@@ -240,9 +241,10 @@ class RetrievalMetrics(Metric):
         if self._is_synced:
             rank, world = distributed.get_rank(self.process_group), distributed.get_world_size(self.process_group)
         share = query[rank::world]
-        # Repeats are gone, so a row's position is its identity, and keeps a query from meeting itself; unless another
-        # row may be the same image.
-        identity = indices if self.shared_indices and indices is not None else torch.arange(len(labels)).to(labels)
+        # Repeats are gone, so the position identifies an image, unless a row of the other set may be the same image.
+        identity = torch.arange(len(labels)).to(labels)
+        if self.shared_indices and indices is not None:
+            identity = _identities(indices)
         ranks = ranked(
             _at(embeddings, share),
             _at(labels, share),
@@ -259,8 +261,8 @@ class RetrievalMetrics(Metric):
 def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
     """Gather the rows of every rank, in rank order; ranks may hold different numbers of them, or none.
 
-    Unlike the default of torchmetrics it lets a rank be empty, whose tensor does not know the others' shape,
-    and carries CPU tensors over a GPU-only backend by way of the GPU.
+    Unlike the default of torchmetrics it accepts a rank without rows, whose tensor has not the others' shape, and
+    carries CPU tensors over a GPU-only backend by way of the GPU.
     """
     world = distributed.get_world_size(group)
     described: list[Any] = [None] * world
@@ -277,7 +279,7 @@ def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
 
 
 def _joined(part: QueryRanks, labels: Tensor, group: Any) -> QueryRanks:
-    """The ranks of all queries from every rank's share, `rank::world` of them."""
+    """Return the counted ranks of all queries from the share of each process, which is `rank::world` of them."""
     full = part.r_precision if part.average_precision is None else part.average_precision
     columns = (part.relevant, part.best_rank, part.r_precision, part.average_precision_at_r, full)
     shares = gather_rows(torch.stack([column.double() for column in columns], dim=1), group)
@@ -291,31 +293,37 @@ def _joined(part: QueryRanks, labels: Tensor, group: Any) -> QueryRanks:
 
 
 def _rows(state: list[Tensor] | Tensor) -> Tensor:
-    """A list state as one tensor: batches before ranks have exchanged theirs, one tensor after."""
+    """Return a list state as one tensor: it is a list before processes have exchanged their rows, a tensor after."""
     if isinstance(state, Tensor):
         return state
     return torch.cat(state) if state else torch.zeros(0, dtype=torch.int64)
 
 
-def _optional_numbers(numbers: Tensor | None, name: str, embeddings: Tensor) -> Tensor:
+def _or_not_given(name: str, numbers: Tensor | None, embeddings: Tensor) -> Tensor:
     if numbers is None:
-        return torch.full((len(embeddings),), _ABSENT, device=embeddings.device)
-    checked = check_integers(numbers, name, embeddings)
-    check_non_negative(checked, name)
-    return checked
+        return torch.full((len(embeddings),), _NOT_GIVEN, device=embeddings.device)
+    return as_integers(name, numbers, embeddings)
 
 
 def _all_or_none(numbers: Tensor, name: str) -> Tensor | None:
-    absent = numbers == _ABSENT
-    if absent.all():
-        return None
-    if absent.any():
-        raise ValueError(f"`{name}` were given for {int((~absent).sum())} of {len(numbers)} samples; give all or none.")
-    return numbers
+    absent = numbers == _NOT_GIVEN
+    if absent.any() and not absent.all():
+        raise ValueError(
+            f"Expected `{name}` in every update or in none but got them for {int((~absent).sum())} of {len(numbers)} "
+            "samples. Pass them in every `update`."
+        )
+    return None if (numbers < 0).all() else numbers
+
+
+def _identities(indices: Tensor) -> Tensor:
+    """Return numbers that are equal for rows of one known index, and of its own for each row of unknown index."""
+    known, number = indices.unique(return_inverse=True)
+    own = len(known) + torch.arange(len(indices), device=indices.device)
+    return torch.where(indices < 0, own, number)
 
 
 def _first_of_each_within_role(indices: Tensor, labels: Tensor, roles: Tensor) -> Tensor:
-    """Positions to keep: an index counts within its role (and gallery), query 5 and gallery 5 are two images."""
+    """Return the positions to keep. An index counts within its role and gallery: query 5 and gallery 5 may differ."""
     kept = [labels[:0]]
     for role in roles.unique():
         rows = (roles == role).nonzero().squeeze(1)
@@ -324,5 +332,5 @@ def _first_of_each_within_role(indices: Tensor, labels: Tensor, roles: Tensor) -
 
 
 def _at(column: Column, rows: Tensor) -> Column:
-    """The column at ascending, unique rows; as many rows as it has are all of them, and need no copy."""
+    """Return the column at ascending, unique rows; without a copy, where these are all rows."""
     return column if column is None or len(rows) == len(column) else column[rows]

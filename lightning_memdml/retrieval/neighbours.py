@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_memdml.retrieval.checks import (
-    check_embeddings,
-    check_finite,
-    check_integers,
+from lightning_memdml.retrieval.retrieval_sets import (
+    UNKNOWN,
+    as_integers,
+    check_finite_embeddings,
     check_recall_levels,
     check_same_space,
+    same_known_index,
 )
-from lightning_memdml.retrieval.tiles import full_precision_products, split_rows
+from lightning_memdml.retrieval.tiles import full_precision_products, row_slices, unit_float32
 
 _TILE = 2048
 
@@ -28,20 +28,21 @@ def nearest_neighbours(
     indices: Tensor | None = None,
     gallery_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Find the `k` most similar references of each query, in float32; equal similarities come in any order.
+    """Find the `k` most similar references of each query, in float32. Equal similarities come in any order.
 
     Args:
-        embeddings: `(N, D)`, any norm; without a gallery they are searched among each other, nobody finding
-            itself.
+        embeddings: `(N, D)`, any norm; without a gallery they are searched among each other, excluding
+            self-matches.
         gallery_embeddings: `(M, D)`.
         k: Number of neighbours.
         queries: `(Q,)` positions in `embeddings` of the queries; all by default.
-        indices: `(N,)` image numbers; with `gallery_indices`, a query does not find its own number.
-        gallery_indices: `(M,)` image numbers of the gallery.
+        indices: `(N,)` index of each image, -1 where unknown; with `gallery_indices`, a query does not find its own
+            image.
+        gallery_indices: `(M,)` index of each image of the gallery.
 
     Returns:
         Cosine similarities, descending, and positions in the gallery, both `(Q, min(k, M))`. Where a query
-        has fewer references (it may not find itself) the similarity is -inf and the position -1.
+        has fewer references, since self-matches are excluded, the similarity is -inf and the position -1.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -66,7 +67,7 @@ def nearest_neighbours(
     with full_precision_products(own.device):
         found = [
             _search(own[part], gallery, None if keys is None else keys[part], gallery_keys, k)
-            for part in split_rows(len(own), _TILE)
+            for part in row_slices(len(own), _TILE)
         ]
     width = min(k, len(gallery))
     similarity = torch.cat([torch.empty(0, width, device=own.device), *(pair[0] for pair in found)])
@@ -75,22 +76,23 @@ def nearest_neighbours(
 
 
 def _checked(prefix: str, embeddings: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    check_embeddings(embeddings, f"{prefix}embeddings")
-    check_finite(embeddings, f"{prefix}embeddings")
-    return embeddings, None if indices is None else check_integers(indices, f"{prefix}indices", embeddings)
+    check_finite_embeddings(f"{prefix}embeddings", embeddings)
+    if indices is None:
+        return embeddings, None
+    return embeddings, as_integers(f"{prefix}indices", indices, embeddings).clamp_min(UNKNOWN)
 
 
 def _search(
     queries: Tensor, gallery: Tensor, keys: Tensor | None, gallery_keys: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of the gallery, kept while its tiles pass by."""
-    unit = F.normalize(queries.float(), dim=1)
+    """Return the best references, kept while the tiles of the gallery are computed one by one."""
+    unit = unit_float32(queries)
     best = unit.new_empty(len(unit), 0)
     position = best.long()
-    for columns in split_rows(len(gallery), _TILE):
-        tile = unit @ F.normalize(gallery[columns].float(), dim=1).T
+    for columns in row_slices(len(gallery), _TILE):
+        tile = unit @ unit_float32(gallery[columns]).T
         if keys is not None and gallery_keys is not None:
-            tile.masked_fill_(keys[:, None] == gallery_keys[columns], -torch.inf)
+            tile.masked_fill_(same_known_index(keys[:, None], gallery_keys[columns]), -torch.inf)
         value, place = tile.topk(min(k, tile.shape[1]), dim=1)
         merged = torch.cat([best, value], dim=1)
         best, chosen = merged.topk(min(k, merged.shape[1]), dim=1)

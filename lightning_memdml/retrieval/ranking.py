@@ -8,26 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memdml.retrieval.checks import RetrievalSet, check_pair, check_recall_levels, check_set
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.counting import count_ranks
+from lightning_memdml.retrieval.retrieval_sets import RetrievalSet, check_pair, check_recall_levels, check_set
 
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """What was counted for each query; every score is a mean over those that have a match.
+    """The ranks counted for each query; every score is a mean over the queries that have a match.
 
     Attributes:
-        rows: `(Q,)` position of each query in the embeddings that were given, duplicates left out, ascending.
+        rows: `(Q,)` position of each query in the given embeddings, duplicates left out, ascending.
         labels: `(Q,)` label of each query.
         relevant: `(Q,)` number `r` of its matches in the gallery, its own image and ignored group left out.
-        best_rank: `(Q,)` 1-based rank of the best match; `depth + 1` for any rank beyond `depth`. Without
-            meaning where `relevant` is 0.
-        r_precision: `(Q,)` share of the first `r` references that match.
-        average_precision_at_r: `(Q,)` precision summed over the matches among the first `r` references, over
-            `r`.
-        average_precision: `(Q,)` precision summed over all matches, over `r`; None unless asked for.
-        depth: Largest rank that is told apart, the largest K of a recall.
+        best_rank: `(Q,)` 1-based rank of the best match; `depth + 1` for any rank beyond `depth`. Undefined where
+            `relevant` is 0.
+        r_precision: `(Q,)` matches among the first `r` references, divided by `r`.
+        average_precision_at_r: `(Q,)` precision summed over the matches among the first `r` references, divided by `r`.
+        average_precision: `(Q,)` precision summed over all matches, divided by `r`; None unless asked for.
+        depth: Largest exact rank, and the largest K of a recall.
     """
 
     rows: Tensor
@@ -40,7 +39,7 @@ class QueryRanks:
     depth: int
 
     def scores(self, k: Sequence[int] = (1, 10, 100, 1000)) -> dict[str, float]:
-        """Means over the queries with a match, and how many those are; see `retrieval_scores`.
+        """Return means over the queries with a match, and how many those are; see `retrieval_scores`.
 
         Raises:
             ValueError: If a K exceeds `depth`.
@@ -51,7 +50,7 @@ class QueryRanks:
         return {**means, "queries": matched, "excluded": len(self.relevant) - matched}
 
     def per_class(self, k: Sequence[int] = (1,)) -> dict[str, Tensor]:
-        """The same means for each class: columns `label`, `queries` and one per score, all `(classes,)`."""
+        """Return the same means for each class: columns `label`, `queries` and one per score, all `(classes,)`."""
         values, labels = self._matched_values(k)
         classes, sums, sizes = _class_sums(values, labels)
         means = {name: column / sizes for name, column in zip(values, sums, strict=True)}
@@ -65,10 +64,10 @@ class QueryRanks:
         resamples: int = 1000,
         seed: int = 0,
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of each score, **classes** drawn with replacement.
+        """Return percentile bootstrap intervals of each score, with **classes** drawn with replacement.
 
-        Queries of one class are not independent (they are each other's matches), so drawing queries would
-        give intervals that are too narrow.
+        Queries of one class depend on each other, since they are each other's matches. Drawing queries would give
+        intervals that are too narrow.
 
         Args:
             k: Recall levels.
@@ -80,7 +79,7 @@ class QueryRanks:
             ValueError: If `confidence` or `resamples` is out of range.
         """
         if not 0 < confidence < 1 or resamples < 1:
-            raise ValueError(f"Expected 0 < confidence < 1 and resamples >= 1, got {confidence=} and {resamples=}.")
+            raise ValueError(f"Expected 0 < confidence < 1 and resamples >= 1 but got {confidence=} and {resamples=}.")
         values, labels = self._matched_values(k)
         _, sums, sizes = _class_sums(values, labels)
         if len(sizes) == 0:
@@ -96,11 +95,12 @@ class QueryRanks:
         return dict(zip(values, zip(low, high, strict=True), strict=True))
 
     def _matched_values(self, k: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Score name -> its value for each query with a match, in float64; and those queries' labels."""
+        """Return the values of each score for the queries with a match, in float64, and those queries' labels."""
         k = check_recall_levels(k)
         if max(k) > self.depth:
             raise ValueError(
-                f"Ranks were told apart up to depth={self.depth} only; pass depth={max(k)} for k={max(k)}."
+                f"Expected `k` of at most {self.depth}, the depth of these ranks, but got {max(k)}. Rank with "
+                f"depth={max(k)}."
             )
         matched = self.relevant > 0
         values = {f"recall_at_{level}": self.best_rank <= level for level in k}
@@ -132,15 +132,14 @@ def retrieval_scores(
     - `r_precision` = mean of `(1/r) #{i: rank_i <= r}`,
     - `mean_average_precision` (if asked for) = mean of `(1/r) sum_i i / rank_i`.
 
-    Similarities are compared in float64 and **ties count against the model**: a reference of another label
-    that is as similar as a match ranks before it, so a collapsed model scores about 0. A zero embedding has
-    similarity 0 to everything. Without a gallery the embeddings are compared with each other and no sample
-    finds itself. A recall at K beyond the gallery's size is 1, since every query that is scored has a match.
+    Similarities are compared in float64 and **ties count against the model**: a reference of another label that is as
+    similar as a match ranks before it, so a collapsed model scores about 0. A zero embedding has similarity 0 to
+    everything. Without a gallery the embeddings are compared with each other, excluding self-matches. A recall at K
+    beyond the gallery's size is 1, since every query that is scored has a match.
 
-    The cost is half a float32 matrix product of the two sets in self-retrieval, one between sets, and as little
-    as half of that on processors with bfloat16 products (AVX512-BF16) when positives stand out; the memory a
-    copy of the embeddings and one tile. Runs on the embeddings' device (on the CPU for devices without
-    float64).
+    The cost is half a float32 matrix product of the two sets in self-retrieval, and one between two sets. It falls to
+    half of that on processors with bfloat16 products (AVX512-BF16) when positives are well separated. The memory is a
+    copy of the embeddings and one tile. It runs on the embeddings' device (on the CPU for devices without float64).
 
     Args:
         embeddings: `(N, D)` queries, any norm; in self-retrieval the gallery too.
@@ -148,22 +147,21 @@ def retrieval_scores(
         gallery_embeddings: `(M, D)`, or None for self-retrieval.
         gallery_labels: `(M,)`.
         k: Recall levels.
-        indices: `(N,)` non-negative image numbers. Repeats, which a distributed sampler pads in, are counted
+        indices: `(N,)` index of each image, -1 where unknown. Repeats, with which a distributed sampler pads, count
             once.
-        gallery_indices: `(M,)` image numbers of the gallery. If both are given, a query never meets its own
-            number.
-        groups: `(N,)` group, such as the camera, of each query: references of the same label **and** group
-            are left out, as in re-identification.
+        gallery_indices: `(M,)` indices of the gallery. If both are given, a query does not find its own index.
+        groups: `(N,)` group, such as the camera, of each query: references of the same label **and** group are left
+            out, as in re-identification.
         gallery_groups: `(M,)`, needed with `groups` when there is a gallery.
-        mean_average_precision: Also follow every match to its rank, however deep; several times slower.
+        mean_average_precision: Also compute the rank of every match, however deep; several times slower.
 
     Returns:
-        The scores, in [0, 1]; `queries`, how many were scored; `excluded`, how many had no match and were
-        left out of every mean. Without any query to score the means are NaN.
+        The scores, in [0, 1]; `queries`, how many were scored; `excluded`, how many had no match and were left out of
+        every mean. Without any query to score the means are NaN.
 
     Raises:
-        TypeError: If an argument is no tensor or has the wrong dtype.
-        ValueError: If shapes disagree, values are not finite (naming the rows), or one number has two labels.
+        TypeError: If an argument is not a tensor or has the wrong dtype.
+        ValueError: If shapes disagree, values are not finite (the rows are named), or one index has two labels.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.8], [0.5, 0.5]])
@@ -203,14 +201,14 @@ def rank_queries(
     mean_average_precision: bool = False,
     tile_size: int | None = None,
 ) -> QueryRanks:
-    """Count the ranks of every query; what `retrieval_scores` averages, with its arguments.
+    """Count the ranks of every query, from which `retrieval_scores` takes the means.
 
     Args:
-        embeddings: See `retrieval_scores`, as for all that is not named here.
+        embeddings: See `retrieval_scores`, as for every argument without a description here.
         labels: `(N,)`.
         gallery_embeddings: `(M, D)`.
         gallery_labels: `(M,)`.
-        depth: Largest rank of the best match that is told apart.
+        depth: Largest exact rank of the best match.
         indices: `(N,)`.
         gallery_indices: `(M,)`.
         groups: `(N,)`.
@@ -234,8 +232,8 @@ def rank_queries(
     if gallery_embeddings is None or gallery_labels is None:
         if any(given is not None for given in (gallery_embeddings, gallery_labels, gallery_indices, gallery_groups)):
             raise ValueError(
-                "A gallery needs both `gallery_embeddings` and `gallery_labels`; leave out all `gallery_` "
-                "arguments to compare the embeddings with each other."
+                "Expected both `gallery_embeddings` and `gallery_labels`, or no `gallery_` argument, but one is "
+                "missing. Leave out all of them to compare the embeddings with each other."
             )
         gallery = None
     else:
@@ -254,7 +252,7 @@ def _rank(
     searched = queries if gallery is None else gallery
     if len(queries.rows) == 0 or len(searched.rows) == 0:
         return _without_matches(queries, depth, every_positive)
-    # In self-retrieval a row is kept from itself by its position; images have been made unique already.
+    # In self-retrieval the position identifies a row, since repeats of an image are removed already.
     own = ClassSortedEmbeddings(
         queries.embeddings,
         queries.labels,
@@ -287,7 +285,7 @@ def _unsorted(column: Tensor, order: Tensor) -> Tensor:
 
 
 def _class_sums(values: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes `(C,)`, sums of each value `(values, C)`, queries per class `(C,)`."""
+    """Return the classes `(C,)`, sums of each value `(values, C)`, and queries per class `(C,)`."""
     classes, place = labels.unique(return_inverse=True)
     stacked = torch.stack(list(values.values()))
     sums = stacked.new_zeros(len(values), len(classes)).index_add_(1, place, stacked)

@@ -1,4 +1,4 @@
-"""How large similarity matrices are cut, and computed in full float32 precision."""
+"""Blocks of similarity matrices, and their computation in full float32 precision."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def split_rows(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows that cover `total` rows."""
+def row_slices(total: int, size: int) -> Iterator[slice]:
+    """Return slices of at most `size` rows that cover `total` rows."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def ramped_tiles(total: int, size: int) -> Iterator[slice]:
-    """Slices that cover `total` rows and double from 256 up to `size`.
+    """Yield slices that cover `total` rows and double from 256 up to `size`.
 
-    Before the first tile every positive is alive and most references of a tile are hits; a few hundred
-    references tell which positives are out of the running, which cuts the hits of a large set by 3 to 4.
+    Before the first tile every positive can still change a score, and most references of a tile are hits. A few hundred
+    references show which positives cannot, which divides the hits of a large set by 3 to 4.
     """
     start, step = 0, min(256, size)
     while start < total:
@@ -26,19 +27,17 @@ def ramped_tiles(total: int, size: int) -> Iterator[slice]:
         start, step = start + step, min(2 * step, size)
 
 
+def unit_float32(rows: Tensor) -> Tensor:
+    """Return rows `(N, D)` of norm 1 in float32, whatever their norm; a zero row stays zero."""
+    exact = rows.double()
+    return (exact / exact.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+
 @contextmanager
 def full_precision_products(device: torch.device) -> Iterator[None]:
-    """Float32 matrix products in float32 while inside: no autocast, no TF32, no bfloat16 passes."""
+    """Compute float32 matrix products in float32 inside the block: no autocast, no TF32, no bfloat16 passes."""
     with torch.autocast(device.type, enabled=False):
-        backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch 2.8
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
         previous = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"

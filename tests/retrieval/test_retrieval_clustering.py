@@ -51,5 +51,5 @@ def test_more_clusters_than_samples_are_refused() -> None:
 
 def test_without_faiss_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+    with pytest.raises(ImportError, match=r"pip install \"lightning-memdml\[faiss\]\""):
         normalized_mutual_information(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))

@@ -141,7 +141,7 @@ def test_a_query_that_is_in_the_gallery_too_does_not_find_its_own_number() -> No
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(ValueError, match="'hardest' or 'random', got 'worst'"):
+    with pytest.raises(ValueError, match="'hardest' or 'random' but got 'worst'"):
         retrieval_examples(CIRCLE, LABELS, order="worst")  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def test_a_figure_is_written_and_can_be_read(tmp_path: Path, ending: str) -> Non
 def test_an_unknown_ending_or_nothing_to_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ending in \.html"):
         save_gallery(tmp_path / "gallery.gif", retrieval_examples(CIRCLE, LABELS), coloured)
-    with pytest.raises(ValueError, match="nothing to show"):
+    with pytest.raises(ValueError, match="at least one example to show"):
         gallery_figure([], coloured)
 
 

@@ -377,7 +377,7 @@ def test_a_flat_index_needs_no_faiss_and_others_name_the_extra(tmp_path: Path) -
     assert found == "[[2], [3]]"
     assert message == (
         'Expected faiss but it is not installed. `pip install "lightning-memdml[faiss]"`, or '
-        '`pip install "lightning-memdml[gpu]"` on a machine with a GPU; `kind=flat` needs neither.'
+        '`pip install "lightning-memdml[gpu]"` on a machine with a GPU. An index with `kind=flat` needs neither.'
     )
     assert not (tmp_path / "index" / "index.faiss").exists()
 

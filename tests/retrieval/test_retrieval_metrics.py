@@ -180,17 +180,17 @@ def test_images_that_are_not_finite_are_named_by_their_number() -> None:
     embeddings = torch.ones(3, 2)
     embeddings[1] = math.nan
     metrics.update(embeddings, torch.zeros(3, dtype=torch.long), torch.tensor([100, 207, 300]))
-    with pytest.raises(ValueError, match="image numbers: 207"):
+    with pytest.raises(ValueError, match="rows, indices: 207"):
         metrics.compute()
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"role": "querry"}, "Expected `role` to be one of 'both', 'query', 'gallery', got 'querry'"),
-        ({"indices": torch.tensor([0, -1])}, "`indices` to be non-negative"),
+        ({"role": "querry"}, "Expected `role` to be one of 'both', 'query', 'gallery' but got 'querry'"),
+        ({"groups": torch.tensor([0, -1])}, "`groups` of at least 0 but got -1"),
         ({"groups": torch.tensor([[0, 1]])}, r"`groups` of shape \(2,\) but got \(1, 2\)"),
-        ({"role": "gallery", "gallery": "small"}, r"the galleries are \(\); pass `RetrievalMetrics\(galleries="),
+        ({"role": "gallery", "gallery": "small"}, r"and the galleries \(\)"),
     ],
 )
 def test_wrong_updates_are_explained(kwargs: dict, message: str) -> None:
@@ -204,11 +204,11 @@ def test_galleries_have_to_be_told_apart() -> None:
     with pytest.raises(ValueError, match="distinct names"):
         RetrievalMetrics(galleries=("small", "small"))
     metrics = RetrievalMetrics(galleries=("small", "large"))
-    with pytest.raises(ValueError, match="one of 'small', 'large', got None"):
+    with pytest.raises(ValueError, match="one of 'small', 'large' but got None"):
         metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), role="gallery")
-    with pytest.raises(ValueError, match="the role is 'query'"):
+    with pytest.raises(ValueError, match="the role 'query' and the galleries"):
         metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), role="query", gallery="small")
-    with pytest.raises(ValueError, match="got 'medium'"):
+    with pytest.raises(ValueError, match="but got 'medium'"):
         metrics.ranks("medium")
 
 
@@ -216,11 +216,32 @@ def test_indices_in_some_updates_only_are_refused() -> None:
     metrics = RetrievalMetrics(k=K)
     metrics.update(torch.ones(2, 2), torch.tensor([0, 0]))
     metrics.update(torch.ones(2, 2), torch.tensor([0, 0]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="`indices` were given for 2 of 4 samples"):
+    with pytest.raises(
+        ValueError, match="Expected `indices` in every update or in none but got them for 2 of 4 samples"
+    ):
         metrics.compute()
 
 
 # Two ranks
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_images_of_unknown_index_are_not_merged_and_do_not_find_themselves(shared: bool) -> None:
+    """A query that is in the gallery too is excluded by its row, also where its index is unknown."""
+    embeddings, labels = sample(30, 8, seed=20)
+    unknown = torch.full((30,), -1)
+    metrics = RetrievalMetrics(k=K, shared_indices=shared)
+    metrics.update(embeddings, labels, unknown)
+    assert as_floats(metrics.compute()) == close_to(retrieval_scores(embeddings, labels, k=K))
+    mixed = RetrievalMetrics(k=K, shared_indices=shared)
+    indices = torch.where(torch.arange(30) % 2 == 0, torch.arange(30), -1)
+    mixed.update(embeddings[:20], labels[:20], indices[:20], role="both")
+    mixed.update(embeddings[20:], labels[20:], indices[20:], role="gallery")
+    rows = torch.arange(30)
+    expected = retrieval_scores(
+        embeddings[:20], labels[:20], embeddings, labels, k=K, indices=rows[:20], gallery_indices=rows
+    )
+    assert as_floats(mixed.compute()) == close_to(expected)
 
 
 def scored_by_rank(rank: int) -> dict[str, dict[str, float]]:

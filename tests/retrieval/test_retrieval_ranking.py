@@ -177,7 +177,7 @@ def test_best_ranks_beyond_the_depth_are_cut_at_depth_plus_one() -> None:
     matched = exact.relevant > 0
     assert exact.best_rank[matched].max() > 100
     assert torch.equal(cut.best_rank[matched], exact.best_rank[matched].clamp_max(21))
-    with pytest.raises(ValueError, match="pass depth=50"):
+    with pytest.raises(ValueError, match="Rank with depth=50"):
         cut.scores((50,))
 
 
@@ -351,15 +351,46 @@ def test_embeddings_that_require_a_gradient_are_not_changed() -> None:
     assert torch.equal(embeddings.detach(), before)
 
 
+# Unknown indices
+
+
+def test_an_unknown_index_merges_nothing_and_excludes_nothing() -> None:
+    """-1 equals no other index: scores are those without indices, within a set and between two."""
+    embeddings, labels = sample(40, 5, 4, seed=18, noise=1.0)
+    unknown = torch.full((40,), -1)
+    assert retrieval_scores(embeddings, labels, indices=unknown, k=(1, 5)) == retrieval_scores(
+        embeddings, labels, k=(1, 5)
+    )
+    sets = (embeddings[:10], labels[:10], embeddings, labels)  # the queries are in the gallery
+    expected = retrieval_scores(*sets, k=(1, 5))
+    assert expected["recall_at_1"] == 1
+    assert retrieval_scores(*sets, indices=unknown[:10], gallery_indices=unknown, k=(1, 5)) == expected
+
+
+def test_known_and_unknown_indices_mix() -> None:
+    """Image 3 is listed twice and counts once, the two unknown rows stay; the known query does not find itself."""
+    embeddings, labels = sample(40, 5, 4, seed=19, noise=1.0)
+    indices = torch.arange(40)
+    indices[[7, 8]] = -1
+    rows = torch.cat([torch.arange(40), torch.tensor([3])])
+    expected = retrieval_scores(embeddings, labels, k=(1, 5))
+    assert retrieval_scores(embeddings[rows], labels[rows], indices=indices[rows], k=(1, 5)) == expected
+    ranks = rank_queries(embeddings, labels, embeddings, labels, indices=indices, gallery_indices=indices)
+    assert ranks.best_rank[[7, 8]].tolist() == [1, 1]  # unknown: each finds its own copy
+    assert ranks.relevant.tolist() == [
+        int((labels == label).sum()) - (row not in (7, 8)) for row, label in enumerate(labels)
+    ]
+
+
 # Errors
 
 
 def test_rows_that_are_not_finite_are_named() -> None:
     embeddings, labels = sample(40, 5, 4, seed=14)
     embeddings[7, 2], embeddings[31, 0] = math.nan, -math.inf
-    with pytest.raises(ValueError, match=r"`embeddings` has NaN or infinity in 2 of 40 rows: 7, 31\."):
+    with pytest.raises(ValueError, match=r"`embeddings` but got NaN or infinity in 2 of 40 rows: 7, 31\."):
         retrieval_scores(embeddings, labels)
-    with pytest.raises(ValueError, match=r"`gallery_embeddings` has NaN"):
+    with pytest.raises(ValueError, match=r"`gallery_embeddings` but got NaN"):
         retrieval_scores(embeddings[:5], labels[:5], embeddings, labels)
 
 
@@ -369,23 +400,30 @@ def test_rows_that_are_not_finite_are_named() -> None:
         (
             {"labels": torch.zeros(6, 1, dtype=torch.long)},
             ValueError,
-            r"`labels` of shape \(6,\) but got \(6, 1\); pass",
+            r"`labels` of shape \(6,\) but got \(6, 1\). Pass `labels.squeeze\(1\)`",
         ),
-        ({"labels": torch.zeros(6)}, TypeError, "`labels` to be an integer tensor"),
+        ({"labels": torch.zeros(6)}, TypeError, "`labels` of an integer dtype but got torch.float32"),
         ({"labels": [0] * 6}, TypeError, "got list"),
-        ({"embeddings": torch.zeros(6, 2, dtype=torch.long)}, TypeError, "floating-point tensor"),
-        ({"embeddings": torch.zeros(6)}, ValueError, r"shape \(N, D\)"),
-        ({"indices": -torch.ones(6, dtype=torch.long)}, ValueError, "non-negative"),
+        (
+            {"embeddings": torch.zeros(6, 2, dtype=torch.long)},
+            TypeError,
+            "`embeddings` of a floating-point dtype but got torch.int64",
+        ),
+        ({"embeddings": torch.zeros(6)}, ValueError, r"`embeddings` of shape \(B, D\)"),
         (
             {"indices": torch.zeros(6, dtype=torch.long)},
             ValueError,
-            "Image number 0 occurs in `indices` with the labels",
+            "image 0 occurs in `indices` with the labels",
         ),
         ({"k": ()}, ValueError, "distinct integers"),
         ({"k": (0,)}, ValueError, "at least 1"),
         ({"k": 5}, TypeError, r"such as \(5,\)"),
         ({"k": (1.0,)}, TypeError, "hold integers"),
-        ({"gallery_labels": torch.zeros(6, dtype=torch.long)}, ValueError, "needs both"),
+        (
+            {"gallery_labels": torch.zeros(6, dtype=torch.long)},
+            ValueError,
+            "Expected both `gallery_embeddings` and `gallery_labels`",
+        ),
         (
             {"gallery_embeddings": torch.ones(6, 3), "gallery_labels": torch.arange(6)},
             ValueError,
@@ -400,7 +438,7 @@ def test_wrong_input_is_explained(change: dict, error: type[Exception], message:
 
 
 def test_two_sets_numbered_on_their_own_are_refused() -> None:
-    with pytest.raises(ValueError, match="Image number 0 has label 3 in `indices` and label 9"):
+    with pytest.raises(ValueError, match="image 0 has label 3 in `indices` and label 9"):
         retrieval_scores(
             torch.ones(2, 2),
             torch.tensor([3, 4]),

@@ -1,4 +1,4 @@
-"""The bfloat16 sieve: its error bound, and ranks equal to those without it and to a float64 oracle."""
+"""Tiles in bfloat16: their error bound, and ranks equal to those of float32 tiles and of a float64 oracle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memdml import bfloat16
-from lightning_memdml.retrieval import QueryRanks, rank_queries, sieve
+from lightning_memdml.retrieval import QueryRanks, rank_queries, similarity_tiles
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
-from lightning_memdml.retrieval.sieve import SimilarityTiles, bfloat16_rounding
+from lightning_memdml.retrieval.similarity_tiles import SimilarityTiles, bfloat16_rounding
 
 FIELDS = ("relevant", "best_rank", "r_precision", "average_precision_at_r", "average_precision")
 
@@ -20,7 +20,7 @@ FIELDS = ("relevant", "best_rank", "r_precision", "average_precision_at_r", "ave
 def use_bfloat16(patch: pytest.MonkeyPatch, use: bool) -> None:
     """Compute every tile but the first in bfloat16, on any processor and however little it pays; or none."""
     patch.setattr(bfloat16, "pays", lambda device, dim: use)
-    patch.setattr(sieve, "_HIT_SHARE", 1.0)
+    patch.setattr(similarity_tiles, "_HIT_SHARE", 1.0)
 
 
 def ranks(use: bool, *args: Tensor, depth: int = 20, tile_size: int = 8, **kwargs: Tensor) -> QueryRanks:
@@ -70,7 +70,7 @@ KINDS = ["spread", "within one bfloat16 step", "copies", "opposite", "codes", "z
 
 @pytest.mark.parametrize("dim", [1, 3, 64, 1500])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sieved_ranks_equal_float64(kind: str, dim: int) -> None:
+def test_ranks_from_bfloat16_tiles_equal_float64(kind: str, dim: int) -> None:
     embeddings, labels = embeddings_of(kind, 90, dim), torch.arange(90) // 3
     found = ranks(True, embeddings, labels, depth=50, tile_size=32)
     best, precision = oracle_ranks(embeddings, labels, depth=50)
@@ -80,7 +80,7 @@ def test_sieved_ranks_equal_float64(kind: str, dim: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_the_sieve_changes_nothing(data: st.DataObject) -> None:
+def test_bfloat16_tiles_change_no_rank(data: st.DataObject) -> None:
     dim, count = data.draw(st.sampled_from([1, 2, 17, 130])), data.draw(st.integers(2, 40))
     embeddings = embeddings_of(data.draw(st.sampled_from(KINDS)), count, dim)
     embeddings = embeddings[data.draw(st.permutations(range(count)))]

@@ -1,8 +1,8 @@
-"""Similarity tiles in float32 or, where that costs less, in bfloat16, with a proven bound on their error.
+"""Tiles of similarities in float32 or, where that is faster, in bfloat16, with a proven bound on their error.
 
-A bfloat16 product takes 0.45 of the time of a float32 one where the processor has instructions for it. It decides
-less: what lies within its bound of a positive has to be computed again, pair by pair, at some 60 times a pair's share
-of a float32 product. It pays where few pairs come near a query's positives, and that is seen as the tiles pass by.
+Where the processor has bfloat16 instructions, such a product takes 0.45 of the time of a float32 one. But a pair whose
+similarity lies within the error bound of a positive has to be computed again, which costs about 60 times its share of a
+float32 product. So bfloat16 is faster where few pairs come near a query's positives, which is measured tile by tile.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from torch import Tensor
 
 from lightning_memdml import bfloat16
 from lightning_memdml.retrieval.class_sorted import PAIR_BUDGET, ClassSortedEmbeddings
-from lightning_memdml.retrieval.tiles import split_rows
+from lightning_memdml.retrieval.tiles import row_slices
 
 _HIT_SHARE = 1 / 128  # hits per pair above which bfloat16 costs more than it saves; a fifth to a third are recomputed
 
 
 class Rounding(NamedTuple):
-    """How far a computed similarity may lie from the exact one: `absolute + relative * |similarity|`."""
+    """The largest error of a computed similarity: `absolute + relative * |similarity|`."""
 
     absolute: float
     relative: float = 0.0
 
     def bound(self, similarity: Tensor) -> Tensor:
-        """Largest error of each similarity, of which either the computed or the exact value may be given."""
+        """Return the largest error of each similarity, given as the computed or as the exact value."""
         return similarity.abs().mul_(self.relative).add_(self.absolute)
 
 
 def float32_rounding(dim: int) -> Rounding:
-    """Of float32: unit rows are rounded once (2u), a `dim`-term sum errs by at most `dim` u, the threshold by u."""
+    """Return the error of float32: 2u for rounded unit rows, `dim` u for a sum of `dim` terms, u for the threshold."""
     return Rounding((dim + 8) * 2.0**-24)
 
 
 def bfloat16_rounding(queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings) -> Rounding:
-    """Of bfloat16 rows, summed in float32, the sum rounded to bfloat16 (by at most 2^-8 of itself).
+    """Return the error of bfloat16 rows, summed in float32, the sum rounded to bfloat16 (by at most 2^-8 of itself).
 
-    Any unit row moves by at most 2^-8 when it is rounded, most by 0.4 of that: what these rows move by is measured.
+    Rounding moves a unit row by at most 2^-8, and most rows by 0.4 of that. The movement of these rows is measured.
     """
     moved = _largest_move(queries)
     moved += moved if queries is gallery else _largest_move(gallery)
@@ -47,12 +47,12 @@ def bfloat16_rounding(queries: ClassSortedEmbeddings, gallery: ClassSortedEmbedd
 
 
 def _largest_move(samples: ClassSortedEmbeddings) -> float:
-    parts = split_rows(len(samples), max(1, PAIR_BUDGET // samples.unit.shape[1]))
+    parts = row_slices(len(samples), max(1, PAIR_BUDGET // samples.unit.shape[1]))
     return max((samples.unit[rows] - samples.unit[rows].bfloat16()).norm(dim=1).max().item() for rows in parts)
 
 
 class SimilarityTiles:
-    """Computes tiles of similarities of two sets, into memory that the next tile overwrites.
+    """Computes tiles of similarities of two sets into memory that the next tile overwrites.
 
     Args:
         queries: The query set.
@@ -60,7 +60,7 @@ class SimilarityTiles:
         size: Elements of the largest tile.
 
     Attributes:
-        sieving: Whether the next tile is computed in bfloat16.
+        use_bfloat16: Whether the next tile is computed in bfloat16.
     """
 
     def __init__(self, queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings, size: int) -> None:
@@ -68,18 +68,18 @@ class SimilarityTiles:
         self._tile = torch.empty(size, device=queries.unit.device)
         self._float32 = float32_rounding(queries.unit.shape[1])
         self._bfloat16: Rounding | None = None
-        self.sieving = False
+        self.use_bfloat16 = False
         if bfloat16.pays(queries.unit.device, queries.unit.shape[1]):
             self._bfloat16 = bfloat16_rounding(queries, gallery)
             self._rounded_tile = torch.empty_like(self._tile, dtype=torch.bfloat16)
 
     def compute(self, rows: slice, columns: slice) -> tuple[Tensor, Rounding]:
-        """A tile in float32, pairs of one class at minus infinity, and how far its values may be off."""
+        """Return a tile in float32, with pairs of one class at minus infinity, and the error bound of its values."""
         query, reference = self._queries.unit[rows], self._gallery.unit[columns]
         shape = len(query), len(reference)
         tile = self._tile[: shape[0] * shape[1]].view(shape)
         rounding = self._float32
-        if self.sieving and self._bfloat16 is not None:
+        if self.use_bfloat16 and self._bfloat16 is not None:
             rounding = self._bfloat16
             rounded = self._rounded_tile[: tile.numel()].view(shape)
             torch.mm(query.bfloat16(), reference.bfloat16().T, out=rounded)
@@ -92,5 +92,5 @@ class SimilarityTiles:
         return tile, rounding
 
     def choose(self, hits: int, pairs: int) -> None:
-        """Take bfloat16 for the next tile if the last one, of whatever precision, had few hits for its pairs."""
-        self.sieving = hits <= _HIT_SHARE * pairs
+        """Use bfloat16 for the next tile if the last one, of either precision, had few hits per pair."""
+        self.use_bfloat16 = hits <= _HIT_SHARE * pairs

@@ -165,8 +165,9 @@ class MetricLearner(LightningModule):
         self.lr_scheduler_interval = lr_scheduler_interval
         self.k = k
         levels = (1, 10, 100, 1000) if k is None else k
-        self.val_metrics = RetrievalMetrics(k=levels)
-        self.test_metrics = RetrievalMetrics(k=levels, shared_indices=True)  # as the data modules number them
+        # The data modules number queries and gallery together.
+        self.val_metrics = RetrievalMetrics(k=levels, shared_indices=True)
+        self.test_metrics = RetrievalMetrics(k=levels, shared_indices=True)
 
     def setup(self, stage: str) -> None:
         """Take the recall levels of the data set, unless others were given."""
@@ -276,6 +277,10 @@ class MetricLearner(LightningModule):
         """Collect embeddings of the validation classes."""
         self._collect(self.val_metrics, batch, dataloader_idx, len(self.trainer.num_val_batches))
 
+    def on_validation_epoch_start(self) -> None:
+        """Remove what a validation that broke off may have left."""
+        self.val_metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Report the scores of the validation classes."""
         self._report("val", self.val_metrics)
@@ -283,6 +288,10 @@ class MetricLearner(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect embeddings of the test classes."""
         self._collect(self.test_metrics, batch, dataloader_idx, len(self.trainer.num_test_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Remove what a test that broke off may have left."""
+        self.test_metrics.reset()
 
     def on_test_epoch_end(self) -> None:
         """Report the scores of the test classes."""

@@ -435,6 +435,33 @@ def test_two_loaders_are_queries_and_gallery(stage: str) -> None:
     assert run.callback_metrics[f"{stage}/queries"] == 5
 
 
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_a_query_does_not_find_the_gallery_image_of_its_own_index(stage: str) -> None:
+    model, run = learner(), trainer()
+    loaders = [DataLoader(TensorDataset(*data()[:5]), 2), loader()]  # the queries are in the gallery too
+    (run.validate if stage == "val" else run.test)(model, loaders, verbose=False)
+    embeddings, labels = embed(model)
+    for k in (1, 2):
+        expected = recall(embeddings[:5], labels[:5], embeddings, labels, k, same=True)
+        assert run.callback_metrics[f"{stage}/recall_at_{k}"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_an_evaluation_that_broke_off_leaves_nothing_in_the_next(stage: str) -> None:
+    class OutOfMemory(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        on_test_batch_end = on_validation_batch_end
+
+    model, evaluate = learner(), {"val": "validate", "test": "test"}[stage]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        getattr(trainer(OutOfMemory()), evaluate)(model, loader(with_indices=False), verbose=False)
+    run = trainer()
+    getattr(run, evaluate)(model, loader(with_indices=False), verbose=False)
+    assert run.callback_metrics[f"{stage}/queries"] == IMAGES
+
+
 def test_three_loaders_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected one loader, or one of queries and one of the gallery, but got 3"):
         trainer().test(learner(), [loader()] * 3)

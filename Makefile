@@ -1,28 +1,49 @@
 # Every target sets up what it needs; none hides a failure.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN    := $(VENV)/$(SCRIPTS)
+# The oldest Python that is supported, or PYTHON where it is not installed; a shim of pyenv may be there without one.
+PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c "import sys; print(sys.executable)" 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON))
 # One thread per process: with the spin-waiting of OpenMP, two busy processes on two cores starve each other.
 export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
-.PHONY: help install demo study test check docs format bench clean
+.PHONY: help install demo study test test-oldest test-newest check lint types docs package wheel-test format lock bench clean
 
 help:
-	@echo "make demo    train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
-	@echo "make study   rerun the study: glyphs, and photographs if they are in data/ (110 minutes)"
-	@echo "make test    run the test suite           make check   lint, types and tests"
-	@echo "make docs    build the documentation site in build/docs"
-	@echo "make bench   run the benchmarks           make format  format the code"
-	@echo "make clean   remove what the other targets made"
+	@echo "make demo         train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
+	@echo "make study        rerun the study: glyphs, and photographs if they are in data/ (110 minutes)"
+	@echo "make test         run the test suite on the locked versions"
+	@echo "make test-oldest  run it on the lowest versions that are allowed    make test-newest  on the newest"
+	@echo "make check        format, lint, types, documentation, wheel and tests"
+	@echo "make wheel-test   install the wheel alone, and run the code and commands of the README with it"
+	@echo "make docs         build the documentation site in build/docs"
+	@echo "make format       format the code"
+	@echo "make lock         renew the locked versions in requirements/"
+	@echo "make bench        run the benchmarks"
+	@echo "make clean        remove what the other targets made"
+
+# $(call environment,FOLDER,PYTHON,WHAT TO INSTALL): make a new environment, and mark it as complete.
+define environment
+	rm -rf $(1)
+	$(2) -m venv $(1)
+	$(1)/$(SCRIPTS)/python -m pip install --quiet --upgrade pip
+	$(1)/$(SCRIPTS)/python -m pip install --quiet $(3)
+	@touch $(1)/.installed
+endef
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	@touch $@
+$(VENV)/.installed: pyproject.toml requirements/locked.txt
+	$(call environment,$(VENV),$(PYTHON),--constraint requirements/locked.txt --editable ".[dev]")
+
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt
+	$(call environment,.venv-oldest,$(PYTHON_OLDEST),--constraint requirements/oldest.txt --editable ".[dev]")
+
+.venv-release/.installed: pyproject.toml requirements/locked.txt
+	$(call environment,.venv-release,$(PYTHON),--constraint requirements/locked.txt "build" "twine")
 
 demo: install
 	$(BIN)/python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml \
@@ -40,19 +61,50 @@ data/%_features.npz: data/%.npz data/mobilenet_v2.pth | install
 test: install
 	$(BIN)/python -m pytest
 
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/$(SCRIPTS)/python -m pip freeze --exclude-editable
+	.venv-oldest/$(SCRIPTS)/python -m pytest
+
+# Made anew each time: what is newest changes.
+test-newest:
+	$(call environment,.venv-newest,$(PYTHON),--editable ".[dev]")
+	.venv-newest/$(SCRIPTS)/python -m pip freeze --exclude-editable
+	.venv-newest/$(SCRIPTS)/python -m pytest
+
+check: lint types docs package test
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
 # NO_MKDOCS_2_WARNING: Material's notice about a later version of MkDocs, which is not a warning about these pages.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-check: install docs
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest
+package: .venv-release/.installed
+	rm -rf dist
+	.venv-release/$(SCRIPTS)/python -m build --outdir dist
+	.venv-release/$(SCRIPTS)/python -m twine check --strict dist/*
+
+wheel-test: package
+	$(call environment,.venv-wheel,$(PYTHON),--constraint requirements/locked.txt dist/*.whl)
+	.venv-wheel/$(SCRIPTS)/python tests/support/wheel.py
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# One resolution for all platforms and for Python 3.10 to 3.13, and the lowest versions that pyproject.toml allows.
+COMPILE = .venv-lock/$(SCRIPTS)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+	--no-python-downloads --no-config --annotation-style line --custom-compile-command "make lock" --quiet
+
+lock:
+	$(call environment,.venv-lock,$(PYTHON),uv)
+	$(COMPILE) --upgrade --constraint requirements/constraints.txt --output-file requirements/locked.txt
+	$(COMPILE) --upgrade --resolution lowest-direct --output-file requirements/oldest.txt
 
 bench: install
 	$(BIN)/python experiments/benchmarks/pair_loss.py
@@ -60,6 +112,7 @@ bench: install
 	$(BIN)/python experiments/benchmarks/memory.py
 
 clean:
-	rm -rf $(VENV) runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-release .venv-wheel .venv-lock
+	rm -rf runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(FEATURES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
-"""What the package needs to be imported, and what it brings into a process."""
+"""What the package needs to be imported, what it brings into a process, and the versions it is tested with."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lightning_memdml
 
 PACKAGE = Path(lightning_memdml.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
 LAZY = ("lightning_memdml", "lightning_memdml.callbacks", "lightning_memdml.retrieval")
 
 # Prints the libraries that the names of a training script add to those that Lightning itself imports.
@@ -124,3 +127,41 @@ def test_star_import_and_attributes_of_the_package() -> None:
     exec("from lightning_memdml import *", names)
     assert set(lightning_memdml.__all__) <= set(names)
     assert lightning_memdml.data.GlyphDataModule is names["GlyphDataModule"]
+
+
+def declared() -> list[Requirement]:
+    """What pyproject.toml names, extras included."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return [needed for needed in map(Requirement, lines) if needed.name != "lightning-memdml"]
+
+
+def pinned(file: str) -> dict[str, list[str]]:
+    """The versions of each library in a file of `make lock`; several where they depend on the version of Python."""
+    versions: dict[str, list[str]] = {}
+    for line in (REPOSITORY / "requirements" / file).read_text().splitlines():
+        if line and not line.startswith("#"):
+            found = re.fullmatch(r"([\w.-]+)==([\w.!+]+)( ; [^#]*)?( *# via .*)?", line)
+            assert found, f"Expected `name==version` in {file} but got {line!r}"
+            versions.setdefault(canonicalize_name(found[1]), []).append(found[2])
+    return versions
+
+
+@pytest.mark.parametrize("file", ["locked.txt", "oldest.txt"])
+def test_the_files_of_versions_fit_what_is_declared(file: str) -> None:
+    """If this fails, run `make lock`."""
+    versions = pinned(file)
+    for needed in declared():
+        name = canonicalize_name(needed.name)
+        assert name in versions, f"{name} is missing in {file}"
+        assert all(needed.specifier.contains(version) for version in versions[name]), f"{name} in {file}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    versions = pinned("oldest.txt")
+    for needed in declared():
+        (lower,) = (bound.version for bound in needed.specifier if bound.operator == ">=")
+        pins = versions[canonicalize_name(needed.name)]
+        exact = Requirement(f"x=={lower}").specifier
+        assert any(map(exact.contains, pins)), f"{needed} is tested with {pins}"

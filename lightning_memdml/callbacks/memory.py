@@ -149,6 +149,8 @@ class MemoryCallback(Callback):
         if dtype not in ("float32", "float16"):
             raise ValueError(f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}.')
         size = 8192 if size is None else size
+        if isinstance(size, float) and size > 1 and size.is_integer():
+            size = int(size)  # Python 3.10 can cache `int | float` as `float | int`, and jsonargparse then reads 40.0
         if isinstance(size, float):
             if not 0 < size <= 1:
                 raise ValueError(

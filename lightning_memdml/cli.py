@@ -7,7 +7,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,9 +29,10 @@ from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_em
 from lightning_memdml.deploy.score import score
 from lightning_memdml.deploy.search_command import search
 from lightning_memdml.learner import MetricLearner
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint, run_folder
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
 from lightning_memdml.study.commands import weight_curves
 from lightning_memdml.study.study_command import study
+from lightning_memdml.trust import find_refused
 
 DESCRIPTION = """\
 Train an embedding with a memory, and measure how well it retrieves.
@@ -51,6 +51,8 @@ The last seven have a --help of their own.
 
 Wherever a class is asked for, give its name, then its options: `--data FolderDataModule --data.root DIR`.
 `--data.help FolderDataModule` after a command explains the options of one class."""
+
+KEYWORDS = ("best", "last", "hpc", "registry")  # words that Lightning takes for `--ckpt_path`
 
 # Commands beside those of Lightning's Trainer; each is given what follows its name.
 OWN_COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -78,12 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = arguments
     try:
         if (command := OWN_COMMANDS.get(" ".join(sys.argv[1:2]))) is not None:
-            command(sys.argv[2:])
+            command(["--trust=true" if argument == "--trust" else argument for argument in sys.argv[2:]])
             return
-        given = sys.argv[1:]
-        sys.argv[1:] = with_config_of_checkpoint(given)
-        with only_known_kinds() if sys.argv[1:] != given else nullcontext():
-            cli = MemdmlCLI()
+        sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
+        cli = MemdmlCLI()
     except (ValueError, TypeError, OSError, ImportError) as error:
         sentence = _sentence_of_this_package(error)
         if sentence is None:
@@ -197,6 +197,15 @@ class MemdmlCLI(LightningCLI):
         else:
             rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
 
+    def before_fit(self) -> None:
+        """Tell users of classes of their own what opens the checkpoint of this run."""
+        if self._needs_trust():
+            rank_zero_info(f"The checkpoints of this run open with `--trust` only: {', '.join(self._needs_trust())}.")
+
+    def _needs_trust(self) -> list[str]:
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return find_refused(config.get("fit", config))
+
     def after_fit(self) -> None:
         """Save the trained state under a name that can be known beforehand."""
         if self.trainer.checkpoint_callback is None or self.config.fit.trainer.fast_dev_run:
@@ -204,7 +213,8 @@ class MemdmlCLI(LightningCLI):
         folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
         checkpoint = folder / "checkpoints" / "last.ckpt"
         self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
-        rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}")
+        trust = " --trust" if self._needs_trust() else ""
+        rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}{trust}")
 
     def after_predict(self) -> None:
         """Write the embeddings with paths, labels and classes: of all test images, or of queries and of the gallery."""
@@ -251,6 +261,10 @@ class SaveRunConfig(SaveConfigCallback):
             if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
                 logger.log_hyperparams(yaml.safe_load(self._text()))
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let no file decide which files are removed."""
+        _without_foreign_files(checkpoint, trainer.ckpt_path)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell a training that was interrupted how it goes on."""
         written = trainer.checkpoint_callback
@@ -265,27 +279,51 @@ class SaveRunConfig(SaveConfigCallback):
         checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
 
     def _text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        return self.parser.dump(self.config, skip_unset=False)
 
 
 def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
-    """Put the configuration a checkpoint was trained with before the other arguments, if it is given without one.
+    """Put the configuration of a checkpoint before the other arguments, if there is no other configuration.
 
     Raises:
-        ValueError: If the checkpoint is not there, or cannot be read.
+        ValueError: If the checkpoint is not there, or cannot be read, or names what is not on the closed list.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("-c", "--config")
     options.add_argument("--ckpt_path")
+    options.add_argument("--trust", action="store_true")
     given, _ = options.parse_known_args(arguments)
-    # What does not look like a file may be one of Lightning's words (`last`), or lie elsewhere (`s3://...`).
-    local = given.ckpt_path is not None and given.ckpt_path.endswith(".ckpt") and "://" not in given.ckpt_path
-    if not local or Path(given.ckpt_path).is_dir():
+    arguments = [argument for argument in arguments if argument != "--trust"]
+    if given.ckpt_path in (None, "", "null", *KEYWORDS) or Path(given.ckpt_path).is_dir():
         return arguments
-    config = read_checkpoint(given.ckpt_path).get(CONFIG_IN_CHECKPOINT)
-    if given.config is not None or config is None:
+    checkpoint = read_checkpoint(given.ckpt_path)
+    if given.config is not None:
         return arguments
-    return [arguments[0], "--config", config, *arguments[1:]]
+    config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
+    if config is None or "data" not in config:
+        return arguments
+    return [arguments[0], "--config", yaml.safe_dump(config, sort_keys=False), *arguments[1:]]
+
+
+def _without_foreign_files(checkpoint: dict[str, Any], ckpt_path: str | Path | None) -> None:
+    """Leave in the states of `ModelCheckpoint` only the checkpoints that lie beside the one that is loaded.
+
+    Lightning removes what these states name when a better checkpoint replaces it, folders with all in them.
+    """
+    folder = Path(ckpt_path or ".").resolve().parent
+
+    def is_ours(path: Any) -> bool:
+        file = Path(str(path))
+        return file.suffix == ".ckpt" and file.is_file() and not file.is_symlink() and file.resolve().parent == folder
+
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict) or "best_model_path" not in state:
+            continue
+        for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            state[name] = state[name] if is_ours(state.get(name)) else ""
+        state["best_k_models"] = {
+            path: score for path, score in state.get("best_k_models", {}).items() if is_ours(path)
+        }
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 
 from lightning_memdml.backbones import Embedder, build_backbone
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.losses.sharding import check_needs_no_ranks
 from lightning_memdml.retrieval import RetrievalMetrics
-from lightning_memdml.runs import only_known_kinds
+from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
+from lightning_memdml.trust import build_arguments
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the images' data-set indices
 Loss = PairLoss | Callable[..., Any]
@@ -130,7 +130,9 @@ class MetricLearner(LightningModule):
         k: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=_not_plain(locals()))
+        self.save_hyperparameters(ignore=_names_of_code(locals()))
+        if INSTANTIATOR in self.hparams:
+            self.save_hyperparameters()  # the command line's configuration, which is plain data as a whole
         for name, given in (("loss", loss), ("memory_loss", loss if memory_loss is None else memory_loss)):
             if not callable(given):
                 raise TypeError(f"Expected `{name}` to be a loss, such as ContrastiveLoss(), but got {given!r}.")
@@ -177,19 +179,49 @@ class MetricLearner(LightningModule):
                 metrics.k = tuple(levels)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetricLearner:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        trust: bool = False,
+        **kwargs: Any,
+    ) -> MetricLearner:
         """Rebuild a learner. The weights it started from are not read again: the checkpoint holds the trained ones.
 
-        What a checkpoint names is imported, and built if it is of a known kind, see `only_known_kinds`; code in it is
-        never run, except if `weights_only=False` is given.
+        Args:
+            checkpoint_path: A file on this machine, or one that is open.
+            map_location: Where the tensors go, as in `torch.load`; by default where they were saved.
+            hparams_file: A file of hyperparameters, for a checkpoint of a program that has none.
+            strict: Whether the checkpoint must hold exactly the weights of the learner; by default as it is set there.
+            weights_only: False unpickles a checkpoint of a program, and so runs any code in it.
+            trust: Let the checkpoint build and run whatever it names. By default it may name what is on the closed
+                list of `lightning_memdml.trust_table`: the classes of this package, networks of torchvision and timm,
+                optimisers, schedulers and transforms.
+            **kwargs: Arguments that replace those of the checkpoint, such as `backbone=` and `loss=`.
+
+        Returns:
+            The learner, with the trained weights.
 
         Raises:
-            ValueError: If the checkpoint names something else, or what does not fit.
+            ValueError: If the file cannot be read, or names what is not on the closed list, or what does not fit.
         """
-        with only_known_kinds():
-            return super().load_from_checkpoint(
-                checkpoint_path, *args, **{"weights": None, "weights_only": True, **kwargs}
-            )
+        kwargs = {"weights": None, **kwargs}
+        if weights_only is False:
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, False, **kwargs)
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        config = config_of(checkpoint, str(checkpoint_path), trust=trust)
+        if config is None:
+            arguments = {**saved_arguments(cls, checkpoint, str(checkpoint_path), hparams_file), **kwargs}
+        else:
+            arguments = build_arguments(cls, config.get("model", {}), kwargs)
+        learner = cls(**arguments)
+        learner.on_load_checkpoint(checkpoint)
+        learner.load_state_dict(checkpoint["state_dict"], strict=learner.strict_loading if strict is None else strict)
+        return learner.to(next(iter(checkpoint["state_dict"].values())).device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)``."""
@@ -339,12 +371,9 @@ def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, 
         return loss(embeddings, labels, **named)
 
 
-def _not_plain(arguments: dict[str, Any]) -> list[str]:
-    """Name the arguments that are code, which a checkpoint must not hold.
+def _names_of_code(arguments: dict[str, Any]) -> list[str]:
+    """Return the names of the arguments that are modules or functions, which a checkpoint cannot hold as plain data.
 
-    Under the CLI Lightning saves the configuration in their place, from which a checkpoint rebuilds the learner by
-    itself. In a program, `load_from_checkpoint` asks for those without a default: it builds no other loss in silence.
+    `load_from_checkpoint` asks for those without a default again.
     """
-    if _given_hyperparameters.get() is not None:
-        return []
     return [name for name, value in arguments.items() if isinstance(value, nn.Module) or callable(value)]

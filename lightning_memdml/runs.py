@@ -1,26 +1,21 @@
-"""What a run leaves: its folder, and checkpoints that say how to build it again."""
+"""What a run leaves behind: its folder, and checkpoints that hold the configuration to build it again."""
 
 from __future__ import annotations
 
-from argparse import ArgumentError
-from collections.abc import Iterator
-from contextlib import contextmanager
-from inspect import isclass, isfunction
+from inspect import Parameter, signature
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_type_hints
-from unittest import mock
+from typing import IO, Any
 
 import torch
 from lightning import Trainer
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.pytorch.core.saving import load_hparams_from_yaml
+
+from lightning_memdml.trust import allowed_config, read_yaml
 
 CONFIG_IN_CHECKPOINT = "memdml_config"  # the configuration of `memdml fit`, as YAML
-# What a file may have built: what derives from these, or from a class of these packages.
-KINDS = (nn.Module, Optimizer, LRScheduler)
-PACKAGES = ("lightning", "torchvision", __package__)
+HYPER_PARAMETERS = "hyper_parameters"  # Lightning's own, which a weights-only checkpoint holds alone
+INSTANTIATOR = "_instantiator"  # with which Lightning marks those of a command line
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -32,14 +27,22 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(root, str(trainer.logger.name), version if isinstance(version, str) else f"version_{version}")
 
 
-def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Return what is in a checkpoint, on the CPU; code in it is never run.
+def read_checkpoint(path: Path | str | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what is in a checkpoint; code in it is never run.
+
+    Args:
+        path: A file on this machine, or one that is open.
+        map_location: Where the tensors go, as in `torch.load`.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or is not on this machine.
     """
+    is_path = isinstance(path, Path | str)
+    if is_path and "://" in str(path):
+        raise ValueError(f"Expected a checkpoint on this machine but got {path}. Download the file, and pass its path.")
+    file: Any = Path(path).expanduser() if isinstance(path, Path | str) else path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=is_path or None)
     except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is damaged, or holds code"
         raise ValueError(f"Expected a checkpoint that can be read but got {path}: {reason}.") from error
@@ -48,51 +51,53 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return checkpoint
 
 
-@contextmanager
-def only_known_kinds() -> Iterator[None]:
-    """Let jsonargparse build nothing inside the block by which a file could run what it wants.
+def config_of(
+    checkpoint: dict[str, Any], source: str, *, trust: bool = False, notice: bool = False
+) -> dict[str, Any] | None:
+    """Return the configuration in a checkpoint, as far as a file may have it built; None if there is none.
 
-    The configuration in a checkpoint names classes with their arguments. jsonargparse checks them against the type of
-    the parameter, but where that is any function (a loss, a transform), it would call `os.system` with a command. Here
-    a class has to be a module, an optimizer, a scheduler, or of a kind that Lightning, torchvision or this package
-    defines. No function is called but those of torchvision that make a network: that a function returns a module tells
-    nothing, as there is one in torch that runs a text on the way. Any may still be named as a value
-    (`negative: my_weights.hard`), and what is named is imported. This is a fence and no sandbox.
+    This is the one recipe of a checkpoint. Lightning's hyperparameters are read only where there is no configuration:
+    in a checkpoint of `ModelCheckpoint(save_weights_only=True)`, of which they give the part `model`.
+
+    Args:
+        checkpoint: What `read_checkpoint` returns.
+        source: The file, for errors.
+        trust: Allow what is not on the closed list, see `lightning_memdml.trust`.
+        notice: Print what is not taken from it: what decides where something is written.
 
     Raises:
-        ValueError: If something else is named.
+        ValueError: If the configuration is damaged, or names what is not on the closed list.
     """
-    from jsonargparse import _typehints
-
-    refused: list[str] = []
-    class_parser = _typehints.ActionTypeHint.get_class_parser
-
-    def checked(named: Any, *arguments: Any, **options: Any) -> Any:
-        found = _typehints.import_object(named) if isinstance(named, str) else named
-        if not _is_known_kind(found):
-            refused.append(
-                f"Refused to build {found.__module__}.{found.__qualname__} because a file says so: it is no module, "
-                "optimizer, scheduler, nor of a kind that Lightning, torchvision or this package defines. If it is "
-                "yours, let it be a torch.nn.Module."
-            )
-            raise ValueError(refused[0])
-        return class_parser(found, *arguments, **options)
-
-    try:
-        with mock.patch.object(_typehints.ActionTypeHint, "get_class_parser", checked):
-            yield
-    except Exception as error:
-        if refused or isinstance(error, ArgumentError):  # the latter of Lightning's own parser
-            raise ValueError(refused[0] if refused else str(error)) from error
-        raise
-    if refused:  # where a value may be anything, jsonargparse goes on without it
-        raise ValueError(refused[0])
+    text = checkpoint.get(CONFIG_IN_CHECKPOINT)
+    if text is not None:
+        return allowed_config(read_yaml(text, source, trust=trust), source, trust=trust, notice=notice)
+    options = checkpoint.get(HYPER_PARAMETERS)
+    if not isinstance(options, dict) or INSTANTIATOR not in options:
+        return None
+    model = {name: value for name, value in options.items() if not str(name).startswith("_")}
+    return allowed_config({"model": model}, source, trust=trust)
 
 
-def _is_known_kind(found: Any) -> bool:
-    if isfunction(found) and found.__module__.partition(".")[0] == "torchvision":
-        made = get_type_hints(found).get("return")
-        return isclass(made) and issubclass(made, nn.Module)
-    return isclass(found) and any(
-        base in KINDS or base.__module__.partition(".")[0] in PACKAGES for base in found.__mro__
-    )
+def saved_arguments(
+    kind: type, checkpoint: dict[str, Any], source: str, hparams_file: str | Path | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a learner in a checkpoint that a program has written: plain values, nothing is built.
+
+    Args:
+        kind: The class of the learner.
+        checkpoint: What `read_checkpoint` returns.
+        source: The file, for errors.
+        hparams_file: YAML of the user's, instead of what the checkpoint holds.
+
+    Raises:
+        ValueError: If a size in the checkpoint is out of bounds.
+    """
+    if hparams_file is not None:
+        return load_hparams_from_yaml(hparams_file)
+    saved = dict(checkpoint.get(HYPER_PARAMETERS) or {})
+    allowed_config({"model": {name: value for name, value in saved.items() if isinstance(value, int | float)}}, source)
+    names = signature(kind).parameters
+    if (name := str(checkpoint.get("hparams_name"))) in names:
+        return {name: saved}
+    takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in names.values())
+    return {name: value for name, value in saved.items() if takes_all or name in names}

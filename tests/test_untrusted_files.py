@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -13,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
-from jsonargparse._typehints import ActionTypeHint
 
 from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.deploy.trained import data_of, load_learner
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+from lightning_memdml.trust import UntrustedFileError, allowed_config, build
 
+Forge = Callable[[str, Any], None]
 RunIn = Callable[[Path], AbstractContextManager[None]]
 FIT = """fit --model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8
     --model.loss=DirectWeightLoss
@@ -60,6 +62,27 @@ CODE = {
     "init_args": {"body": {"_code": ""}, "import_block": "open('built', 'w').close()"},
 }
 OBJECT = {"class_path": "stranger.Callable_", "init_args": {"name": "built"}}
+# Where a file may name a class.
+PLACES = (
+    "model.backbone", "model.loss", "model.memory_loss", "model.memory_weight", "model.optimizer", "model.lr_scheduler",
+    "data", "data.init_args.train_transform", "data.init_args.test_transform",
+    "trainer.callbacks",
+)  # fmt: skip
+
+
+def nested(place: str, value: Any) -> dict[str, Any]:
+    """A configuration that is otherwise right, with a value at a place."""
+    config: dict[str, Any] = {
+        "model": {"backbone": "SmallConvNet", "loss": "ContrastiveLoss"},
+        "data": {"class_path": "GlyphDataModule", "init_args": {}},
+        "trainer": {},
+    }
+    *inner, last = place.split(".")
+    part = config
+    for name in inner:
+        part = part[name]
+    part[last] = value
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, run_in: RunIn) -> dict[str
 
 
 @pytest.fixture
-def forge(
-    trained: dict[str, Any], tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, Any], None]:
+def forge(trained: dict[str, Any], tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> Forge:
     """Writes a checkpoint whose configuration says something else, and lies in the folder of the user."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -128,7 +149,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("command", ["test", "index", "export --formats [torch]", "weight-curves"])
 @pytest.mark.parametrize(("key", "value"), HOSTILE.values(), ids=HOSTILE)
-def test_nothing_else_is_built(key: str, value: Any, command: str, forge: Callable[[str, Any], None]) -> None:
+def test_nothing_else_is_built(key: str, value: Any, command: str, forge: Forge) -> None:
     forge(key, value)
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--ckpt_path", "forged.ckpt"])
@@ -136,7 +157,7 @@ def test_nothing_else_is_built(key: str, value: Any, command: str, forge: Callab
     assert not Path("built").exists()
 
 
-def test_no_callback_is_built_from_a_function(forge: Callable[[str, Any], None]) -> None:
+def test_no_callback_is_built_from_a_function(forge: Forge) -> None:
     forge(
         "trainer.callbacks",
         [{"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": SHELL}}],
@@ -146,67 +167,74 @@ def test_no_callback_is_built_from_a_function(forge: Callable[[str, Any], None])
     assert not Path("built").exists()
 
 
-def test_the_refusal_names_what_it_refused(
-    forge: Callable[[str, Any], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = "Refused to build stranger.Callable_ because a file says so: it is no module, optimizer, scheduler, "
+def test_the_refusal_names_what_it_refused(forge: Forge) -> None:
     forge("model.memory_loss", OBJECT)
-    with pytest.raises(SystemExit):
-        main(["test", "--ckpt_path", "forged.ckpt"])
-    assert f"error: model.memory_loss: {refused}" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=refused):
-        main(["index", "--ckpt_path", "forged.ckpt"])
-    with pytest.raises(ValueError, match=refused):
+    expected = re.escape(
+        "Expected model.memory_loss in forged.ckpt to be a loss of the closed list but got 'stranger.Callable_'. If "
+        "you trust the maker of this file, pass `--trust` (in Python `trust=True`), which allows model.memory_loss = "
+        "'stranger.Callable_'."
+    )
+    for command in ("test", "index"):
+        with pytest.raises(SystemExit, match=f"^error: {expected}$"):
+            main([command, "--ckpt_path", "forged.ckpt"])
+    with pytest.raises(ValueError, match=f"^{expected}$"):
         MetricLearner.load_from_checkpoint("forged.ckpt")
     assert not Path("built").exists()
+    assert "stranger" not in sys.modules, "nothing a refused file names is imported"
 
 
-def test_an_index_is_trusted_no_more_than_a_checkpoint(
-    forge: Callable[[str, Any], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("command", ["test", "index", "export --formats [torch]", "weight-curves"])
+def test_the_user_may_trust_a_file_and_is_told_what_that_built(command: str, forge: Forge) -> None:
+    forge("model.memory_loss", OBJECT)
+    with pytest.warns(UserWarning, match=r"^Trusted forged.ckpt to build and run model.memory_loss = 'stranger.Call"):
+        main([*command.split(), "--ckpt_path", "forged.ckpt", "--trust"])
+    assert Path("built").exists()
+
+
+def test_an_index_is_trusted_no_more_than_a_checkpoint(forge: Forge) -> None:
     forge("model.k", [1])
     main(["index", "--ckpt_path", "forged.ckpt", "--output", "index"])
     file = Path("index/index.json")
-    said = json.loads(file.read_text())
-    said["about"]["data"]["init_args"]["test_transform"] = SHELL
-    file.write_text(json.dumps(said))
-    with pytest.raises(SystemExit):
+    content = json.loads(file.read_text())
+    content["about"]["data"]["init_args"]["test_transform"] = SHELL
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"Expected data.test_transform in index to be a transform of the closed list"):
         main(["search", "stranger.py", "--index", "index"])
-    assert "data.test_transform: Refused to build" in capsys.readouterr().err
     assert not Path("built").exists()
 
 
-def test_networks_and_named_functions_of_ones_own_are_built(forge: Callable[[str, Any], None], trained: Any) -> None:
+def test_networks_and_functions_of_the_user_are_built_by_trust(forge: Forge, trained: Any) -> None:
     forge("model.loss.init_args.negative", "stranger.hard")
-    assert load_learner("forged.ckpt").loss.negative.__name__ == "hard"
+    with pytest.raises(ValueError, match=r"which allows model.loss.negative = 'stranger.hard'"):
+        load_learner("forged.ckpt")
+    assert load_learner("forged.ckpt", trust=True).loss.negative.__name__ == "hard"
     weights = trained["state_dict"]
     changed = {name: value for name, value in weights.items() if "backbone" not in name}
     own = {"model.backbone.1.weight": torch.zeros(4, 784), "model.head.weight": torch.zeros(8, 4)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trained, "state_dict", {**changed, **own})
         forge("model.backbone", {"class_path": "stranger.Net"})
-        assert type(load_learner("forged.ckpt").model.backbone).__name__ == "Net"
+        learner = MetricLearner.load_from_checkpoint("forged.ckpt", trust=True)
+        assert type(learner.model.backbone).__name__ == "Net"
 
 
 def test_a_network_may_be_made_by_a_function_of_torchvision() -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--net", type=torch.nn.Module)
-    with only_known_kinds():
-        made = parser.instantiate_classes(
-            parser.parse_args(["--net=torchvision.models.resnet18", "--net.num_classes=3"])
-        )
-    assert made.net.fc.out_features == 3
+    spec = {"class_path": "torchvision.models.resnet18", "init_args": {"num_classes": 3, "weights": "DEFAULT"}}
+    allowed = allowed_config({"model": {"backbone": spec}}, "file")["model"]["backbone"]
+    assert allowed["init_args"] == {"num_classes": 3, "weights": None}, "nothing is downloaded"
+    assert build(torch.nn.Module, allowed).fc.out_features == 3
 
 
 @pytest.mark.parametrize(
     "name", ["os.system", "torch.load", "torch.hub.load", "torch.jit.load", "subprocess.getoutput"]
 )
-def test_a_function_that_runs_what_it_is_given_is_built_nowhere(name: str) -> None:
-    with pytest.raises(ValueError, match="Refused to build"), only_known_kinds():
-        ActionTypeHint.get_class_parser(name)
+def test_a_function_that_runs_what_it_is_given_is_named_nowhere(name: str) -> None:
+    for place in PLACES:
+        with pytest.raises(UntrustedFileError, match="of the closed list but got"):
+            allowed_config(nested(place, {"class_path": name}), "file")
 
 
-def test_what_the_user_says_is_not_restricted(forge: Callable[[str, Any], None]) -> None:
+def test_what_the_user_says_is_not_restricted(forge: Forge) -> None:
     forge("model.k", [1])
     config = yaml.safe_load(read_checkpoint("forged.ckpt")[CONFIG_IN_CHECKPOINT])
     config["model"]["memory_loss"] = OBJECT
@@ -215,13 +243,27 @@ def test_what_the_user_says_is_not_restricted(forge: Callable[[str, Any], None])
     assert Path("built").exists()
 
 
-def test_the_block_leaves_jsonargparse_as_it_was(forge: Callable[[str, Any], None]) -> None:
-    with pytest.raises(SystemExit):
-        data_of({"class_path": "GlyphDataModule", "init_args": {"test_transform": OBJECT}})
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--made", type=Callable[..., Any])
-    parser.instantiate_classes(parser.parse_args(["--made", json.dumps(OBJECT)]))
-    assert Path("built").exists()
+def test_two_threads_do_not_open_the_boundary_for_each_other() -> None:
+    """Nothing of the process is changed while a file is read, so that threads cannot meet."""
+    hostile = {"class_path": "GlyphDataModule", "init_args": {"test_transform": OBJECT}}
+    barrier, found = threading.Barrier(2, timeout=60), []
+
+    def read() -> None:
+        for _ in range(50):
+            barrier.wait()
+            try:
+                data_of(hostile)
+            except UntrustedFileError:
+                found.append("refused")
+            else:
+                found.append("built")
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["refused"] * 100
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(2)])

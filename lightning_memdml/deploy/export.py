@@ -43,6 +43,7 @@ def export_model(
     ckpt_path: str,
     output: str = "runs/export",
     formats: Sequence[Format] = ("onnx", "torch"),
+    trust: bool = False,
 ) -> dict[str, float]:
     """Export a trained network, with what prepares its images written beside it.
 
@@ -50,6 +51,7 @@ def export_model(
         ckpt_path: A checkpoint of ``memdml fit``.
         output: Folder of the files.
         formats: What to write: ``onnx`` (extra ``export``), ``torch``.
+        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
 
     Returns:
         File name -> largest difference from the network in the entries of unit embeddings, over batches of 1 and 5.
@@ -61,7 +63,7 @@ def export_model(
     """
     if not formats:
         raise ValueError("Expected at least one of `formats`: onnx, torch.")
-    data = data_of(configuration_of(ckpt_path)["data"])
+    data = data_of(configuration_of(ckpt_path, trust=trust)["data"], ckpt_path, trust=trust)
     transform = FromFile(input_transform(data), tensor_shape(data))
     sample = transform(Image.new("RGB", (64, 48)))
     described: dict[str, Any] = {
@@ -69,7 +71,7 @@ def export_model(
         "output": {"name": "embeddings", "normalized": True},
         "steps": steps_of(transform),
     }
-    model = load_learner(ckpt_path).model
+    model = load_learner(ckpt_path, trust=trust).model
     folder = Path(output)
     differences = {}
     for name in formats:

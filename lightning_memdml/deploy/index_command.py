@@ -88,6 +88,7 @@ def index_images(
     output: str = "runs/index",
     device: str = "cpu",
     kind: IndexKind | None = None,
+    trust: bool = False,
 ) -> EmbeddingIndex:
     """Embed images with a trained network, and build an index of them in a folder.
 
@@ -100,6 +101,7 @@ def index_images(
         output: Folder of the index; an index there is replaced when the new one is finished.
         device: Where the network runs, `cpu` or `cuda`; on `cuda`, faiss trains the index there too.
         kind: Kind of index; by default flat.
+        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
 
     Raises:
         FileNotFoundError: If there is no such source.
@@ -112,12 +114,13 @@ def index_images(
         "ckpt_path": str(Path(ckpt_path).resolve()),
         "source": None if source is None else str(Path(source).expanduser().resolve()),
         "images": images,
-        "data": data or configuration_of(ckpt_path)["data"],
+        "data": data or configuration_of(ckpt_path, trust=trust)["data"],
     }
-    learner, about["sha256"] = load_learner(ckpt_path, device), file_digest(ckpt_path)
-    module = data_of(about["data"])
+    learner, about["sha256"] = load_learner(ckpt_path, device, trust=trust), file_digest(ckpt_path)
+    trust = trust or data is not None  # what the command line names is the user's own
+    module = data_of(about["data"], str(ckpt_path) if data is None else "--data", trust=trust)
     about["tensor_shape"] = tensor_shape(module)
-    chosen = indexed_images(about)
+    chosen = indexed_images(about, trust=trust)
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     with staged_folder(folder, resume=True) as staged:
         rows = embed(
@@ -141,13 +144,14 @@ def index_images(
     return built
 
 
-def indexed_images(about: dict[str, Any]) -> NamedImages:
+def indexed_images(about: dict[str, Any], *, trust: bool = False) -> NamedImages:
     """Return the images of an index.
 
     Args:
         about: What `memdml index` keeps with the index.
+        trust: Let it build whatever it names, also what is not on the closed list.
     """
-    module = data_of(about["data"])
+    module = data_of(about["data"], trust=trust)
     if about["source"] is None:
         return part_of(module, about["images"])
     return images_at(about["source"], FromFile(input_transform(module), about["tensor_shape"]))

@@ -53,6 +53,7 @@ def search_images(
     html: str | None = None,
     png: str | None = None,
     device: str = "cpu",
+    trust: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find the images of an index that are nearest to image files, and print them.
 
@@ -64,6 +65,7 @@ def search_images(
         html: Also write the result to this HTML page.
         png: Also write the result to this picture.
         device: Where the network runs, `cpu` or `cuda`.
+        trust: Let the index and its checkpoint build whatever they name, also what is not on the closed list.
 
     Returns:
         Cosine similarities and positions in the index, `(Q, min(k, N))` each.
@@ -76,8 +78,8 @@ def search_images(
     """
     opened = load_index(index)
     about = _checked_about(opened.about, index)
-    learner = load_learner(_same_checkpoint(ckpt_path or about["ckpt_path"], about["sha256"]), device)
-    transform = FromFile(input_transform(data_of(about["data"])), about["tensor_shape"])
+    learner = load_learner(_same_checkpoint(ckpt_path or about["ckpt_path"], about["sha256"]), device, trust=trust)
+    transform = FromFile(input_transform(data_of(about["data"], index, trust=trust)), about["tensor_shape"])
     files = image_files(images, transform)
     with torch.inference_mode():
         start = time.perf_counter()
@@ -96,7 +98,7 @@ def search_images(
         f"recall@{similarity.shape[1]} against exact search {opened.recall(queries, k):.4f}"
     )
     if html or png:
-        _show(opened, files, similarity, position, [path for path in (html, png) if path])
+        _show(opened, files, similarity, position, [path for path in (html, png) if path], trust)
     return similarity, position
 
 
@@ -141,10 +143,15 @@ def _search_milliseconds(opened: EmbeddingIndex, queries: Tensor, k: int) -> flo
 
 
 def _show(
-    opened: EmbeddingIndex, files: ImageDataset, similarity: Tensor, position: Tensor, written: Sequence[str]
+    opened: EmbeddingIndex,
+    files: ImageDataset,
+    similarity: Tensor,
+    position: Tensor,
+    written: Sequence[str],
+    trust: bool,
 ) -> None:
     """Write the result as pages and pictures."""
-    chosen = indexed_images(opened.about)
+    chosen = indexed_images(opened.about, trust=trust)
     if chosen.images.paths != opened.images.paths:
         raise ValueError(
             "Expected the images of the index but its source has others now, so the found images cannot be shown. Make "

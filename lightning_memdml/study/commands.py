@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from jsonargparse import auto_cli
 from lightning import LightningDataModule
 from torch import Tensor
@@ -19,7 +17,8 @@ from lightning_memdml.curves import Pairs, Reading, read_weights, save_readings
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.losses import PairLoss
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, only_known_kinds, read_checkpoint
+from lightning_memdml.runs import config_of, read_checkpoint
+from lightning_memdml.trust import build
 
 DESCRIPTION = """\
 Draw the weight that a loss gives a pair of each similarity, and write the numbers beside the picture.
@@ -34,12 +33,15 @@ PIXEL_BATCHES = 32  # that stand for a memory where there is none
 
 
 def weight_curves(arguments: list[str]) -> None:
-    """Run ``memdml weight-curves`` with what follows it on the command line."""
-    _call(draw_weight_curves, arguments, prog="memdml weight-curves", description=DESCRIPTION)
-
-
-def _call(function: Callable[..., Any], arguments: list[str], **kwargs: Any) -> Any:
-    return auto_cli(function, args=arguments, as_positional=False, parser_class=ArgumentParser, **kwargs)
+    """Run `memdml weight-curves` with what follows it on the command line."""
+    auto_cli(
+        draw_weight_curves,
+        args=arguments,
+        as_positional=False,
+        parser_class=ArgumentParser,
+        prog="memdml weight-curves",
+        description=DESCRIPTION,
+    )
 
 
 def draw_weight_curves(
@@ -47,6 +49,7 @@ def draw_weight_curves(
     ckpt_path: str | None = None,
     data: LightningDataModule | None = None,
     output: str = "runs/weight_curves",
+    trust: bool = False,
 ) -> None:
     """Draw the weight that a loss gives a pair of each similarity, and write the numbers beside the picture.
 
@@ -61,13 +64,14 @@ def draw_weight_curves(
             compared with the memory in the checkpoint.
         data: Where the images come from; by default the data of the checkpoint, or glyphs without one.
         output: Folder for the picture and the tables.
+        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
 
     Raises:
         ValueError: If there is neither a loss nor a checkpoint, or one of them cannot be used.
     """
     losses = loss if isinstance(loss, list) else [loss] if loss is not None else []
     if ckpt_path is not None:
-        pictures = _read_checkpoint(ckpt_path, losses, data)
+        pictures = _read_checkpoint(ckpt_path, losses, data, trust)
     elif losses:
         pictures = {_name(losses): _read_losses(losses, data)}
     else:
@@ -106,19 +110,20 @@ def _pixel_pairs(data: LightningDataModule) -> Pairs:
     return _pairs([column[-size:] for column in rows], [column[:-size] for column in rows])
 
 
-def _read_checkpoint(path: str, losses: list[PairLoss], data: LightningDataModule | None) -> dict[str, list[Reading]]:
-    """Read the losses of a checkpoint, or others, on its own batch and memory."""
+def _read_checkpoint(
+    path: str, losses: list[PairLoss], data: LightningDataModule | None, trust: bool
+) -> dict[str, list[Reading]]:
+    """Read the losses of a checkpoint, or others, on a batch and the memory of the checkpoint."""
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get(CONFIG_IN_CHECKPOINT)
-    if config is None:
+    config = config_of(checkpoint, path, trust=trust)
+    if config is None or "data" not in config:
         raise ValueError(
             f"Expected a checkpoint of `memdml fit`, which holds its configuration, but {path} has none. In a program, "
             "pass `Trainer(callbacks=[WeightCurveLogger()])`, or embeddings to `lightning_memdml.curves.read_weights`."
         )
     if data is None:
-        with only_known_kinds():
-            data = _call(_same, ["--data", json.dumps(yaml.safe_load(config)["data"])])
-    learner = MetricLearner.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        data = build(LightningDataModule, config["data"])
+    learner = MetricLearner.load_from_checkpoint(path, map_location="cpu", trust=trust)
     batch, memory = _embed(learner, data), _memory_of(checkpoint)
     if losses:
         pairs = _pairs(batch, memory)
@@ -128,10 +133,6 @@ def _read_checkpoint(path: str, losses: list[PairLoss], data: LightningDataModul
     if memory:
         pictures["memory"] = [read_weights(trained[1], _pairs(batch, memory))]
     return pictures
-
-
-def _same(data: LightningDataModule) -> LightningDataModule:
-    return data
 
 
 @torch.no_grad()

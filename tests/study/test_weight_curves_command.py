@@ -129,14 +129,16 @@ def test_a_checkpoint_is_read_on_its_own_batch_and_memory(memdml: Command, capsy
     assert (run / "weights/memory_0000004.png").is_file(), "the callback is known by its short name"
     checkpoint = run / "checkpoints/last.ckpt"
     capsys.readouterr()
-    memdml(f"weight-curves --ckpt_path {checkpoint} --output out")
+    with pytest.raises(SystemExit, match=r"which allows model.loss.positive = 'my_weights.typed'"):
+        memdml(f"weight-curves --ckpt_path {checkpoint} --output out")
+    memdml(f"weight-curves --ckpt_path {checkpoint} --output out --trust")
     assert {path.name for path in Path("out").iterdir()} == {
         f"{term}{end}" for term in ("batch", "memory") for end in (".png", ".csv", "_histogram.csv")
     }
     said = capsys.readouterr().out
     assert "DirectWeightLoss(positive=typed, negative=Threshold(threshold=0.5)): weights of positives exact" in said
     # The same by hand: the first training batch, through the trained network, against the rows that were saved.
-    learner = MetricLearner.load_from_checkpoint(checkpoint, weights_only=True).train()
+    learner = MetricLearner.load_from_checkpoint(checkpoint, trust=True).train()
     state = torch.load(checkpoint, weights_only=True)["callbacks"]["MemoryCallback"]["memory"]
     data = GlyphDataModule(num_classes=12, batch_size=8, images_per_class=2, val_fraction=0)
     images, labels, indices = next(iter(data.train_dataloader()))
@@ -151,7 +153,7 @@ def test_a_checkpoint_is_read_on_its_own_batch_and_memory(memdml: Command, capsy
     for side, weights in zip(("positive", "negative"), expected, strict=True):
         assert histogram.weight[histogram.side == side].sum() == pytest.approx(float(weights.sum()), rel=1e-4)
     # Another loss, on the same pairs.
-    memdml(f"weight-curves --ckpt_path {checkpoint} --loss NCALoss --output out")
+    memdml(f"weight-curves --ckpt_path {checkpoint} --loss NCALoss --output out --trust")
     assert pd.read_csv("out/NCALoss_memory_histogram.csv").pairs.tolist() == histogram.pairs.tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VERDICT_COLORS = {"supported": "#009E73", "contradicted": "#D55E00", "undecided": "#6b7486"}
+VERDICT_COLORS = {
+    "supported": "#009E73",
+    "contradicted": "#D55E00",
+    "undecided": "#6b7486",
+    "data sets differ": "#6b7486",
+    "not able to tell": "#6b7486",
+}
 CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
 
 
@@ -132,31 +139,36 @@ def _draw_score(axes: Axes, found: Any, span: tuple[float, float], last: bool) -
 
 # ------------------------------------------------------------------------------------------------------------- claims
 def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
-    """Draw the deciding interval of every claim; the region of the claim is shaded.
+    """Draw the deciding interval of every claim, on each data set and jointly; the region of the claim is shaded.
 
     Returns `None` if no claim has all its runs.
     """
-    shown = [one for one in judged if not one.missing]
-    if not shown:
+    lines = [
+        (one.claim, label, judgement, judgement.verdict if label else one.verdict)
+        for one in judged
+        if one.per_data
+        for label, judgement in [("", one.joint), *(one.per_data.items() if len(one.per_data) > 1 else ())]
+    ]
+    if not lines:
         return None
-    figure = _figure(9, 0.6 * len(shown) + 0.9)
-    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
-    ends = [value for one in shown for value in (*_finite(one.judgement.interval), one.judgement.estimate.mean)]
-    reach = max([abs(end) for end in ends] + [one.claim.by for one in shown] + [0.5]) * 1.15
-    for axes, one in zip(panels, shown, strict=True):
-        claim, judgement = one.claim, one.judgement
-        color = VERDICT_COLORS[judgement.verdict]
+    figure = _figure(9, 0.5 * len(lines) + 0.9)
+    panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
+    ends = [value for _, _, one, _ in lines for value in (*_finite(one.interval), one.estimate.mean)]
+    reach = max([abs(end) for end in ends] + [claim.by for claim, *_ in lines] + [0.5]) * 1.15
+    for axes, (claim, label, judgement, verdict) in zip(panels, lines, strict=True):
+        color = VERDICT_COLORS[verdict]
         region = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
         axes.axvspan(*region[claim.expects], color="#0072B2", alpha=0.08, linewidth=0)
         axes.axvline(0, color="0.75", linewidth=0.8)
         low, high = judgement.interval
-        axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=5, alpha=0.4)
-        axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=6)
+        axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if label else 5, alpha=0.4)
+        axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=4 if label else 6)
         axes.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[])
-        axes.set_ylabel(claim.name, rotation=0, ha="right", va="center", labelpad=10)
-        axes.text(1.01, 0.5, judgement.verdict, transform=axes.transAxes, color=color, va="center", weight="bold")
+        name = textwrap.shorten(f"on {label}" if label else claim.name, 32, placeholder="...")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, fontsize="small" if label else None)
+        axes.text(1.01, 0.5, verdict, transform=axes.transAxes, color=color, va="center", weight="bold")
         _bare(axes, "left")
-        if one is not shown[-1]:
+        if axes is not panels[-1]:
             axes.tick_params(labelbottom=False, length=0)
             axes.spines["bottom"].set_visible(False)
     panels[-1].set_xlabel("difference in points; shaded: the region of the claim")

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lightning_memdml.study.overrides import Config, Values, with_values
+from lightning_memdml.study.search import missing_freedoms
 from lightning_memdml.study.study_file import Study
 
 Stage = Literal["search", "test"]
@@ -110,25 +111,27 @@ def check_budgets(study: Study, budgets: dict[tuple[str, str], Budget]) -> None:
     """Check that all arms of a data set have equal budgets.
 
     Args:
-        study: The study, whose `equal` names the kind of budget.
+        study: The study, whose `equal` names what must be equal.
         budgets: (data set, arm) -> budget.
 
     Raises:
         ValueError: If they differ. The message lists them.
     """
+    compared: dict[str, Callable[[Budget], int | Budget]] = {
+        "steps and images per step": lambda budget: budget,
+        "optimiser steps": lambda budget: budget.steps,
+        "images in total": lambda budget: budget.steps * budget.images_per_step,
+    }
+    equal = {"budget": "steps and images per step", "steps": "optimiser steps", "images": "images in total"}[
+        study.equal
+    ]
     for data in study.data:
         found = {arm: budgets[data, arm] for arm in study.arms}
-        if study.equal == "images":
-            if len({budget.steps * budget.images_per_step for budget in found.values()}) > 1:
-                raise ValueError(
-                    f"Expected `max_steps` times the batch size to be equal in all arms (`equal: images`) but on "
-                    f"{data!r} got {_as_text(found)}. Change `max_steps` of the arms."
-                )
-        elif len(set(found.values())) > 1:
+        if len({compared[equal](budget) for budget in found.values()}) > 1:
             raise ValueError(
-                f"Expected equal optimiser steps and images per step in all arms but on {data!r} got "
-                f"{_as_text(found)}. If the batch size is the question, write `equal: images` in the study file and "
-                "choose `max_steps` of each arm so that the total number of images is equal."
+                f"Expected equal {equal} in all arms (`equal: {study.equal}`) but on {data!r} got {_as_text(found)}. "
+                "Change `max_steps` or the batch size. If the batch size is the question, write `equal: steps` or "
+                "`equal: images` in the study file."
             )
 
 
@@ -145,51 +148,95 @@ class Plan:
         options: Command-line options for all runs, such as `--data.path images.npz`.
 
     Raises:
-        ValueError: If a configuration is wrong (the message names arm and option), if budgets differ, or if an arm has
-            none of the keys of a search option.
+        ValueError: If a configuration is wrong (the message names arm and option), or if arms differ in their
+            budgets or in their numbers of tries.
     """
 
     def __init__(self, study: Study, cli: CLI, options: Sequence[str] = ()) -> None:
         self.study = study
+        self._cli = cli
         self._parse = _parser(cli, options)
         self._resolved: dict[str, Config] = {}
         self._sources = {file.stem: file.read_bytes() for file in sorted(study.path.parent.glob("*.py"))}
         budgets: dict[tuple[str, str], Budget] = {}
         for data in study.data:
             for arm in study.arms:
-                for choice in self.choices(arm, data):
+                for choice, _ in self.schedule(arm, data):
                     budget = budget_of(self.resolve(arm, data, choice), arm)
                     if budgets.setdefault((data, arm), budget) != budget:
                         raise ValueError(
                             f"Expected a search that does not change the budget but {choice} changes it. Leave "
                             "steps and batch size out of the search."
                         )
+            self._check_tries(data)
         check_budgets(study, budgets)
 
-    def choices(self, arm: str, data: str) -> list[Values]:
-        """Return the tries of an arm; one empty choice without a search."""
-        search = self.study.search
-        return [{}] if search is None else search.choices(self.study.config(arm, data), arm)
+    def _check_tries(self, data: str) -> None:
+        tries = {arm: len(self.schedule(arm, data)) for arm in self.study.arms}
+        if len(set(tries.values())) > 1:
+            listed = ", ".join(f"{arm} {number}" for arm, number in tries.items())
+            raise ValueError(
+                f"Expected the same number of search runs in every arm but on {data!r} got {listed}. Set `tries` in "
+                "`search`: every arm then gets that many choices, spread over its own grid."
+            )
 
-    def search_runs(self) -> list[Run]:
-        """Return the search runs, which are scored on validation classes."""
+    def schedule(self, arm: str, data: str) -> list[tuple[Values, int | None]]:
+        """Return the choices of an arm with their search seeds; one empty choice without a search."""
         search = self.study.search
+        return [({}, None)] if search is None else [*search.schedule(self.study.config(arm, data))]
+
+    def missing_freedoms(self) -> dict[str, list[str]]:
+        """Return, for each arm, the searched options that another arm has and this one lacks."""
+        search, data = self.study.search, next(iter(self.study.data))
         if search is None:
+            return {}
+        return missing_freedoms(search, {arm: self.study.config(arm, data) for arm in self.study.arms})
+
+    def search_runs(self, searched: Sequence[Record] = ()) -> list[Run]:
+        """Return the search runs, which are scored on validation classes.
+
+        Args:
+            searched: Finished search runs. With `extend` they decide about further runs beyond the ends of the grid.
+        """
+        if self.study.search is None:
             return []
         return [
-            self._run("search", arm, data, search.seed, choice)
-            for data in self.study.data
-            for arm in self.study.arms
-            for choice in self.choices(arm, data)
+            run for data in self.study.data for arm in self.study.arms for run in self._searching(arm, data, searched)
         ]
+
+    def _searching(self, arm: str, data: str, searched: Sequence[Record]) -> list[Run]:
+        search, config = self.study.search, self.study.config(arm, data)
+        assert search is not None
+        runs = [self._run("search", arm, data, seed or 0, choice) for choice, seed in self.schedule(arm, data)]
+        for _ in range(search.extend):
+            scores = mean_scores(runs, searched, search.score)
+            choice = search.extension(config, best_of(scores), [one for one, _ in scores]) if scores else None
+            if choice is None:
+                break
+            further = [self._run("search", arm, data, seed, choice) for seed in search.seeds]
+            if not self._can_be_built(further[0].config):  # the value is outside the range of the option
+                break
+            runs += further
+        return runs
+
+    def _can_be_built(self, config: Config) -> bool:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), isolated():
+                self._cli(run=False, args=["--config", yaml.safe_dump(config)])
+        except (SystemExit, ValueError, TypeError):
+            return False
+        return True
 
     def test_runs(self, searched: Sequence[Record]) -> list[Run]:
         """Return the test runs: each arm with its best choice on the validation classes.
 
         All arms of a seed come before the next seed, so that an interrupted study can be compared.
+
+        Raises:
+            ValueError: If search runs are missing.
         """
         best = {
-            (data, arm): self.best_choice(arm, data, searched) for data in self.study.data for arm in self.study.arms
+            (data, arm): self._best_choice(arm, data, searched) for data in self.study.data for arm in self.study.arms
         }
         return [
             self._run("test", arm, data, seed, best[data, arm])
@@ -198,33 +245,33 @@ class Plan:
             for arm in self.study.arms
         ]
 
-    def best_choice(self, arm: str, data: str, searched: Sequence[Record]) -> Values:
-        """Return the choice with the best validation score; the first of equal ones.
+    def unsearched_test_runs(self) -> list[Run]:
+        """Return the test runs with the first try of every arm, to list a study whose search is not finished."""
+        return [
+            self._run("test", arm, data, seed, self.schedule(arm, data)[0][0])
+            for seed in self.study.seeds
+            for data in self.study.data
+            for arm in self.study.arms
+        ]
 
-        Raises:
-            ValueError: If a search run of the arm is missing.
-        """
+    def _best_choice(self, arm: str, data: str, searched: Sequence[Record]) -> Values:
         search = self.study.search
         if search is None:
             return {}
-        scores = []
-        for choice in self.choices(arm, data):
-            key = self._run("search", arm, data, search.seed, choice).key
-            record = next((record for record in searched if record["key"] == key), None)
-            if record is None:
-                raise ValueError(
-                    f"Expected a finished search of {arm!r} on {data!r} but {choice} has no score. Run the study "
-                    "again: finished runs are kept."
-                )
-            scores.append((record["scores"][search.score], choice))
-        return max(scores, key=lambda scored: scored[0])[1]
+        scores = mean_scores(self._searching(arm, data, searched), searched, search.score)
+        if not scores:
+            raise ValueError(
+                f"Expected a finished search of {arm!r} on {data!r} but runs of it are missing. Run the study again: "
+                "finished runs are kept."
+            )
+        return best_of(scores)
 
     def resolve(self, arm: str, data: str, choice: Values) -> Config:
         """Return a complete configuration, including defaults."""
         # Only the first choice of a grid of numbers is parsed, and the others replace its values: parsing is slow.
-        parsed = (
-            self.choices(arm, data)[0] if all(isinstance(value, int | float) for value in choice.values()) else choice
-        )
+        numbers = all(isinstance(value, int | float) for value in choice.values())
+        first, _ = self.schedule(arm, data)[0]
+        parsed = first if numbers and choice.keys() == first.keys() else choice
         text = yaml.safe_dump(with_values(self.study.config(arm, data), parsed), sort_keys=False)
         if text not in self._resolved:
             self._resolved[text] = self._parse(text, f"Arm {arm!r} on {data!r}")
@@ -233,7 +280,7 @@ class Plan:
     def logger(self) -> dict[str, Any]:
         """Return the logger of the base configuration. It logs the study; runs have no logger of their own."""
         arm, data = next(iter(self.study.arms)), next(iter(self.study.data))
-        logger = self.resolve(arm, data, self.choices(arm, data)[0])["trainer"].get("logger")
+        logger = self.resolve(arm, data, self.schedule(arm, data)[0][0])["trainer"].get("logger")
         return logger if isinstance(logger, dict) else {}
 
     def _run(self, stage: Stage, arm: str, data: str, seed: int, choice: Values) -> Run:
@@ -255,6 +302,22 @@ class Plan:
             if re.search(rf'"{re.escape(module)}\.', text):  # a class or function of the user, which may have changed
                 digest.update(source)
         return digest.hexdigest()
+
+
+def mean_scores(runs: Sequence[Run], searched: Sequence[Record], score: str) -> list[tuple[Values, float]]:
+    """Return every choice of an arm with its mean validation score over seeds; empty if a run is missing."""
+    found = {record["key"]: record["scores"][score] for record in searched}
+    if any(run.key not in found for run in runs):
+        return []
+    by_choice: dict[str, tuple[Values, list[float]]] = {}
+    for run in runs:
+        by_choice.setdefault(repr(run.choice), (run.choice, []))[1].append(found[run.key])
+    return [(choice, sum(scores) / len(scores)) for choice, scores in by_choice.values()]
+
+
+def best_of(scores: Sequence[tuple[Values, float]]) -> Values:
+    """Return the choice with the best score; the first of equal ones."""
+    return max(scores, key=lambda scored: scored[1])[0]
 
 
 def _parser(cli: CLI, options: Sequence[str]) -> Callable[[str, str], Config]:

@@ -15,10 +15,12 @@ import yaml
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.study import pictures
 from lightning_memdml.study.results import JudgedClaim, Results
+from lightning_memdml.study.statistics import detectable_difference
 from lightning_memdml.study.study_file import Study
 from lightning_memdml.study.tables import (
     Table,
     claims_table,
+    members_table,
     origin_table,
     planned_runs,
     runs_csv,
@@ -99,7 +101,11 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
     score = score_name(study.scores[0])
     if judged:
         picture = ("claims", "The deciding interval of every claim") if "claims" in drawn else None
-        yield Section("Claims", rule_in_words(study), picture, claims_table(judged))
+        yield Section("Claims", rule_in_words(results), picture, claims_table(judged, [*study.data]))
+        members = members_table(judged)
+        if members.rows:
+            text = "A mean over several arms can hide opposite results. Differences of single arms have no verdict."
+            yield Section("Averages, arm by arm", text, None, members)
     several = len(study.data) > 1
     for data in study.data:
         of_data = f" on {data}" if several else ""
@@ -128,7 +134,7 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
                 f"The memory{of_data}", text, (f"{data}_drift", "Drift and weighted negatives over the steps")
             )
     if results.searched:
-        yield Section("Search", _search_text(study), None, search_table(results))
+        yield Section("Search", _search_text(results), None, search_table(results))
     yield Section("Origin", "", None, origin_table(results))
 
 
@@ -143,29 +149,75 @@ def _percent(study: Study) -> str:
     return f"{100 * study.confidence:g} %"
 
 
-def rule_in_words(study: Study) -> str:
-    """Describe the rule that decides the claims."""
-    return (
+def rule_in_words(results: Results) -> str:
+    """Describe the rule that decides the claims, and what the study is able to detect."""
+    study = results.study
+    text = (
         "Each claim names a region for the difference between two groups of arms, in points of a score. It is "
-        "supported if the interval of the paired difference over seeds lies inside the region, contradicted if it lies "
-        f"outside, and undecided otherwise. Holm's method corrects the intervals for {len(study.claims)} claims: the "
-        f"probability of any wrong verdict is at most {100 * (1 - study.confidence):.3g} %."
+        "supported if a one-sided test on the paired differences over seeds shows that the difference lies inside the "
+        "region, contradicted if a test shows that it lies outside, and undecided otherwise. Holm's method corrects "
+        "for all claims on all data sets: the probability of any wrong verdict is at most "
+        f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study)}"
+    )
+    if study.control is not None:
+        control = study.control
+        able = results.able_to_tell()
+        failed = [data for data, detected in able.items() if detected is False]
+        outcome = (
+            f"It was not detected on {', '.join(failed)}, which therefore decides no claim."
+            if failed
+            else "It was detected on every data set."
+            if all(able.values())
+            else "Its runs are not finished."
+        )
+        text += f" Control: {control.compare[0]} must be better than {control.with_[0]}. {outcome}"
+    return text
+
+
+def power_in_words(study: Study) -> str:
+    """Describe the smallest difference that the seeds of a study can show."""
+    seeds = len(study.seeds)
+    decided = sum(len(claim.data) + (len(claim.data) > 1) for claim in study.claims)  # with the joint verdict
+    if seeds < 2:
+        return "One seed decides no claim."
+    found = detectable_difference(seeds, max(1, decided), study.confidence)
+    return (
+        f"With {seeds} seeds, a claim is decided with a probability of 80 % where the difference exceeds its edge by "
+        f"{found:.1f} standard deviations of the paired differences."
     )
 
 
-def _search_text(study: Study) -> str:
+def freedoms_in_words(study: Study, missing: dict[str, list[str]]) -> list[str]:
+    """Describe the searched options, and the arms that lack some of them."""
+    if study.search is None:
+        return []
+    lines = [f"Searched: {', '.join(study.search.options)}."]
+    return [*lines, *(f"The arm {arm} has no {', '.join(options)} to search." for arm, options in missing.items())]
+
+
+def _search_text(results: Results) -> str:
+    study = results.study
     search = study.search
     assert search is not None  # the search was run
+    tries = {arm: sum(len(scores) for _, scores in results.tries(arm, next(iter(study.data)))) for arm in study.arms}
+    extended = {arm: number for arm, number in tries.items() if number > min(tries.values())}
+    more = "".join(f" {arm} has {number}, as its grid was extended." for arm, number in extended.items())
+    noise = results.search_noise()
+    spread = (
+        "With one search seed, the noise of the choice is not known."
+        if noise is None
+        else f"The standard deviation between search seeds is {noise:.1f} points: a smaller lead is chance."
+    )
     return (
-        f"Every arm had the same number of tries, one run each with seed {search.seed}, scored by "
-        f"{score_name(search.score)} on validation classes, which are neither training nor test classes. The best try "
-        "of each arm is in bold. It was then trained with every seed."
+        f"Every arm had {min(tries.values())} runs, scored by {score_name(search.score)} on validation classes, which "
+        f"are neither training nor test classes.{more} {' '.join(freedoms_in_words(study, results.missing_freedoms))} "
+        f"The best try of each arm is in bold. It was then trained with every seed. {spread}"
     )
 
 
 def summary(results: Results, judged: Sequence[JudgedClaim]) -> str:
     """Summarise the study in one line."""
-    verdicts = [one.judgement.verdict for one in judged]
+    verdicts = [one.verdict for one in judged]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in pictures.VERDICT_COLORS if verdict in verdicts]
     claims = f"; claims: {', '.join(counts)}" if counts else ""
     study = results.study
@@ -241,7 +293,7 @@ def _html_table(table: Table) -> str:
 
 def _html_cell(cell: str) -> str:
     if cell in pictures.VERDICT_COLORS:
-        return f'<td><b class="{cell}">{cell}</b></td>'
+        return f'<td><b class="{cell.replace(" ", "-")}">{cell}</b></td>'
     unbroken = re.sub(r"\(\S+ to \S+\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), cell)
     pieces = escape(unbroken).split("**")
     return f"<td>{''.join(f'<b>{piece}</b>' if place % 2 else piece for place, piece in enumerate(pieces))}</td>"
@@ -290,7 +342,7 @@ td:first-child { font-weight: 600; }
 td b[class] { padding: .1rem .5rem; border-radius: 99px; color: #fff; font-weight: 600; }
 .supported { background: #007a58; }
 .contradicted { background: #b84c00; }
-.undecided { background: #6b7486; }
+.undecided, .not-able-to-tell, .data-sets-differ { background: #6b7486; }
 pre { overflow-x: auto; font-size: 12.5px; }
 summary { cursor: pointer; color: var(--faint); }
 """

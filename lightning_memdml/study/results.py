@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_memdml.study.statistics import Estimate, Interval, Judgement, class_interval, estimate, judge
+from lightning_memdml.study.overrides import Values
+from lightning_memdml.study.statistics import (
+    Estimate,
+    Expectation,
+    Interval,
+    Judgement,
+    Verdict,
+    class_interval,
+    estimate,
+    judge,
+)
 from lightning_memdml.study.study_file import Claim, Study
 
 Record = dict[str, Any]
@@ -33,18 +43,27 @@ class Score(NamedTuple):
 
 
 class JudgedClaim(NamedTuple):
-    """A claim with its verdict.
+    """A claim with its verdicts.
 
     Attributes:
         claim: The claim.
-        judgement: The verdict, from the interval over seeds.
-        over_classes: Interval of the same difference over test classes at the same level, or `None`.
+        verdict: The verdict over all data sets. Several data sets have one only if their differences have the same
+            sign; otherwise it is "data sets differ". It is "not able to tell" if no data set passes the control.
+        joint: The judgement of the mean over data sets, or of the only data set.
+        per_data: The judgement on each data set that passes the control.
+        over_classes: Interval of the joint difference over test classes at the same level, or `None`.
+        other_scores: Other score -> mean difference in points.
+        members: Arm of an averaged group -> its own difference, and the difference of the average without it.
         missing: Number of runs that are not finished yet.
     """
 
     claim: Claim
-    judgement: Judgement
+    verdict: Verdict
+    joint: Judgement
+    per_data: dict[str, Judgement]
     over_classes: Interval | None
+    other_scores: dict[str, float]
+    members: dict[str, tuple[float, float]]
     missing: int
 
 
@@ -55,12 +74,20 @@ class Results:
         study: The study.
         records: Finished runs on test classes.
         searched: Finished runs on validation classes.
+        missing_freedoms: Arm -> searched options that other arms have and this one lacks.
     """
 
-    def __init__(self, study: Study, records: Sequence[Record], searched: Sequence[Record] = ()) -> None:
+    def __init__(
+        self,
+        study: Study,
+        records: Sequence[Record],
+        searched: Sequence[Record] = (),
+        missing_freedoms: dict[str, list[str]] | None = None,
+    ) -> None:
         self.study = study
         self.records = list(records)
         self.searched = list(searched)
+        self.missing_freedoms = missing_freedoms or {}
 
     def of(self, arm: str, data: str) -> list[Record]:
         """Return the runs of an arm on a data set, ordered by seed."""
@@ -83,39 +110,94 @@ class Results:
         over_classes = None if classes is None else class_interval([classes], self.study.confidence)
         return Score(values, found, found.interval(self.study.confidence), over_classes)
 
+    def able_to_tell(self) -> dict[str, bool | None]:
+        """Return, for each data set, whether the study detects its planted control there.
+
+        `None` without a control, or while runs of it are missing. A data set that fails decides no claim.
+        """
+        control = self.study.control
+        if control is None or self._missing(control):
+            return dict.fromkeys(self.study.data)
+        alpha = 1 - self.study.confidence
+        found = {data: estimate([self._differences(control, data)]) for data in self.study.data}
+        return {data: difference.tails(0.0)[0] <= alpha for data, difference in found.items()}
+
     def claims(self) -> list[JudgedClaim]:
-        """Return the verdicts on all claims, decided jointly."""
-        claims = self.study.claims
-        missing = [self._missing(claim) for claim in claims]
-        unknown = Estimate(math.nan, math.inf, 1)
-        estimates = [
-            unknown if lacking else estimate(self._differences(claim))
-            for claim, lacking in zip(claims, missing, strict=True)
-        ]
-        asked = [(found, claim.expects, claim.by) for found, claim in zip(estimates, claims, strict=True)]
-        judged = []
-        for claim, lacking, judgement in zip(claims, missing, judge(asked, self.study.confidence), strict=True):
-            classes = None if lacking else self._class_differences(claim, judgement.level)
-            judged.append(JudgedClaim(claim, judgement, classes, lacking))
-        return judged
+        """Return the verdicts on all claims, on each data set and jointly, decided with one error rate."""
+        able = self.able_to_tell()
+        usable = {
+            claim.name: [data for data in claim.data if able[data] is not False and not self._missing(claim)]
+            for claim in self.study.claims
+        }
+        questions: dict[tuple[str, str | None], tuple[Estimate, Expectation, float]] = {}
+        for claim in self.study.claims:
+            differences = {data: self._differences(claim, data) for data in usable[claim.name]}
+            for data, values in differences.items():
+                questions[claim.name, data] = (estimate([values]), claim.expects, claim.by)
+            if len(differences) > 1:
+                questions[claim.name, None] = (estimate([*differences.values()]), claim.expects, claim.by)
+        answers = dict(zip(questions, judge([*questions.values()], self.study.confidence), strict=True))
+        return [self._judged(claim, usable[claim.name], answers) for claim in self.study.claims]
+
+    def _judged(self, claim: Claim, usable: list[str], answers: dict[tuple[str, str | None], Judgement]) -> JudgedClaim:
+        missing = self._missing(claim)
+        if not usable:
+            nothing = Judgement("undecided", Estimate(math.nan, math.inf, 1), 0.0, Interval(-math.inf, math.inf), 1.0)
+            verdict: Verdict = "undecided" if missing else "not able to tell"
+            return JudgedClaim(claim, verdict, nothing, {}, None, {}, {}, missing)
+        per_data = {data: answers[claim.name, data] for data in usable}
+        joint = answers.get((claim.name, None), per_data[usable[0]])
+        signs = {judgement.estimate.mean > 0 for judgement in per_data.values()}
+        verdict = "data sets differ" if claim.expects != "same" and len(signs) > 1 else joint.verdict
+        return JudgedClaim(
+            claim,
+            verdict,
+            joint,
+            per_data,
+            self._class_differences(claim, usable, joint.level),
+            {
+                score: self._mean_difference(claim._replace(score=score), usable)
+                for score in self.study.scores
+                if score != claim.score
+            },
+            self._members(claim, usable),
+            missing,
+        )
+
+    def _mean_difference(self, claim: Claim, data: Sequence[str]) -> float:
+        return float(np.mean([np.mean(self._differences(claim, one)) for one in data]))
+
+    def _members(self, claim: Claim, data: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Return the difference of each member of an averaged group, and the difference without this member."""
+        found = {}
+        for arm in claim.compare if len(claim.compare) > 1 else ():
+            others = tuple(other for other in claim.compare if other != arm)
+            found[arm] = [claim._replace(compare=(arm,)), claim._replace(compare=others)]
+        for arm in claim.with_ if len(claim.with_) > 1 else ():
+            others = tuple(other for other in claim.with_ if other != arm)
+            found[arm] = [claim._replace(with_=(arm,)), claim._replace(with_=others)]
+        return {
+            arm: (self._mean_difference(alone, data), self._mean_difference(without, data))
+            for arm, (alone, without) in found.items()
+        }
 
     def _missing(self, claim: Claim) -> int:
         arms = {*claim.compare, *claim.with_}
         wanted = len(arms) * len(claim.data) * len(self.study.seeds)
         return wanted - sum(len(self.of(arm, data)) for arm in arms for data in claim.data)
 
-    def _differences(self, claim: Claim) -> list[list[float]]:
-        """Return one difference per seed for each data set. Runs of one seed share first weights and batches."""
+    def _differences(self, claim: Claim, data: str) -> list[float]:
+        """Return one difference per seed. Runs of one seed share first weights and batches."""
 
-        def means(arms: tuple[str, ...], data: str) -> NDArray[np.float64]:
+        def means(arms: tuple[str, ...]) -> NDArray[np.float64]:
             # The mean of the group: no arm is selected by its test score.
             return np.mean([[_score(record, claim.score) for record in self.of(arm, data)] for arm in arms], axis=0)
 
-        return [(means(claim.compare, data) - means(claim.with_, data)).tolist() for data in claim.data]
+        return (means(claim.compare) - means(claim.with_)).tolist()
 
-    def _class_differences(self, claim: Claim, level: float) -> Interval | None:
+    def _class_differences(self, claim: Claim, data_sets: Sequence[str], level: float) -> Interval | None:
         groups = []
-        for data in claim.data:
+        for data in data_sets:
             arms = [*claim.compare, *claim.with_]
             signs = [1 / len(claim.compare)] * len(claim.compare) + [-1 / len(claim.with_)] * len(claim.with_)
             group = _per_class([self.of(arm, data) for arm in arms], signs, claim.score)
@@ -123,6 +205,31 @@ class Results:
                 return None
             groups.append(group)
         return class_interval(groups, level)
+
+    def tries(self, arm: str, data: str) -> list[tuple[Values, list[float]]]:
+        """Return every choice of an arm's search with its validation scores in points, one per seed."""
+        search = self.study.search
+        assert search is not None  # the search was run
+        found: dict[str, tuple[Values, list[float]]] = {}
+        for record in self.searched:
+            if (record["arm"], record["data"]) == (arm, data):
+                choice = record["choice"]
+                found.setdefault(repr(choice), (choice, []))[1].append(POINTS * record["scores"][search.score])
+        return list(found.values())
+
+    def search_noise(self) -> float | None:
+        """Return the standard deviation of the search score between seeds in points, or `None` with one seed."""
+        deviations = [
+            np.asarray(scores) - np.mean(scores)
+            for data in self.study.data
+            for arm in self.study.arms
+            for _, scores in self.tries(arm, data)
+            if len(scores) > 1
+        ]
+        if not deviations:
+            return None
+        squares = sum(float((one**2).sum()) for one in deviations)
+        return math.sqrt(squares / sum(len(one) - 1 for one in deviations))
 
     def commits(self) -> list[str]:
         """Return the commits of the runs; an installed package has none."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Expectation = Literal["more", "not more", "same"]
-Verdict = Literal["supported", "contradicted", "undecided"]
+Verdict = Literal["supported", "contradicted", "undecided", "data sets differ", "not able to tell"]
 EXPECTATIONS: tuple[Expectation, ...] = get_args(Expectation)
 
 
@@ -45,16 +45,16 @@ class Estimate:
         reach = float(stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
         return Interval(self.mean - reach, self.mean + reach)
 
-    def p_value(self, edge: float) -> float:
-        """Return the two-sided p-value of the hypothesis that the true mean is `edge`."""
+    def tails(self, edge: float) -> tuple[float, float]:
+        """Return the one-sided p-values of the hypotheses that the true mean is at most, and at least, `edge`."""
         from scipy.special import stdtr
 
         if not math.isfinite(self.error):
-            return 1.0
-        distance = abs(self.mean - edge)
+            return 1.0, 1.0
+        distance = self.mean - edge
         if self.error == 0:
-            return 1.0 if distance == 0 else 0.0
-        return 2 * float(stdtr(self.freedom, -distance / self.error))
+            return (0.0 if distance > 0 else 1.0), (0.0 if distance < 0 else 1.0)
+        return float(stdtr(self.freedom, -distance / self.error)), float(stdtr(self.freedom, distance / self.error))
 
 
 def estimate(groups: Sequence[Sequence[float]]) -> Estimate:
@@ -145,11 +145,12 @@ def judge(claims: Sequence[tuple[Estimate, Expectation, float]], confidence: flo
     - `not more`: `d < points`;
     - `same`: `-points < d < points`.
 
-    A claim is **supported** if the interval of `d` lies inside the region, **contradicted** if it lies outside, and
-    **undecided** otherwise. Holm's step-down method widens the intervals, so that the probability of any wrong verdict
-    is at most `1 - confidence`: of `m` claims, the one with the smallest p-value is tested at the level
-    `1 - (1 - confidence) / m`, the next at `1 - (1 - confidence) / (m - 1)`, and so on. After the first undecided claim
-    all following claims are undecided.
+    A claim is **supported** if a one-sided test rejects that `d` is outside the region (for `same`: two one-sided
+    tests), **contradicted** if a test rejects that `d` is inside, and **undecided** otherwise. Holm's step-down method
+    corrects for the number of claims, so that the probability of any wrong verdict is at most `1 - confidence`: of `m`
+    claims, the one with the smallest p-value is tested at `(1 - confidence) / m`, the next at
+    `(1 - confidence) / (m - 1)`, and so on. After the first undecided claim all following claims are undecided. A
+    one-sided test at `a` decides when the two-sided interval at `1 - 2 a` excludes the edge; that interval is reported.
 
     Args:
         claims: For each claim, the estimated difference, its expectation and its points.
@@ -160,17 +161,50 @@ def judge(claims: Sequence[tuple[Estimate, Expectation, float]], confidence: flo
         >>> [judgement.verdict for judgement in judge([(clear, "more", 1.0), (noisy, "more", 1.0)])]
         ['supported', 'undecided']
     """
-    # The nearest edge has the largest p-value: a growing interval reaches it first.
-    raw = [max(found.p_value(edge) for edge in _edges(expects, points)) for found, expects, points in claims]
-    adjusted = holm(raw)
-    levels = _levels(raw, 1 - confidence)
-    judgements = []
-    for (found, expects, points), p_value, level in zip(claims, adjusted, levels, strict=True):
-        verdict: Verdict = "undecided"
-        if p_value <= 1 - confidence:
-            verdict = "supported" if _inside(found.mean, expects, points) else "contradicted"
-        judgements.append(Judgement(verdict, found, level, found.interval(level), p_value))
-    return judgements
+    tested = [_test(*claim) for claim in claims]
+    adjusted = holm([p_value for _, p_value in tested])
+    levels = _levels([p_value for _, p_value in tested], 1 - confidence)
+    return [
+        Judgement(verdict if p_value <= 1 - confidence else "undecided", found, level, found.interval(level), p_value)
+        for (found, _, _), (verdict, _), p_value, level in zip(claims, tested, adjusted, levels, strict=True)
+    ]
+
+
+def _test(found: Estimate, expects: Expectation, points: float) -> tuple[Verdict, float]:
+    """Return the verdict that the estimate points to, and its p-value."""
+    at_most, at_least = found.tails(points)
+    if expects == "more":
+        return ("supported", at_most) if at_most < at_least else ("contradicted", at_least)
+    if expects == "not more":
+        return ("supported", at_least) if at_least <= at_most else ("contradicted", at_most)
+    at_most_low, at_least_low = found.tails(-points)
+    if abs(found.mean) < points:
+        return "supported", max(at_least, at_most_low)
+    # Either side contradicts, so both tails count.
+    return "contradicted", at_most + at_most_low if found.mean > 0 else at_least + at_least_low
+
+
+def detectable_difference(seeds: int, claims: int = 1, confidence: float = 0.95, power: float = 0.8) -> float:
+    """Return the difference beyond the edge of a claim that is decided with probability `power`.
+
+    The unit is the standard deviation of the paired differences over seeds. The level is that of the hardest claim to
+    decide under Holm's method, `(1 - confidence) / claims`. The noncentral t distribution gives the exact value.
+
+    Args:
+        seeds: Number of seeds, at least 2.
+        claims: Number of claims.
+        confidence: Joint confidence, in (0, 1).
+        power: Probability of a decision, in (0, 1).
+
+    Example:
+        >>> round(detectable_difference(seeds=5), 2), round(detectable_difference(seeds=5, claims=4), 2)
+        (1.36, 2.05)
+    """
+    from scipy.special import nctdtrinc, stdtrit
+
+    freedom = seeds - 1
+    threshold = float(stdtrit(freedom, 1 - (1 - confidence) / claims))
+    return float(nctdtrinc(freedom, 1 - power, threshold)) / math.sqrt(seeds)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -196,7 +230,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """Return the confidence level of each claim; all claims after the first undecided one share its level."""
+    """Return the level of each claim's interval; all claims after the first undecided one share its level."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     levels, stopped = [0.0] * len(p_values), False
     share = alpha
@@ -204,15 +238,5 @@ def _levels(p_values: Sequence[float], alpha: float) -> list[float]:
         if not stopped:
             share = alpha / (len(order) - place)
             stopped = p_values[claim] > share
-        levels[claim] = 1 - share
+        levels[claim] = 1 - 2 * share
     return levels
-
-
-def _edges(expects: Expectation, points: float) -> tuple[float, ...]:
-    return (-points, points) if expects == "same" else (points,)
-
-
-def _inside(mean: float, expects: Expectation, points: float) -> bool:
-    if expects == "same":
-        return abs(mean) < points
-    return mean > points if expects == "more" else mean < points

@@ -10,11 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lightning_memdml.study.plan import CLI, Plan
-from lightning_memdml.study.report import claims_table, draw, scores_table, write_report
+from lightning_memdml.study.plan import CLI, Plan, Record, Run
+from lightning_memdml.study.report import draw, freedoms_in_words, power_in_words, write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.runner import FailedRunsError, RunFolder, estimate_seconds, run_all
 from lightning_memdml.study.study_file import Study, read_study
+from lightning_memdml.study.tables import claims_table, scores_table
 
 DESCRIPTION = """\
 Train several arms with several seeds at equal budgets, and report which differences are significant.
@@ -33,7 +34,8 @@ A study file is YAML. It can name functions of modules beside it, such as your w
   claims:                     # written down before any run
     mine_helps: {compare: mine, with: threshold, expects: more, by: 0.5}
 
-Further keys: `data` (name -> overrides), `search` (options, seed, score), `equal: images`, `scores`, `confidence`,
+Further keys: `data` (name -> overrides), `search` (options, seeds, tries, extend, score), `equal` (budget, steps or
+images), `control` (compare, with: a difference that every data set must detect), `scores`, `confidence`,
 `title`, `parts` (a place for YAML anchors).
 
 Every finished run is one JSON file. A finished run is repeated only if its configuration, the options of its data, or a
@@ -130,21 +132,22 @@ def run_study(
     folder = RunFolder(Path("runs/study", Path(path).stem) if output is None else output)
     content = read_study_beside(path)
     plan = Plan(content, cli, options)
-    searching = plan.search_runs()
     if dry_run:
         _print_plan(plan, cli, folder)
         return Results(content, [])
     failure: FailedRunsError | None = None
     if not report_only:
         try:
-            found = run_all(searching, cli, folder, processes, content.rule_key)
+            found: list[Record] = []
+            while len(found) < len(runs := plan.search_runs(found)):  # an extended search adds runs
+                found = run_all(runs, cli, folder, processes, content.rule_key)
             run_all(plan.test_runs(found), cli, folder, processes, content.rule_key)
         except FailedRunsError as error:
             failure = error
-    searched = folder.finished(searching)
+    searched, searching = finished_search(plan, folder)
     # The test runs depend on the complete search.
     records = folder.finished(plan.test_runs(searched)) if len(searched) == len(searching) else []
-    results = Results(content, records, searched)
+    results = Results(content, records, searched, plan.missing_freedoms())
     reports = write_report(results, folder.path)
     _print_results(results, reports)
     if others := len(list(folder.runs.glob("*.json"))) - len(records) - len(searched):
@@ -163,16 +166,22 @@ def read_study_beside(path: Path | str) -> Study:
     return content
 
 
+def finished_search(plan: Plan, folder: RunFolder) -> tuple[list[Record], list[Run]]:
+    """Return the finished search runs, and all search runs that are known from them."""
+    searched: list[Record] = []
+    while True:
+        runs = plan.search_runs(searched)
+        found = folder.finished(runs)
+        if len(found) == len(searched):
+            return found, runs
+        searched = found
+
+
 def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
     """List the runs. While the search is not finished, test runs are listed without their choice."""
-    search = plan.search_runs()
-    searched = folder.finished(search)
+    searched, search = finished_search(plan, folder)
     open_search = len(searched) < len(search)
-    # The choice of the search is not known yet. Its first try takes its place: all tries cost the same.
-    placeholder = (
-        [{**_fields(run), "scores": {plan.study.search.score: 0.0}} for run in search] if plan.study.search else []
-    )
-    runs = [*search, *plan.test_runs(placeholder if open_search else searched)]
+    runs = [*search, *(plan.unsearched_test_runs() if open_search else plan.test_runs(searched))]
     seconds = estimate_seconds(runs, cli, folder)
     left = 0.0
     for run in runs:
@@ -189,10 +198,8 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. For arms without a finished run this "
         "includes the training only, not the scoring."
     )
-
-
-def _fields(run: Any) -> dict[str, Any]:
-    return {"key": run.key, "arm": run.arm, "data": run.data, "choice": run.choice}
+    for line in [*freedoms_in_words(plan.study, plan.missing_freedoms()), power_in_words(plan.study)]:
+        print(line)
 
 
 def _print_results(results: Results, reports: Sequence[Path]) -> None:
@@ -203,7 +210,7 @@ def _print_results(results: Results, reports: Sequence[Path]) -> None:
     if judged:
         print()
         for row in claims_table(judged).rows:
-            print(f"{row[1]:>12}: {row[0]}  [{row[3]}]")
+            print(f"{row[1]:>16}: {row[0]}  [{row[3]}]")
     print("\n" + "\n".join(str(report) for report in reports))
 
 
@@ -229,7 +236,7 @@ def _log_to_wandb(plan: Plan, results: Results, reports: Sequence[Path]) -> None
         table = scores_table(results, data)
         logged[f"study/scores_{data}"] = wandb.Table(columns=[*table.head], data=table.rows)
     if judged:
-        table = claims_table(judged)
+        table = claims_table(judged, [*results.study.data])
         logged["study/claims"] = wandb.Table(columns=[*table.head], data=table.rows)
     for name in tqdm(draw(results, judged), "Logging to W&B", delay=1, leave=False):
         logged[f"study/{name}"] = wandb.Image(str(reports[0].parent / "pictures" / f"{name}.png"))

@@ -7,19 +7,22 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from lightning_memdml.backbones import nearest
-from lightning_memdml.study.overrides import Config, Values, class_name, find_key, merged
+from lightning_memdml.study.overrides import Config, class_name, merged
+from lightning_memdml.study.search import Search
 from lightning_memdml.study.statistics import EXPECTATIONS, Expectation
 
 # The key `parts` is not read: it holds YAML anchors.
-KEYS = ("title", "base", "parts", "arms", "data", "seeds", "search", "equal", "scores", "confidence", "claims")
-SEARCH_KEYS = ("options", "seed", "score")
+KEYS = (
+    "title", "base", "parts", "arms", "data", "seeds", "search", "equal", "scores", "confidence", "control", "claims",
+)  # fmt: skip
+SEARCH_KEYS = ("options", "seeds", "tries", "extend", "score")
+CONTROL_KEYS = ("compare", "with")
 CLAIM_KEYS = ("says", "compare", "with", "expects", "by", "score", "data")
 SCORES = ("map_at_r", "recall_at_1", "r_precision")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -49,40 +52,6 @@ class Claim(NamedTuple):
     data: tuple[str, ...]
 
 
-class Search(NamedTuple):
-    """A small grid with the same number of tries for every arm; each arm uses its best try on the validation classes.
-
-    Attributes:
-        options: Named options. Each maps the configuration keys that it may set to lists of values. An arm searches the
-            first key that its configuration sets, such as `model.memory_weight`, or `model.loss.TripletLoss.margin`
-            with the name of a class.
-        seed: Seed of the search runs.
-        score: The score by which the best try is chosen.
-    """
-
-    options: dict[str, dict[str, list[Any]]]
-    seed: int
-    score: str
-
-    def choices(self, config: Config, arm: str) -> list[Values]:
-        """Return the tries of an arm: every combination of the values of its keys.
-
-        Raises:
-            ValueError: If the arm's configuration sets none of an option's keys.
-        """
-        grids = []
-        for option, keys in self.options.items():
-            found = [(place, values) for key, values in keys.items() if (place := find_key(config, key)) is not None]
-            if not found:
-                raise ValueError(
-                    f"Expected the arm {arm!r} to set one of {', '.join(keys)} for the search option {option!r} but it "
-                    "sets none of them. Set one in the arm, or add a key that the arm has to the option."
-                )
-            place, values = found[0]
-            grids.append([(place, value) for value in values])
-        return [dict(pairs) for pairs in product(*grids)]
-
-
 @dataclass(frozen=True)
 class Study:
     """The content of a study file.
@@ -95,10 +64,11 @@ class Study:
         data: Name of a data set -> nested overrides. A file without data sets has one without overrides.
         seeds: Seeds of the scored runs.
         search: The search, or `None`.
-        equal: The budget that all arms of a data set share: `steps` (optimiser steps with the same number of images
-            each), or `images` (the same total, for questions about the batch size).
+        equal: What all arms of a data set share: the whole `budget` (optimiser steps and images per step), or for
+            questions about the batch size only the `steps`, or only the `images` in total.
         scores: The scores of the tables. The figures show the first.
         confidence: Confidence of intervals, and of all verdicts jointly.
+        control: A planted difference that every data set must detect, or `None`.
         claims: The claims.
         rule: The part of the file that decides the verdicts.
     """
@@ -110,9 +80,10 @@ class Study:
     data: dict[str, Config]
     seeds: tuple[int, ...]
     search: Search | None
-    equal: Literal["steps", "images"]
+    equal: Literal["budget", "steps", "images"]
     scores: tuple[str, ...]
     confidence: float
+    control: Claim | None
     claims: tuple[Claim, ...]
     rule: dict[str, Any]
 
@@ -144,8 +115,8 @@ def read_study(path: Path | str) -> Study:
     confidence = content.get("confidence", 0.95)
     if not isinstance(confidence, float) or not 0.5 < confidence < 1:
         raise ValueError(f"Expected `confidence` in (0.5, 1), such as 0.95, but got {confidence!r}.")
-    if (equal := content.get("equal", "steps")) not in ("steps", "images"):
-        raise ValueError(f"Expected `equal` to be steps or images but got {equal!r}.")
+    if (equal := content.get("equal", "budget")) not in ("budget", "steps", "images"):
+        raise ValueError(f"Expected `equal` to be budget, steps or images but got {equal!r}.")
     scores = tuple(_as_list(content.get("scores", list(SCORES))))
     named_claims = _named(content.get("claims", {}), "claims")
     return Study(
@@ -159,8 +130,9 @@ def read_study(path: Path | str) -> Study:
         equal=equal,
         scores=scores,
         confidence=confidence,
+        control=_control(content["control"], arms, data, scores) if content.get("control") else None,
         claims=tuple(_claim(name, claim, arms, data, scores) for name, claim in named_claims.items()),
-        rule={"confidence": confidence, "claims": content.get("claims", {})},
+        rule={name: content[name] for name in ("claims", "control") if content.get(name)} | {"confidence": confidence},
     )
 
 
@@ -260,11 +232,23 @@ def _search(content: Any) -> Search:
         options[option] = keys
     if not options:
         raise ValueError("search: expected `options`, each with keys and values to try, but there are none.")
-    return Search(options, int(content.get("seed", 1000)), str(content.get("score", SCORES[0])))
+    tries, extend = content.get("tries"), content.get("extend", 0)
+    for name, value, least in (("tries", tries, 1), ("extend", extend, 0)):
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"search: expected `{name}` to be a whole number of at least {least} but got {value!r}.")
+    return Search(options, _seeds(content.get("seeds", [1000])), tries, extend, str(content.get("score", SCORES[0])))
+
+
+def _control(content: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
+    """Return the control as a claim: the arm `compare` must be better than the arm `with` on every data set."""
+    if isinstance(content, dict):
+        _check_keys(content, CONTROL_KEYS, "control")
+        content = {**content, "expects": "more", "by": 0}
+    return _claim("control", content, arms, data, scores)
 
 
 def _claim(name: str, content: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
-    where = f"claims: {name}"
+    where = name if name == "control" else f"claims: {name}"
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping with {', '.join(CLAIM_KEYS)} but got {content!r}.")
     _check_keys(content, CLAIM_KEYS, where)

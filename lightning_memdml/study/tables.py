@@ -8,7 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lightning_memdml.study.results import JudgedClaim, Results
+from lightning_memdml.study.statistics import Judgement
 from lightning_memdml.study.study_file import Claim, Study
 
 SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
@@ -31,21 +34,55 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def claims_table(judged: Sequence[JudgedClaim]) -> Table:
-    """Return the table of claims, one row each."""
-    head = ["claim", "verdict", "question", "difference, over seeds", "over test classes", "p, adjusted"]
+def claims_table(judged: Sequence[JudgedClaim], data_sets: Sequence[str] = ()) -> Table:
+    """Return the table of claims, one row each.
+
+    Args:
+        judged: The claims.
+        data_sets: With several data sets, the table has a column with the difference on each.
+    """
+    several = list(data_sets) if len(data_sets) > 1 else []
+    head = ["claim", "verdict", "question", "difference, over seeds", *several]
     rows = []
     for one in judged:
-        claim, judgement = one.claim, one.judgement
+        claim = one.claim
         question = f"{_group(claim.compare)} against {_group(claim.with_)}: {_question(claim)}"
-        if one.missing:
-            rows.append([claim.says, judgement.verdict, question, f"{one.missing} runs missing", "", ""])
+        if one.missing or not one.per_data:
+            reason = f"{one.missing} runs missing" if one.missing else "the control was not detected"
+            rows.append([claim.says, one.verdict, question, reason, *[""] * (len(several) + 3)])
             continue
-        level = f"at {100 * judgement.level:.3g} %"
         classes = "" if one.over_classes is None else interval_in_words(one.over_classes, signed=True)
-        difference = f"{judgement.estimate.mean:+.1f} {interval_in_words(judgement.interval, signed=True)} {level}"
-        rows.append([claim.says, judgement.verdict, question, difference, classes, f"{judgement.p_value:.2g}"])
-    return Table(head, rows)
+        others = ", ".join(f"{score_name(score)} {value:+.1f}" for score, value in one.other_scores.items())
+        per_data = [_on_data_set(one, data) for data in several]
+        rows.append(
+            [claim.says, one.verdict, question, _difference(one.joint), *per_data, classes,
+             f"{one.joint.p_value:.2g}", others]
+        )  # fmt: skip
+    return Table([*head, "over test classes", "p, adjusted", "other scores"], rows)
+
+
+def _difference(judgement: Judgement) -> str:
+    interval = interval_in_words(judgement.interval, signed=True)
+    return f"{judgement.estimate.mean:+.1f} {interval} at {100 * judgement.level:.3g} %"
+
+
+def _on_data_set(judged: JudgedClaim, data: str) -> str:
+    if data not in judged.claim.data:
+        return ""
+    if data not in judged.per_data:
+        return "not able to tell"
+    found = judged.per_data[data]
+    return f"{found.verdict}: {found.estimate.mean:+.1f} {interval_in_words(found.interval, signed=True)}"
+
+
+def members_table(judged: Sequence[JudgedClaim]) -> Table:
+    """Return the table of averaged groups: the difference of each member, and of the average without it."""
+    rows = [
+        [one.claim.says, arm, f"{alone:+.1f}", f"{without:+.1f}"]
+        for one in judged
+        for arm, (alone, without) in one.members.items()
+    ]
+    return Table(["claim", "arm", "difference of this arm alone", "difference of the average without it"], rows)
 
 
 def _group(arms: Sequence[str]) -> str:
@@ -112,16 +149,25 @@ def search_table(results: Results) -> Table:
     rows = []
     for data in results.study.data:
         for arm in results.study.arms:
-            tried = [record for record in results.searched if (record["arm"], record["data"]) == (arm, data)]
-            if tried:
-                best = max(record["scores"][search.score] for record in tried)
-                cells = []
-                for record in tried:
-                    score = record["scores"][search.score]
-                    cell = f"{_choice(record['choice'])}: {100 * score:.1f}"
-                    cells.append(f"**{cell}**" if score == best else cell)
-                rows.append([data, arm, "; ".join(cells)])
-    return Table(["data", "arm", f"{score_name(search.score)} % of each try"], rows)
+            tries = [(choice, float(np.mean(scores))) for choice, scores in results.tries(arm, data)]
+            if not tries:
+                continue
+            best, best_score = max(tries, key=lambda one: one[1])
+            ends = search.ends(results.study.config(arm, data), best, [choice for choice, _ in tries])
+            cells = [
+                f"**{_choice(choice)}: {score:.1f}**" if choice == best else f"{_choice(choice)}: {score:.1f}"
+                for choice, score in tries
+            ]
+            second = max((score for choice, score in tries if choice != best), default=math.nan)
+            rows.append([data, arm, "; ".join(cells), f"{best_score - second:.1f}", ", ".join(ends)])
+    head = [
+        "data",
+        "arm",
+        f"{score_name(search.score)} % of each try",
+        "lead of the best",
+        "best at an end of the grid",
+    ]
+    return Table(head, rows)
 
 
 def origin_table(results: Results) -> Table:

@@ -151,13 +151,13 @@ def test_claims_are_decided_and_reported(smoke: tuple[Path, Results]) -> None:
         100 * (memory["scores"]["map_at_r"] - batch["scores"]["map_at_r"])
         for memory, batch in zip(results.of("memory", "Glyph"), results.of("batch", "Glyph"), strict=True)
     ])  # fmt: skip
-    assert helps.judgement.estimate.mean == pytest.approx(expected)
+    assert helps.joint.estimate.mean == pytest.approx(expected)
     low, high = helps.over_classes or (0, 0)
     assert low <= expected <= high
     text = (folder / "out/report.md").read_text()
     for claim, one in zip(CLAIMS, (helps, harmless), strict=True):
         says = CLAIMS[claim].get("says", claim)
-        assert f"| {says} | {one.judgement.verdict} |" in text
+        assert f"| {says} | {one.verdict} |" in text
     assert "memory against batch: more than +90 points of MAP@R" in text
 
 
@@ -313,12 +313,16 @@ def test_unequal_budgets_are_refused(write: Write) -> None:
 
     for arm in (larger, fewer, longer):
         with pytest.raises(
-            ValueError, match=r"Expected equal optimiser steps and images per step in all arms.*batch 6 st"
+            ValueError,
+            match=r"Expected equal steps and images per step in all arms \(`equal: budget`\) but .*batch 6 st",
         ):
             plan(arms={"batch": {}, "other": arm})
     assert plan(arms={"batch": {}, "other": fewer}, equal="images")
-    with pytest.raises(ValueError, match="Expected `max_steps` times the batch size to be equal"):
+    with pytest.raises(ValueError, match="Expected equal images in total in all arms"):
         plan(arms={"batch": {}, "other": larger}, equal="images")
+    assert plan(arms={"batch": {}, "other": larger}, equal="steps")
+    with pytest.raises(ValueError, match="Expected equal optimiser steps in all arms"):
+        plan(arms={"batch": {}, "other": longer}, equal="steps")
     accumulated = {"trainer": {"accumulate_grad_batches": 2, "max_steps": 3}}
     assert plan(arms={"batch": {}, "other": accumulated}, equal="images")
     with pytest.raises(ValueError, match=r"expected `trainer.max_steps` above 0 and `trainer.max_epochs: -1`"):
@@ -383,7 +387,7 @@ def test_search_never_touches_test_classes_and_the_test_is_made_once(write: Writ
 
     base = {**BASE, "data": {**BASE["data"], "class_path": "guarded_glyphs.Guarded"}}
     options = {"rate": {"model.optimizer.init_args.lr": [0.001, 0.03]}}
-    path = write(base, search={"options": options, "seed": 7}, claims={}, seeds=[0])
+    path = write(base, search={"options": options, "seeds": [7]}, claims={}, seeds=[0])
     plan, folder = Plan(read_study(path), MemdmlCLI), RunFolder("out")
     with pytest.raises(ValueError, match="Expected a finished search of"):
         plan.test_runs([])

@@ -68,26 +68,6 @@ def test_another_class_forgets_the_options_of_the_first(base: Any, over: Any, ex
     assert merged({"loss": base}, {"loss": over}) == {"loss": expected}
 
 
-def test_every_arm_has_as_many_tries(tmp_path: Path) -> None:
-    """The same option has another name in another loss, and is searched with as many values."""
-    options = {"edge": {"model.memory_loss.init_args.margin": [0.6, 0.8], "model.loss.init_args.margin": [0.4, 0.5]},
-               "rate": {"model.optimizer.init_args.lr": [0.001]}}  # fmt: skip
-    adam = {"model": {"optimizer": {"init_args": {"lr": 0.1}}}}
-    memory = {"model": {"memory_loss": {"class_path": "ContrastiveLoss", "init_args": {"margin": 0.7}}}}
-    arms = {"batch": adam, "wide": [adam, memory]}
-    study = read(tmp_path, arms=arms, search={"options": options, "seed": 5})
-    assert study.search is not None
-    assert study.search.choices(study.config("batch", "Glyph"), "batch") == [
-        {"model.loss.init_args.margin": 0.4, "model.optimizer.init_args.lr": 0.001},
-        {"model.loss.init_args.margin": 0.5, "model.optimizer.init_args.lr": 0.001},
-    ]
-    searched = study.search.choices(study.config("wide", "Glyph"), "wide")
-    assert [next(iter(choice)) for choice in searched] == ["model.memory_loss.init_args.margin"] * 2
-    options["edge"]["model.loss.init_args.margin"].append(0.6)
-    with pytest.raises(ValueError, match="every arm has the same number of tries"):
-        read(tmp_path, search={"options": options})
-
-
 @pytest.mark.parametrize(
     ("changes", "answer"),
     [
@@ -119,7 +99,7 @@ def test_every_arm_has_as_many_tries(tmp_path: Path) -> None:
         ({"seeds": [0, 0]}, "distinct whole numbers"),
         ({"seeds": [0.5]}, "distinct whole numbers"),
         ({"seeds": []}, "distinct whole numbers"),
-        ({"equal": "epochs"}, "steps or images"),
+        ({"equal": "epochs"}, "budget, steps or images"),
         ({"confidence": 95}, "in \\(0.5, 1\\)"),
         ({"base": "nowhere.yaml"}, "there is no file .*nowhere.yaml"),
         ({"search": {"options": {}}}, "expected `options`"),
@@ -151,21 +131,3 @@ def test_rule_has_a_key_that_changes_with_it(tmp_path: Path) -> None:
     assert first == again
     assert read(tmp_path, claims={"wider": {**STUDY["claims"]["wider"], "by": 2}}).rule_key != first
     assert read(tmp_path, confidence=0.9).rule_key != first
-
-
-def test_search_key_with_a_class_is_for_arms_that_use_it(tmp_path: Path) -> None:
-    """A margin of a triplet loss is no margin of a contrastive loss: each has values of its own."""
-    options = {"edge": {"model.loss.TripletLoss.margin": [0.05, 0.1], "model.loss.ContrastiveLoss.margin": [0.5, 0.6]}}
-    arms = {"batch": {}, "wide": {"model": {"loss": "TripletLoss"}}}
-    study = read(tmp_path, arms=arms, search={"options": options})
-    assert study.search is not None
-    tried = {arm: study.search.choices(study.config(arm, "Glyph"), arm) for arm in arms}
-    assert tried["batch"] == [{"model.loss.init_args.margin": 0.5}, {"model.loss.init_args.margin": 0.6}]
-    assert tried["wide"] == [{"model.loss.init_args.margin": 0.05}, {"model.loss.init_args.margin": 0.1}]
-    options = {"edge": {"model.memory_loss.TripletLoss.margin": [0.1], "model.temperature": [0.1]}}
-    study = read(tmp_path, arms=arms, search={"options": options})
-    with pytest.raises(
-        ValueError,
-        match=r"one of model.memory_loss.TripletLoss.margin, model.temperature for the search option 'edge' but",
-    ):
-        study.search.choices(study.config("batch", "Glyph"), "batch")

@@ -1,0 +1,114 @@
+"""The verdicts of a study, from made-up scores: per data set, with a control, and with every average taken apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lightning_memdml.study.report import power_in_words, rule_in_words
+from lightning_memdml.study.results import Results
+from lightning_memdml.study.study_file import read_study
+from lightning_memdml.study.tables import claims_table, members_table
+
+SEEDS = 5
+CLAIM = {"compare": "a", "with": "b", "expects": "more", "by": 1}
+
+
+def results(folder: Path, means: dict[str, dict[str, float]], **changes: Any) -> Results:
+    """A study with these mean scores (data set -> arm -> points), and a spread of about half a point over seeds."""
+    (folder / "base.yaml").write_text("data: GlyphDataModule\n")
+    arms = {arm: {} for arm in next(iter(means.values()))}
+    content = {
+        "base": "base.yaml", "arms": arms, "data": {name: {} for name in means}, "seeds": [*range(SEEDS)],
+        "claims": {"claim": CLAIM}, **changes,
+    }  # fmt: skip
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    draws = np.random.default_rng(0)
+    records = [
+        {
+            "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {},
+            "scores": {
+                "map_at_r": (mean + draws.normal(0, 0.5)) / 100, "recall_at_1": (mean + 20) / 100, "r_precision": 0.0
+            },
+        }
+        for data, scores in means.items()
+        for arm, mean in scores.items()
+        for seed in range(SEEDS)
+    ]  # fmt: skip
+    return Results(read_study(folder / "study.yaml"), records)
+
+
+def test_every_data_set_has_its_own_verdict(tmp_path: Path) -> None:
+    """+0.2 and +3.9 points: an average of +2 hides that the first set shows nothing."""
+    found = results(tmp_path, {"birds": {"a": 10.2, "b": 10}, "groceries": {"a": 23.9, "b": 20}})
+    (judged,) = found.claims()
+    assert judged.per_data["birds"].verdict != "supported"
+    assert judged.per_data["groceries"].verdict == "supported"
+    table = claims_table([judged], ["birds", "groceries"])
+    assert table.head[4:6] == ["birds", "groceries"]
+    assert table.rows[0][5].startswith("supported: +")
+
+
+def test_data_sets_of_opposite_sign_have_no_joint_verdict(tmp_path: Path) -> None:
+    (judged,) = results(tmp_path, {"birds": {"a": 7, "b": 10}, "groceries": {"a": 40, "b": 20}}).claims()
+    assert judged.verdict == "data sets differ"
+    assert [one.verdict for one in judged.per_data.values()] == ["contradicted", "supported"]
+
+
+def test_a_data_set_that_misses_the_control_decides_nothing(tmp_path: Path) -> None:
+    means = {
+        "birds": {"a": 15, "b": 10, "easy_only": 15},
+        "groceries": {"a": 25, "b": 20, "easy_only": 5},
+    }
+    control = {"compare": "a", "with": "easy_only"}
+    found = results(tmp_path, means, control=control)
+    assert found.able_to_tell() == {"birds": False, "groceries": True}
+    (judged,) = found.claims()
+    assert [*judged.per_data] == ["groceries"]
+    assert claims_table([judged], ["birds", "groceries"]).rows[0][4] == "not able to tell"
+    assert "It was not detected on birds, which therefore decides no claim." in rule_in_words(found)
+    only_birds = results(tmp_path, {"birds": means["birds"]}, control=control)
+    (judged,) = only_birds.claims()
+    assert judged.verdict == "not able to tell"
+    assert claims_table([judged]).rows[0][3] == "the control was not detected"
+
+
+def test_an_average_over_losses_is_taken_apart(tmp_path: Path) -> None:
+    """One bad arm makes the average: without it the plain loss is not better."""
+    claim = {"compare": "plain", "with": ["ms", "supcon", "lifted"], "expects": "more", "by": 0.5}
+    means = {"birds": {"plain": 10, "ms": 11, "supcon": 10, "lifted": 1}}
+    found = results(tmp_path, means, claims={"beats": claim})
+    (judged,) = found.claims()
+    assert judged.verdict == "supported"
+    alone, without = judged.members["lifted"]
+    assert alone == pytest.approx(9, abs=1)
+    assert without == pytest.approx(-0.5, abs=0.7)
+    assert [row[1] for row in members_table([judged]).rows] == ["ms", "supcon", "lifted"]
+
+
+def test_the_difference_in_the_other_scores_stands_beside(tmp_path: Path) -> None:
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}})
+    (judged,) = found.claims()
+    assert judged.other_scores["recall_at_1"] == pytest.approx(5)
+    assert "Recall@1 +5.0" in claims_table([judged]).rows[0][-1]
+
+
+def test_missing_runs_leave_a_claim_undecided(tmp_path: Path) -> None:
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}})
+    del found.records[0]
+    (judged,) = found.claims()
+    assert (judged.verdict, judged.missing) == ("undecided", 1)
+    assert claims_table([judged]).rows[0][3] == "1 runs missing"
+
+
+def test_the_report_names_the_difference_that_the_seeds_can_show(tmp_path: Path) -> None:
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}})
+    assert "With 5 seeds, a claim is decided with a probability of 80 %" in power_in_words(found.study)
+    assert "by 1.4 standard deviations" in power_in_words(found.study)
+    assert (
+        power_in_words(results(tmp_path, {"birds": {"a": 1, "b": 1}}, seeds=[0]).study) == "One seed decides no claim."
+    )

@@ -1,15 +1,10 @@
 """What is promised of memories and momentum encoders on two ranks: real DDP over gloo, through the Trainer.
 
-This file is also the program of the ranks: a fixture starts it twice, as torchrun would, and each process runs every
-case and writes down what it saw. The tests compare what the ranks wrote with each other and with one rank.
+A fixture runs every case on two ranks, once. The tests compare what the ranks returned, and one rank with them.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from hashlib import sha256
@@ -21,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.children import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
@@ -196,45 +192,14 @@ def all_cases(folder: Path) -> dict[str, Any]:
     return cases
 
 
-def run_as_rank(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save(all_cases(folder), folder / f"rank{os.environ['RANK']}.pt")
-
-
-def start_ranks(folder: Path) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    launch |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **{name: str(value) for name, value in launch.items()},
-                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What each of two ranks saw, and one rank alone; each resumes from the checkpoints of the other."""
     folder = tmp_path_factory.mktemp("faults")
     for kind, make in (("momentum", momentum), ("instances", instances)):
         train(Learner(), make(), Batches(UNEVEN), ModelCheckpoint(folder / "one" / kind, "last"))
-    processes = start_ranks(folder)
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-4000:] for rank in range(2))
-    assert codes == [0, 0], logs
-    found: dict[Any, Any] = {rank: torch.load(folder / f"rank{rank}.pt") for rank in range(2)}
-    return {**found, "one": all_cases(folder)}
+    first, second = run_ranks(2, all_cases, folder)
+    return {0: first, 1: second, "one": all_cases(folder)}
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -321,9 +286,3 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_the_other_way(runs: Any, k
         assert found["state"]["memory"]["batches"] == 2 * len(UNEVEN)
         if kind == "momentum":
             assert found["state"]["keys"]["updates"] == 2 * len(UNEVEN)
-
-
-if __name__ == "__main__":
-    run_as_rank(Path(sys.argv[1]))
-    if dist.is_initialized():  # left standing by Lightning, its threads can abort the process as it ends
-        dist.destroy_process_group()

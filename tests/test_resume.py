@@ -1,16 +1,10 @@
-"""Killed and resumed, a run equals the uninterrupted one bit for bit.
-
-This file is also the program that is killed: the tests start it on one and on two ranks, as torchrun would.
-"""
+"""Killed and resumed, a run equals the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.children import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -94,35 +89,9 @@ def train_until_killed(folder: Path, step: int, rank: int) -> None:
     fit(folder, saver, Kill(step, rank))
 
 
-def train_whole_and_resumed(folder: Path) -> None:
+def train_whole_and_resumed(folder: Path) -> dict[str, Any]:
     last = max(folder.glob("*.ckpt"))
-    results = {"whole": fit(folder), "resumed": fit(folder, checkpoint=last)}
-    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
-
-
-def start(ranks: int, folder: Path, *arguments: int) -> list[int]:
-    """Run this file on `ranks` ranks, and return how each of them ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "MASTER_PORT": port}
-    launch |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
-    launch |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *map(str, arguments)],
-            env={**os.environ, **{name: str(value) for name, value in launch.items()},
-                 "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("a"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        return [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    return {"whole": fit(folder), "resumed": fit(folder, checkpoint=last)}
 
 
 def different(a: Any, b: Any, name: str = "") -> list[str]:
@@ -143,25 +112,12 @@ def test_a_run_killed_at_a_random_step_and_resumed_equals_the_uninterrupted_one(
     """
     folder = tmp_path_factory.mktemp("killed")
     step, rank = random.SystemRandom().randrange(SAVE_EVERY, BATCHES * EPOCHS), ranks - 1
-    codes = start(ranks, folder, step, rank)
-    logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    assert codes[rank] == -signal.SIGKILL, f"rank {rank} was to be killed at step {step}, but {logs}"
-    assert 0 not in codes
+    run_ranks(ranks, train_until_killed, folder, step, rank, killed=rank)
     saved = len(list(folder.glob("*.ckpt")))
     assert saved == step // SAVE_EVERY
-    assert start(ranks, folder) == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    for results in (torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)):
+    for results in run_ranks(ranks, train_whole_and_resumed, folder):
         whole, resumed = results["whole"], results["resumed"]
         assert list(resumed["losses"]) == list(range(saved * SAVE_EVERY, BATCHES * EPOCHS)), f"killed at {step}"
         assert resumed["losses"].items() <= whole["losses"].items(), f"killed at step {step}"
         for part in ("weights", "memory"):
             assert not different(whole[part], resumed[part]), f"killed at step {step}"
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, *arguments = sys.argv[1:]
-    if arguments:
-        train_until_killed(Path(folder), *map(int, arguments))
-    else:
-        train_whole_and_resumed(Path(folder))

@@ -37,20 +37,20 @@ def one_is_killed() -> None:
 
 
 def test_ranks_are_a_group_and_return_what_the_function_returns() -> None:
-    assert run_ranks(2, __file__, "summed", 3) == [(0, 7.0, "0"), (1, 7.0, "1")]
-    assert run_ranks(3, __file__, "summed", 1, nodes=True) == [(rank, 6.0, "0") for rank in range(3)]
-    assert run_ranks(2, __file__, "joined_later", join=False) == [2, 2]
+    assert run_ranks(2, summed, 3) == [(0, 7.0, "0"), (1, 7.0, "1")]
+    assert run_ranks(3, summed, 1, nodes=True) == [(rank, 6.0, "0") for rank in range(3)]
+    assert run_ranks(2, joined_later, join=False) == [2, 2]
 
 
 def test_the_first_line_of_a_failure_is_what_the_rank_raised() -> None:
     with pytest.raises(ChildError, match=r"\AValueError: the reason \[one_raises on rank 1 ended with 1\]\n"):
-        run_ranks(2, __file__, "one_raises")
+        run_ranks(2, one_raises)
 
 
 def test_a_rank_can_be_killed_and_the_others_do_not_outlive_it() -> None:
-    assert run_ranks(2, __file__, "one_is_killed", killed=1) == []
+    assert run_ranks(2, one_is_killed, killed=1) == []
     with pytest.raises(ChildError, match="was not killed"):
-        run_ranks(2, __file__, "summed", 1, killed=1)
+        run_ranks(2, summed, 1, killed=1)
 
 
 def test_the_first_line_of_a_failure_is_what_the_program_printed_last() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from support.children import run_python, run_ranks
 from torch import Tensor
+
+from lightning_memdml.cli import main
 
 COMMAND = """
 -m lightning_memdml fit --trainer.accelerator=cpu --trainer.strategy=ddp --trainer.max_steps=4
@@ -21,37 +22,29 @@ COMMAND = """
 """
 
 
-def start(folder: Path, cache: str, nodes: int, processes: int) -> Path:
-    """Run the configuration on `nodes` x `processes` ranks, each node in a folder of its own; return its checkpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = f"-m torch.distributed.run --nnodes={nodes} --nproc-per-node={processes} --master-addr=127.0.0.1"
-    cluster = [f"--trainer.num_nodes={nodes}", f"--trainer.devices={processes}"]
-    machines = []
-    for node in range(nodes):
-        (folder / str(node)).mkdir(parents=True)
-        arguments = [*launch.split(), f"--master-port={port}", f"--node-rank={node}", *COMMAND.split(), *cluster]
-        path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
-        machines.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=folder / str(node),
-                env={**os.environ, "OMP_NUM_THREADS": "1", "LIGHTNING_MEMDML_CACHE": cache, "PYTHONPATH": path,
-                     "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=(folder / f"{node}.log").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
-    try:
-        codes = [machine.wait(timeout=300) for machine in machines]
-    finally:
-        for machine in machines:
-            machine.terminate()
-    logs = "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    assert codes == [0] * nodes, logs
+def two_nodes(folder: Path, cache: str) -> Path:
+    """Let torchrun start one process on each of two nodes; return the checkpoint.
+
+    Each node has a folder of its own. They meet in a file: a port could be taken before they listen.
+    """
+    launch = "-m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-id=tests --rdzv-backend=c10d"
+    launch += f" --rdzv-endpoint={folder}/rendezvous --rdzv-conf=store_type=file --local-addr=127.0.0.1"
+    variables = {"LIGHTNING_MEMDML_CACHE": cache, "GLOO_SOCKET_IFNAME": "lo"}
+    with ThreadPoolExecutor(2) as nodes:
+        started = []
+        for node in ("0", "1"):
+            (folder / node).mkdir(parents=True)
+            arguments = [*launch.split(), *COMMAND.split(), "--trainer.num_nodes=2", "--trainer.devices=1"]
+            started.append(nodes.submit(run_python, *arguments, cwd=folder / node, env=variables))
+        for node in started:
+            node.result()
     (checkpoint,) = folder.rglob("last.ckpt")
     return checkpoint
+
+
+def one_of_two_processes(folder: Path) -> None:
+    os.chdir(folder)
+    main([*COMMAND.split()[2:], "--trainer.num_nodes=1", "--trainer.devices=2"])
 
 
 def same(a: Any, b: Any) -> bool:
@@ -62,8 +55,11 @@ def same(a: Any, b: Any) -> bool:
 
 def test_two_machines_train_as_two_processes_of_one(tmp_path: Path, glyph_cache: str) -> None:
     """Weights, memory and momentum encoder bit for bit; only node 0 writes the checkpoint, which both resume from."""
-    two = torch.load(start(tmp_path / "two", glyph_cache, nodes=2, processes=1), weights_only=True)
-    one = torch.load(start(tmp_path / "one", glyph_cache, nodes=1, processes=2), weights_only=True)
+    (tmp_path / "one").mkdir()
+    run_ranks(2, one_of_two_processes, tmp_path / "one", env={"LIGHTNING_MEMDML_CACHE": glyph_cache})
+    (checkpoint,) = (tmp_path / "one").rglob("last.ckpt")
+    one = torch.load(checkpoint, weights_only=True)
+    two = torch.load(two_nodes(tmp_path / "two", glyph_cache), weights_only=True)
     assert two["global_step"] == 4
     assert len(two["callbacks"]["MemoryCallback"]["memory"]["labels"]) == 40
     assert same(dict(two["state_dict"]), dict(one["state_dict"]))

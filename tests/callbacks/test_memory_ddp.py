@@ -1,16 +1,10 @@
 """The memory over two ranks: real DDP over gloo on the CPU, through the Trainer.
 
-This file is also the program of the ranks: a fixture starts it twice, as torchrun would, and each process
-runs every case and writes down what it saw. The tests compare what the ranks wrote with each other and with
-one rank.
+A fixture runs every case on two ranks, once. The tests compare what the ranks returned, and one rank with them.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.children import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -200,29 +195,8 @@ def all_cases(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_as_rank(folder: Path) -> None:
-    torch.set_num_threads(1)
-    results = all_cases(folder)
-    results["disagreeing"] = gather_disagreeing()
-    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
-
-
-def start_ranks(folder: Path) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    launch |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    launch |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **launch, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
+def run_as_rank(folder: Path) -> dict[str, Any]:
+    return {**all_cases(folder), "disagreeing": gather_disagreeing()}
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +204,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`runs["one"][case]`, `runs[0][case]`, `runs[1][case]`: what one rank, and each of two ranks, saw."""
     folder = tmp_path_factory.mktemp("ranks")
     fit(Learner(False), UNEVEN, MemoryCallback(SIZE), ModelCheckpoint(folder / "one", "last"))
-    ranks = start_ranks(folder)
-    try:
-        codes = [rank.wait(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join((folder / f"rank{r}.log").read_text()[-5000:] for r in range(2))
+    first, second = run_ranks(2, run_as_rank, folder)
     one = {**all_cases(folder), "resume": save_and_resume(folder, "again", "two")}
-    return {"one": one, **{rank: torch.load(folder / f"rank{rank}.pt") for rank in range(2)}}
+    return {"one": one, 0: first, 1: second}
 
 
 @pytest.mark.parametrize("case", ["memory term", "both terms", "uneven", "sick"])
@@ -301,9 +269,3 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_the_other_way(runs: dict[s
     for end in (runs["one"]["resume"]["end"], runs[0]["resume"]["end"]):
         assert end["indices"].tolist() == (rows + rows)[-SIZE:]
         assert end["batches"] == 2 * len(UNEVEN)
-
-
-if __name__ == "__main__":
-    run_as_rank(Path(sys.argv[1]))
-    if dist.is_initialized():  # left standing by Lightning, its threads can abort the process as it ends
-        dist.destroy_process_group()

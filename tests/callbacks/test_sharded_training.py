@@ -3,18 +3,14 @@
 This file is also the program of the ranks.
 """
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from support.children import run_ranks
 from torch.utils.data import DataLoader
 
 import lightning_memdml as ml
@@ -64,7 +60,7 @@ def fit(memory, epochs, ranks=2, rank=0, learner=None, callbacks=(), **options):
 
 
 def program(folder):
-    rank = int(os.environ["RANK"])
+    rank = dist.get_rank()
     whole, _, _ = fit(ml.EmbeddingMemory(SIZE), 2, rank=rank)
     report = ml.MemoryReport(every_n_steps=STEPS, sample=0, dirpath=str(folder / "report"))
     shared, callback, _ = fit(ml.ShardedMemory(SIZE), 2, rank=rank, callbacks=[report])
@@ -84,21 +80,12 @@ def program(folder):
         warnings.simplefilter("always")
         fit(ml.ShardedMemory(SIZE), 1, rank=rank, learner=Learner(told=False))
     assert any("the loss saw this rank's share only" in str(warning.message) for warning in caught)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    each = [{**os.environ, **shared, "RANK": r, "LOCAL_RANK": "0", "NODE_RANK": r, "GROUP_RANK": r} for r in "01"]
-    command = [sys.executable, __file__, str(folder)]
-    running = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for env in each]
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    run_ranks(2, program, folder, nodes=True)
     return folder
 
 
@@ -119,7 +106,3 @@ def test_a_loss_that_cannot_reach_other_ranks_is_refused():
     learner = Learner(loss=lambda z, y, *references: (z * 0).sum())
     with pytest.raises(ValueError, match="Expected a PairLoss against a ShardedMemory"):
         fit(ml.ShardedMemory(SIZE), 1, ranks=1, learner=learner)
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

@@ -5,10 +5,6 @@ This file is also the program of a rank: the test of two ranks starts it twice.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from support.children import join_group, run_ranks
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
@@ -220,34 +217,16 @@ def test_another_global_batch_size_goes_on_at_the_same_share_of_the_epoch():
     assert len(list(loader)) == 4
 
 
-def one_rank(rank: int, port: int, out: str) -> None:
-    """Write down two epochs of this rank; the loader is made before the process group."""
+def two_epochs() -> list[Any]:
+    """Return the batches of this rank; the loader is made before the process group."""
     loader = Noise(batch_size=4, images_per_class=2, num_workers=0).train_dataloader()
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save([batches_of(loader, epoch) for epoch in range(2)], out)
-    torch.distributed.destroy_process_group()
+    join_group()
+    return [batches_of(loader, epoch) for epoch in range(2)]
 
 
-def test_two_ranks_together_train_on_the_batches_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), port, str(out)], env=environment)
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_two_ranks_together_train_on_the_batches_of_one():
+    ranks = run_ranks(2, two_epochs, join=False)
     loader = Noise(batch_size=8, images_per_class=2, num_workers=0).train_dataloader()
-    for epoch, parts in enumerate(zip(*map(torch.load, outs), strict=True)):
-        together = [tuple(map(torch.cat, zip(*ranks, strict=True))) for ranks in zip(*parts, strict=True)]
+    for epoch, parts in enumerate(zip(*ranks, strict=True)):
+        together = [tuple(map(torch.cat, zip(*halves, strict=True))) for halves in zip(*parts, strict=True)]
         assert same(together, batches_of(loader, epoch))
-
-
-if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

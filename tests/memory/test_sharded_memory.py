@@ -3,16 +3,11 @@
 This file is also the program of the ranks.
 """
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.children import run_ranks
 
 import lightning_memdml as ml
 from lightning_memdml.memory.gather import RowGather
@@ -66,7 +61,6 @@ def check_rows(state, whole):
 
 def program(folder, start):
     """Fill, compare, save; with `start` above 0 from what another number of ranks saved."""
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     sharded, whole = ml.ShardedMemory(SIZE), ml.EmbeddingMemory(SIZE)
     if start:
@@ -85,26 +79,11 @@ def program(folder, start):
         torch.save(state, folder / "state.pt")
     else:
         assert state == {}
-    dist.destroy_process_group()
-
-
-def launch(folder, ranks, start):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(start)]
-    running = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * ranks, "\n".join(errors)
 
 
 def test_shares_equal_the_whole_on_two_ranks_and_go_on_with_three_and_with_one(tmp_path):
-    launch(tmp_path, ranks=2, start=0)
-    launch(tmp_path, ranks=3, start=8)
+    run_ranks(2, program, tmp_path, 0)
+    run_ranks(3, program, tmp_path, 8)
     one, whole = ml.ShardedMemory(SIZE), ml.EmbeddingMemory(SIZE)
     one.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     fill(whole, range(16))
@@ -144,7 +123,3 @@ def test_counts_of_ranks_are_known_without_ranks():
     gather = RowGather()
     gather(torch.ones(3, 2), torch.arange(3), torch.arange(3))
     assert gather.counts == [3]
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]), int(sys.argv[2]))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.children import run_ranks
 from torch import Tensor, distributed
 from torch.utils.data import DistributedSampler
 
@@ -244,9 +241,9 @@ def test_images_of_unknown_index_are_not_merged_and_do_not_find_themselves(share
     assert as_floats(mixed.compute()) == close_to(expected)
 
 
-def scored_by_rank(rank: int) -> dict[str, dict[str, float]]:
+def scored_by_rank() -> dict[str, dict[str, float]]:
     """What one of two ranks computes, by case; the single-process values are computed by the test."""
-    cases = {}
+    rank, cases = distributed.get_rank(), {}
 
     embeddings, labels = sample(31, 8, seed=10)  # 31 on 2 ranks: the sampler repeats image 0
     metrics = RetrievalMetrics(k=K, mean_average_precision=True)
@@ -293,26 +290,8 @@ def scored_by_rank(rank: int) -> dict[str, dict[str, float]]:
     return cases
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        torch.save(scored_by_rank(rank), folder / f"{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_ranks_equal_one() -> None:
+    first, second = run_ranks(2, scored_by_rank)
     embeddings, labels = sample(31, 8, seed=10)
     expected = {
         "padded": retrieval_scores(embeddings, labels, k=K, mean_average_precision=True),
@@ -357,7 +336,3 @@ def test_an_image_that_is_query_and_gallery_does_not_find_itself_where_indices_a
         scores[shared] = {name: float(value) for name, value in metrics.compute().items()}
     assert (scores[True]["recall_at_1"], scores[True]["recall_at_2"], scores[True]["queries"]) == (0, 0, 1)
     assert (scores[False]["recall_at_1"], scores[False]["queries"]) == (1, 2)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,20 @@ PATIENCE = 600
 """Seconds after which a process counts as hanging."""
 IMPORTED = ["torch", "lightning.pytorch", "lightning_memdml.cli", "pytest", "support.children"]
 """What the server of processes imports."""
+
+
+@dataclass
+class Task:
+    """What a process does, and in which surroundings."""
+
+    file: str
+    function: str
+    arguments: tuple[Any, ...]
+    join: bool
+    environment: dict[str, str]
+    folder: str = field(default_factory=os.getcwd)
+    path: list[str] = field(default_factory=lambda: list(sys.path))
+    start_method: str = field(default_factory=multiprocessing.get_start_method)
 
 
 class ChildError(AssertionError):
@@ -73,20 +88,18 @@ def run_python(
 
 def run_ranks(
     ranks: int,
-    file: str,
-    function: str,
+    function: Callable[..., Any],
     *arguments: Any,
     join: bool = True,
     nodes: bool = False,
     killed: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """Call a function of a test file on several ranks, as torchrun would start them, and return what each returned.
+    """Call a function of a file on several ranks, as torchrun would start them, and return what each returned.
 
     Args:
         ranks: How many processes.
-        file: The file the function is in, `__file__` of a test.
-        function: Its name.
+        function: Of the top level of a file, which each process imports.
         *arguments: What it is called with.
         join: Whether the ranks are a gloo group when it is called. Else the function calls `join_group` itself.
         nodes: Whether each rank is a machine of its own, instead of one of a machine.
@@ -103,24 +116,25 @@ def run_ranks(
             place |= {"LOCAL_RANK": rank * (not nodes), "LOCAL_WORLD_SIZE": 1 if nodes else ranks}
             place |= {"TORCHELASTIC_RUN_ID": "tests", "RENDEZVOUS": f"{folder}/rendezvous", "OMP_NUM_THREADS": 1}
             environment = {**os.environ, **{name: str(value) for name, value in place.items()}, **(env or {})}
-            task = (file, function, arguments, join, os.getcwd(), environment, list(sys.path))
+            task = Task(function.__code__.co_filename, function.__name__, arguments, join, environment)
             processes.append(start(task, Path(folder, str(rank))))
         logs = [Path(folder, f"{rank}.log") for rank in range(ranks)]
         died = wait_for(processes, logs, grace=10 if killed is None else 0)
         printed = [log.read_text(errors="replace") for log in logs]
         if killed is not None:
             if died != killed or processes[killed].exitcode != -9:
-                raise failure(f"{function}: rank {killed} was not killed", printed[killed])
+                raise failure(f"{function.__name__}: rank {killed} was not killed", printed[killed])
             return []
         if died is not None:
-            raise failure(f"{function} on rank {died} ended with {processes[died].exitcode}", printed[died])
+            raise failure(f"{function.__name__} on rank {died} ended with {processes[died].exitcode}", printed[died])
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
 
 
-def start(task: Any, place: Path) -> Any:
+def start(task: Task, place: Path) -> Any:
     """Start a process that runs a task, prints to `<place>.log` and leaves what is returned in `<place>.pickle`."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    Path(f"{place}.log").touch()
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = python_path()  # for the server, whose path is not that of pytest
     try:
@@ -157,24 +171,25 @@ def wait_for(processes: Sequence[Any], logs: Sequence[Path], grace: float) -> in
     return died
 
 
-def run_task(task: Any, place: str) -> None:
+def run_task(task: Task, place: str) -> None:
     """Run a task; the target of each process."""
-    file, function, arguments, join, folder, environment, path = task
     log = os.open(f"{place}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[:] = path
+    os.environ.update(task.environment)
+    os.chdir(task.folder)
+    sys.path[:] = task.path
+    # For the workers of a data loader, as in a process of its own.
+    multiprocessing.set_start_method(task.start_method, force=True)
     try:
         import torch
 
         torch.set_num_threads(1)
-        if join:
+        if task.join:
             join_group()
-        result = getattr(load(file), function)(*arguments)
+        result = getattr(load(task.file), task.function)(*task.arguments)
         Path(f"{place}.pickle").write_bytes(pickle.dumps(result))
         leave_group()
     except BaseException:

@@ -1,18 +1,23 @@
-"""Where bfloat16 products are fast, and what they lose: for deciding what has to be computed in full precision."""
+"""Where bfloat16 products are fast, and how much they lose. Used to decide what has to be computed in float32."""
 
 from __future__ import annotations
 
 import torch
 
+from lightning_memdml import compat
+
 #: Largest relative error of rounding to bfloat16, which keeps 8 binary digits.
 ROUNDOFF = 2.0**-8
-SMALLEST_DIM = 64  # of shorter rows, the passes over the similarities cost more than the product
+#: Width of embeddings from which a bfloat16 product pays. Below it, the passes over the similarities cost more.
+SMALLEST_DIM = 64
 
 
-def pays(device: torch.device, dim: int) -> bool:
-    """Whether similarities of rows of length ``dim`` take half the time: on x86 with AVX512-BF16 (AMX implies it).
+def has_fast_bf16_matmul(device: torch.device) -> bool:
+    """Whether a bfloat16 product takes half the time of a float32 one: on CPUs with AVX512-BF16 (AMX implies it).
 
-    CUDA devices are left out: there, what has to be looked at again would make the host wait.
+    CUDA devices are left out: there the host would have to wait to learn what has to be computed again.
+
+    Args:
+        device: Where the embeddings are.
     """
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # the public `get_capabilities` is newer than 2.8
-    return dim >= SMALLEST_DIM and device.type == "cpu" and native is not None and native()
+    return device.type == "cpu" and compat.has_avx512_bf16()

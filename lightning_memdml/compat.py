@@ -5,6 +5,9 @@ Each entry gives its reason and the versions it was tested with. `tests/test_com
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,3 +25,16 @@ def all_gather_single(output: Tensor, input: Tensor) -> None:
     # Looked up at each call, so that a test can count the calls.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(output, input)
+
+
+@functools.cache
+def has_avx512_bf16() -> bool:
+    """Whether the processor has AVX512-BF16 instructions.
+
+    `torch.cpu.get_capabilities` is public but newer than torch 2.10, which has the private
+    `torch.cpu._is_avx512_bf16_supported`. Tested with torch 2.10 and 2.14.
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        return bool(get_capabilities().get("avx512_bf16", False))
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_memdml.backbones import Embedder, build_backbone
 from lightning_memdml.losses import PairLoss
-from lightning_memdml.losses.sharding import check_needs_no_ranks
+from lightning_memdml.losses.sharded import check_needs_no_ranks
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
 from lightning_memdml.trust import build_arguments

@@ -34,3 +34,24 @@ def test_all_gather_single_calls_the_new_name_where_torch_has_it(monkeypatch, ne
         monkeypatch.delattr(dist, "all_gather_single")
     compat.all_gather_single("output", "input")
     assert called == [("new" if new else "old", "output", "input")]
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("new", [True, False])
+def test_avx512_bf16_is_read_from_the_public_function_or_else_from_the_private_one(monkeypatch, new, has):
+    if new:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not has, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert compat.has_avx512_bf16.__wrapped__() is has
+
+
+def test_this_torch_has_a_function_that_knows_avx512_bf16():
+    """Fails when upstream drops both: every CPU would then be taken for one without fast bfloat16 products."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        assert "avx512_bf16" in capabilities or capabilities["architecture"] != "x86_64"
+    else:
+        assert torch.cpu._is_avx512_bf16_supported() in (True, False)

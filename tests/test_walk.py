@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 # What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
-MOST_FUNCTIONS = 74
-MOST_FILES = 15
+MOST_FUNCTIONS = 64
+MOST_FILES = 13
 
 SCRIPT = Path(__file__).with_name("walk.py")
 _spec = importlib.util.spec_from_file_location("walk", SCRIPT)
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 script = importlib.util.module_from_spec(_spec)
 sys.modules["walk"] = script
 _spec.loader.exec_module(script)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lightning_memdml.callbacks.training_images import BATCH_SIZE, embed, find_encoder, find_train_set, load_images
 from lightning_memdml.losses.pair_loss import PairLoss
-from lightning_memdml.losses.sharding import check_needs_no_ranks
+from lightning_memdml.losses.sharded import check_needs_no_ranks
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.instance_memory import InstanceMemory

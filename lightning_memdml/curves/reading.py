@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memdml.checks import check_pairs
-from lightning_memdml.losses.masks import pair_masks
+from lightning_memdml.losses.definition import pair_masks
 from lightning_memdml.losses.pair_loss import PairLoss
 
 Side = Literal["positive", "negative"]

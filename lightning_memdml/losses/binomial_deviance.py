@@ -7,24 +7,28 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import softplus
+from lightning_memdml.losses.row_ops import softplus
 
 
 class BinomialDevianceLoss(PairLoss):
     r"""Soft contrastive loss: every pair pays the logarithm of how far it is on the wrong side.
 
-    .. math:: l_i = \frac{1}{|P_i|} \sum_{j \in P_i} \log(1 + e^{\alpha (\lambda - s_{ij})})
-              + \frac{1}{|N_i|} \sum_{j \in N_i} \log(1 + e^{\beta (s_{ij} - \lambda)})
+    $$
+    l_i = \frac{1}{|P_i|} \sum_{j \in P_i} \log(1 + e^{\alpha (\lambda - s_{ij})})
+    + \frac{1}{|N_i|} \sum_{j \in N_i} \log(1 + e^{\beta (s_{ij} - \lambda)})
+    $$
 
-    .. math:: w^+ = \frac{\alpha}{|P_i|} \sigma(\alpha (\lambda - s)), \qquad
-              w^- = \frac{\beta}{|N_i|} \sigma(\beta (s - \lambda))
+    $$
+    w^+ = \frac{\alpha}{|P_i|} \sigma(\alpha (\lambda - s)), \qquad
+    w^- = \frac{\beta}{|N_i|} \sigma(\beta (s - \lambda))
+    $$
 
     Denominator: averaged over each side's pairs, then over the B anchors.
 
     Args:
         alpha: Scale of the positives, above 0.
         beta: Scale of the negatives, above 0.
-        base: The similarity :math:`\lambda` that separates the sides.
+        base: The similarity $\lambda$ that separates the sides.
 
     References:
         Yi et al. 2014, arXiv 1407.4979.
@@ -36,7 +40,7 @@ class BinomialDevianceLoss(PairLoss):
         tensor(19.3988)
     """
 
-    coupled = False
+    needs_negatives = False
 
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
         super().__init__()

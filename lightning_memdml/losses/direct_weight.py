@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import hardest
+from lightning_memdml.losses.row_ops import hardest
 from lightning_memdml.losses.weights import Constant, Threshold, WeightFunction
 
 Weight = WeightFunction | Callable[[Tensor], Any]
@@ -18,29 +18,31 @@ Weight = WeightFunction | Callable[[Tensor], Any]
 class DirectWeightLoss(PairLoss):
     r"""Weighs positives and negatives by functions of their similarity, given outright.
 
-    .. math:: l_i = \sum_{j \in P_i} \bar f(s_{ij}) (1 - s_{ij}) + \sum_{j \in N_i} \bar g(s_{ij}) s_{ij}, \qquad
-              w^+ = f(s), \quad w^- = g(s)
+    $$
+    l_i = \sum_{j \in P_i} \bar f(s_{ij}) (1 - s_{ij}) + \sum_{j \in N_i} \bar g(s_{ij}) s_{ij}, \qquad
+    w^+ = f(s), \quad w^- = g(s)
+    $$
 
     The bar holds the weights constant, so the gradient is exactly the assigned weights. Without arguments it is the
     contrastive loss with margin 0.5.
 
-    Denominator: summed over pairs, averaged over the B anchors. With ``normalize="sum"`` the weights of each side
-    sum to 1 for every anchor that has any. ``hardest_positives`` and ``hardest_negatives`` keep so many pairs of each
+    Denominator: summed over pairs, averaged over the B anchors. With `normalize="sum"` the weights of each side
+    sum to 1 for every anchor that has any. `hardest_positives` and `hardest_negatives` keep so many pairs of each
     anchor and side, before the weights are summed.
 
     Args:
-        positive: Weight of a positive as a function of its similarity: a :class:`WeightFunction`, or any function
+        positive: Weight of a positive as a function of its similarity: a `WeightFunction`, or any function
             that maps a tensor of similarities to weights of the same shape (numbers, or truth values such as
-            ``s > 0.5``), or to one number for all. Default: all 1.
+            `s > 0.5`), or to one number for all. Default: all 1.
         negative: The same for negatives. Default: 1 above 0.5.
-        normalize: ``None``, or ``"sum"`` to divide each side's weights by their sum over the anchor's row.
+        normalize: `None`, or `"sum"` to divide each side's weights by their sum over the anchor's row.
         hardest_positives: Keep the least similar positives of each anchor, at most so many. Default: all.
         hardest_negatives: Keep the most similar negatives of each anchor, at most so many. Default: all.
 
     Raises:
-        ValueError: If ``normalize`` is something else, or a number of pairs is below 1; when called, if a function
+        ValueError: If `normalize` is something else, or a number of pairs is below 1; when called, if a function
             gives weights of another shape.
-        TypeError: If ``positive`` or ``negative`` is no function; when called, if it gives neither tensor nor number.
+        TypeError: If `positive` or `negative` is no function; when called, if it gives neither tensor nor number.
 
     References:
         Zhang et al. 2021, arXiv 2103.14003 (direct weight assignment).
@@ -54,7 +56,7 @@ class DirectWeightLoss(PairLoss):
         tensor(0.6079)
     """
 
-    coupled = False
+    needs_negatives = False
 
     def __init__(
         self,
@@ -73,9 +75,9 @@ class DirectWeightLoss(PairLoss):
         self.hardest_positives = _check_number("hardest_positives", hardest_positives)
         self.hardest_negatives = _check_number("hardest_negatives", hardest_negatives)
 
-    def negative_cut(self, context: Context) -> float:
+    def negative_threshold(self, context: Context) -> float:
         """Return the similarity below which the negative weight function is 0."""
-        return getattr(self.negative, "cut", -torch.inf)
+        return getattr(self.negative, "zero_below", -torch.inf)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Apply the negative weight function."""

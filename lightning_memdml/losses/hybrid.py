@@ -9,12 +9,14 @@ from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerm
 
 
 class HybridLoss(PairLoss):
-    r"""Takes :math:`w^+` from one loss and :math:`w^-` from another, each with its own dependence on the whole row.
+    r"""Takes the weights of positives $w^+$ from one loss, and those of negatives $w^-$ from another.
 
-    .. math:: l_i = \sum_{j \in P_i} \bar w^+_{ij} (1 - s_{ij}) + \sum_{j \in N_i} \bar w^-_{ij} s_{ij}
+    $$
+    l_i = \sum_{j \in P_i} \bar w^+_{ij} (1 - s_{ij}) + \sum_{j \in N_i} \bar w^-_{ij} s_{ij}
+    $$
 
     The bar holds the weights constant. The gradient is the assigned weights; the value is that of
-    :class:`DirectWeightLoss`, since half a loss has no value of its own.
+    `DirectWeightLoss`, since one side of a loss has no value of its own.
 
     Denominator: summed over pairs, averaged over the B anchors.
 
@@ -41,25 +43,28 @@ class HybridLoss(PairLoss):
         super().__init__()
         for name, loss in (("positive", positive), ("negative", negative)):
             if not isinstance(loss, PairLoss) or isinstance(loss, HybridLoss):
-                raise TypeError(f"Expected `{name}` to be a PairLoss other than HybridLoss but got {type(loss)}.")
+                raise TypeError(
+                    f"Expected `{name}` to be a PairLoss other than HybridLoss but got {type(loss)}. "
+                    "Pass a loss such as ContrastiveLoss()."
+                )
         self.positive, self.negative = positive, negative
 
     @property
     def parts(self) -> tuple[PairLoss, ...]:
-        """The loss of the negatives first, since it gives their weights; the other one if it looks at negatives."""
-        return (self.negative, self.positive) if self.positive.coupled else (self.negative,)
+        """The loss that weighs negatives, and the other one if its positive weights depend on negatives."""
+        return (self.negative, self.positive) if self.positive.needs_negatives else (self.negative,)
 
-    def finish(
+    def combine_parts(
         self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
     ) -> AnchorTerms:
         """Join the two halves."""
         negative = self.negative.combine(similarity, mask, contexts[0], totals[0])
-        # A loss that does not look at negatives may as well be shown those of the other.
-        context = contexts[1] if self.positive.coupled else self.positive.context(similarity, mask)
+        # A loss whose positive weights do not depend on negatives may get the totals of the other one.
+        context = contexts[1] if self.positive.needs_negatives else self.positive.context(similarity, mask)
         positive = self.positive.combine(similarity, mask, context, totals[-1])
         weights = torch.where(mask, positive.positive_weights, 0.0)
-        value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_scale * totals[0].weighted
-        return AnchorTerms(value, weights, negative.negative_scale)
+        value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_weight_scale * totals[0].weighted
+        return AnchorTerms(value, weights, negative.negative_weight_scale)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the terms of the negative loss."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax
+from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax
 
 
 class LiftedStructureLoss(PairLoss):
     r"""Compares the soft minimum of the positives with the soft maximum of the negatives.
 
-    .. math:: l_i = \Big[\text{margin} + \log \sum_{j \in P_i} e^{-s_{ij}} + \log \sum_{j \in N_i} e^{s_{ij}}\Big]_+
+    $$
+    l_i = \Big[\text{margin} + \log \sum_{j \in P_i} e^{-s_{ij}} + \log \sum_{j \in N_i} e^{s_{ij}}\Big]_+
+    $$
 
-    .. math:: w^+ = \mathbb{1}[l_i > 0]\, \mathrm{softmax}_{P_i}(-s), \qquad
-              w^- = \mathbb{1}[l_i > 0]\, \mathrm{softmax}_{N_i}(s)
+    $$
+    w^+ = \mathbb{1}[l_i > 0]\, \mathrm{softmax}_{P_i}(-s), \qquad
+    w^- = \mathbb{1}[l_i > 0]\, \mathrm{softmax}_{N_i}(s)
+    $$
 
-    This is the similarity form in which the multi-similarity paper writes it (its :math:`\lambda` cancels); an anchor
+    This is the similarity form in which the multi-similarity paper writes it (its $\lambda$ cancels); an anchor
     that lacks one side gives 0.
 
     Denominator: averaged over the B anchors. The weights of each side sum to at most 1.

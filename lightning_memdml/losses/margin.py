@@ -6,29 +6,32 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import step_
 
-LEAST_SQUARED_DISTANCE = 1e-6  # bounds the weight 1/d at 1000: near-duplicate negatives would have an infinite one
+MIN_SQUARED_DISTANCE = 1e-6  # so the weight 1/d is at most 1000, also of identical pairs
 
 
 class MarginLoss(PairLoss):
-    r"""Asks positives to be nearer, and negatives farther, than a boundary distance, by a margin.
+    r"""Pulls positives inside, and pushes negatives outside, a boundary distance, each by a margin.
 
-    .. math:: l_i = \sum_{j \in P_i} [d_{ij} - \beta + m]_+ + \sum_{j \in N_i} [\beta + m - d_{ij}]_+, \qquad
-              d = \sqrt{2 - 2s}
+    $$
+    l_i = \sum_{j \in P_i} [d_{ij} - \beta + m]_+ + \sum_{j \in N_i} [\beta + m - d_{ij}]_+, \qquad
+    d = \sqrt{2 - 2s}
+    $$
 
-    .. math:: w^+ = \mathbb{1}[d > \beta - m] / d, \qquad w^- = \mathbb{1}[d < \beta + m] / d
+    $$
+    w^+ = \mathbb{1}[d > \beta - m] / d, \qquad w^- = \mathbb{1}[d < \beta + m] / d
+    $$
 
     The boundary is fixed, not learned. Distances below 0.001 count as 0.001, which bounds the weights.
 
     Denominator: summed over pairs, averaged over the B anchors.
 
     Args:
-        margin: Half width of the zone around the boundary, at least 0, a Euclidean distance.
+        margin: Half the width of the zone around the boundary, a Euclidean distance of at least 0.
         beta: The boundary, a Euclidean distance between unit vectors, in (0, 2).
 
     Raises:
-        ValueError: If ``margin`` or ``beta`` is out of range.
+        ValueError: If `margin` or `beta` is out of range.
 
     References:
         Wu et al. 2017, arXiv 1706.07567.
@@ -40,26 +43,28 @@ class MarginLoss(PairLoss):
         tensor(1.2565)
     """
 
-    coupled = False
+    needs_negatives = False
 
     def __init__(self, margin: float = 0.2, beta: float = 1.2) -> None:
         super().__init__()
         if margin < 0:
-            raise ValueError(f"Expected `margin` of at least 0 but got {margin}.")
+            raise ValueError(f"Expected `margin` of at least 0 but got {margin}. Pass a width, such as 0.2.")
         if not 0 < beta < 2:
-            raise ValueError(f"Expected `beta` to be a distance in (0, 2) but got {beta}.")
+            raise ValueError(
+                f"Expected `beta` to be a distance in (0, 2) but got {beta}. Pass a distance, such as 1.2."
+            )
         self.margin, self.beta = margin, beta
 
-    def negative_cut(self, context: Context) -> float:
+    def negative_threshold(self, context: Context) -> float:
         """Return the similarity at the outer distance."""
-        # A shade below the exact edge: a pair on it has no weight, and rounding must not cut one that has.
+        # Slightly below the exact value, so that rounding skips no pair that has a weight.
         return 1 - (self.beta + self.margin) ** 2 / 2 - 1e-6
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return inverse distances inside the outer distance."""
         distance = _distance(similarity)
         excess = (self.beta + self.margin - distance).clamp_min_(0)
-        return NegativeTerms(step_(excess.clone(), 0.0).div_(distance), excess)
+        return NegativeTerms(torch.gt(excess, 0.0, out=torch.empty_like(excess)).div_(distance), excess)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives outside the inner distance."""
@@ -71,4 +76,4 @@ class MarginLoss(PairLoss):
 
 
 def _distance(similarity: Tensor) -> Tensor:
-    return (2 - 2 * similarity).clamp_min(LEAST_SQUARED_DISTANCE).sqrt()
+    return (2 - 2 * similarity).clamp_min(MIN_SQUARED_DISTANCE).sqrt()

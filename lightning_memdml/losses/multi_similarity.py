@@ -7,20 +7,24 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import masked_logsumexp, row_max, softplus
+from lightning_memdml.losses.row_ops import masked_logsumexp, row_max, softplus
 
 
 class MultiSimilarityLoss(PairLoss):
     r"""Weighs each pair by its own similarity and by the similarities of the anchor's other pairs.
 
-    .. math:: l_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
-              + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (s_{ij} - \lambda)}\Big)
+    $$
+    l_i = \frac1\alpha \log\Big(1 + \sum_{j \in P_i} e^{-\alpha (s_{ij} - \lambda)}\Big)
+    + \frac1\beta \log\Big(1 + \sum_{j \in N_i} e^{\beta (s_{ij} - \lambda)}\Big)
+    $$
 
-    .. math:: w^+_{ij} = \frac{e^{-\alpha (s_{ij} - \lambda)}}{1 + \sum_{P_i} e^{-\alpha (s - \lambda)}}, \qquad
-              w^-_{ij} = \frac{e^{\beta (s_{ij} - \lambda)}}{1 + \sum_{N_i} e^{\beta (s - \lambda)}}
+    $$
+    w^+_{ij} = \frac{e^{-\alpha (s_{ij} - \lambda)}}{1 + \sum_{P_i} e^{-\alpha (s - \lambda)}}, \qquad
+    w^-_{ij} = \frac{e^{\beta (s_{ij} - \lambda)}}{1 + \sum_{N_i} e^{\beta (s - \lambda)}}
+    $$
 
-    With mining (:math:`\epsilon` given) both sums keep only pairs that are hard relative to the other side:
-    negatives with :math:`s + \epsilon > \min_{P_i} s`, positives with :math:`s - \epsilon < \max_{N_i} s`; an anchor
+    With mining ($\epsilon$ given) both sums keep only pairs that are hard relative to the other side:
+    negatives with $s + \epsilon > \min_{P_i} s$, positives with $s - \epsilon < \max_{N_i} s$; an anchor
     without positives then mines no negatives, and the reverse.
 
     Denominator: averaged over the B anchors, those without mined pairs included. The weights of each side sum to less
@@ -29,8 +33,8 @@ class MultiSimilarityLoss(PairLoss):
     Args:
         alpha: Scale of the positives, above 0.
         beta: Scale of the negatives, above 0.
-        base: The similarity :math:`\lambda` that separates the sides.
-        epsilon: Width of the mining; ``None`` takes all pairs.
+        base: The similarity $\lambda$ that separates the sides.
+        epsilon: Width of the mining; `None` takes all pairs.
 
     References:
         Wang et al. 2019, arXiv 1904.06627.
@@ -49,21 +53,21 @@ class MultiSimilarityLoss(PairLoss):
         super().__init__()
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base, self.epsilon = base, epsilon
-        self.coupled = epsilon is not None
+        self.needs_negatives = epsilon is not None
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """State the similarity that a negative must exceed to be mined, ``(B,)``."""
+        """State the similarity that a negative must exceed to be mined, `(B,)`."""
         if self.epsilon is None:
             return ()
         least = -row_max((-similarity).masked_fill(~mask, -torch.inf))
         return ((least - self.epsilon).clamp_max(2.0),)  # 2: above every similarity, and finite
 
-    def negative_cut(self, context: Context) -> Tensor | float:
+    def negative_threshold(self, context: Context) -> Tensor | float:
         """Return the mining threshold."""
         return context[0] if context else -torch.inf
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Return the logits of the negatives, ``-inf`` where not mined."""
+        """Return the logits of the negatives, `-inf` where not mined."""
         if not context:
             return NegativeTerms(similarity.sub_(self.base).mul_(self.beta))
         cut = context[0][:, None]

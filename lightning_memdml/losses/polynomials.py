@@ -1,7 +1,7 @@
 r"""Sums over all pairs of two sets of similarities, at the price of sums over each set.
 
 Between similarities, a smooth function of their difference is a polynomial of both up to rounding,
-:math:`f(x - y) = \sum_{ik} c_{ik} x^i y^k`. Its sum over all pairs then needs only the sums of the powers of either
+$f(x - y) = \sum_{ik} c_{ik} x^i y^k$. Its sum over all pairs then needs only the sums of the powers of either
 side, and its sum over all y is one polynomial in x.
 """
 
@@ -26,7 +26,7 @@ class DifferencePolynomial:
     Its coefficients fall with the degree and similarities are at most 1: nothing large cancels, in float32 either.
 
     Args:
-        function: A function that is analytic within :math:`\pi` of the real line.
+        function: A function that is analytic within $\pi$ of the real line.
     """
 
     def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -46,14 +46,14 @@ def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> l
 
 
 def power_sums(block: Tensor) -> Tensor:
-    """Return each row's sums of the powers 1, 2, ..., ``(B, degree)``."""
+    """Return each row's sums of the powers 1, 2, ..., `(B, degree)`."""
     power = block.square()
     higher = (power.mul_(block).sum(dim=1) for _ in range(2, DEGREES[block.dtype]))
     return torch.stack([block.sum(dim=1), power.sum(dim=1), *higher], dim=1)
 
 
 def polynomial(block: Tensor, coefficients: Tensor) -> Tensor:
-    """Return a polynomial of each entry, with the coefficients of its row, ``(B, degree + 1)``, constants first."""
+    """Return a polynomial of each entry, with the coefficients of its row, `(B, degree + 1)`, constants first."""
     *lower, highest = coefficients.split(1, dim=1)
     value = highest.expand_as(block).clone()
     for coefficient in reversed(lower):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.rows import masked_logsumexp, masked_softmax, softplus
+from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
 
 class _SoftmaxLoss(PairLoss):
@@ -27,16 +27,20 @@ class _SoftmaxLoss(PairLoss):
 class InfoNCELoss(_SoftmaxLoss):
     r"""Picks each positive out of all negatives, one cross-entropy per positive.
 
-    .. math:: l_i = \sum_{p \in P_i} -\log q_p, \qquad
-              q_p = \frac{e^{s_{ip}/t}}{e^{s_{ip}/t} + \sum_{n \in N_i} e^{s_{in}/t}}
+    $$
+    l_i = \sum_{p \in P_i} -\log q_p, \qquad
+    q_p = \frac{e^{s_{ip}/t}}{e^{s_{ip}/t} + \sum_{n \in N_i} e^{s_{in}/t}}
+    $$
 
-    .. math:: w^+_{ip} = (1 - q_p)/t, \qquad
-              w^-_{in} = \frac1t \sum_{p \in P_i} \frac{e^{s_{in}/t}}{e^{s_{ip}/t} + \sum_{N_i} e^{s/t}}
+    $$
+    w^+_{ip} = (1 - q_p)/t, \qquad
+    w^-_{in} = \frac1t \sum_{p \in P_i} \frac{e^{s_{in}/t}}{e^{s_{ip}/t} + \sum_{N_i} e^{s/t}}
+    $$
 
     Denominator: summed over positives, averaged over the B anchors.
 
     Args:
-        temperature: The temperature :math:`t`, above 0.
+        temperature: The temperature $t$, above 0.
 
     References:
         van den Oord et al. 2018, arXiv 1807.03748; Sohn 2016 (N-pair).
@@ -62,17 +66,21 @@ class InfoNCELoss(_SoftmaxLoss):
 class SupConLoss(_SoftmaxLoss):
     r"""Spreads the softmax over all references evenly over the positives.
 
-    .. math:: l_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \log \pi_p, \qquad
-              \pi_j = \frac{e^{s_{ij}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+    $$
+    l_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \log \pi_p, \qquad
+    \pi_j = \frac{e^{s_{ij}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+    $$
 
-    .. math:: w^+_{ip} = \big(1/|P_i| - \pi_p\big)/t, \qquad w^-_{in} = \pi_n/t
+    $$
+    w^+_{ip} = \big(1/|P_i| - \pi_p\big)/t, \qquad w^-_{in} = \pi_n/t
+    $$
 
-    The weight of an easy positive, with :math:`\pi_p > 1/|P_i|`, is negative. An anchor without positives gives 0.
+    The weight of an easy positive, with $\pi_p > 1/|P_i|$, is negative. An anchor without positives gives 0.
 
     Denominator: averaged over the positives, then over the B anchors.
 
     Args:
-        temperature: The temperature :math:`t`, above 0.
+        temperature: The temperature $t$, above 0.
 
     References:
         Khosla et al. 2020, arXiv 2004.11362 (the form with the sum outside the logarithm).
@@ -103,17 +111,21 @@ class SupConLoss(_SoftmaxLoss):
 class NCALoss(_SoftmaxLoss):
     r"""Maximises the softmax mass that falls on the positives together.
 
-    .. math:: l_i = -\log \frac{\sum_{p \in P_i} e^{s_{ip}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+    $$
+    l_i = -\log \frac{\sum_{p \in P_i} e^{s_{ip}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
+    $$
 
-    .. math:: w^+_{ip} = \frac{\pi_N}{t}\, \mathrm{softmax}_{P_i}(s/t), \qquad
-              w^-_{in} = \frac{\pi_N}{t}\, \mathrm{softmax}_{N_i}(s/t)
+    $$
+    w^+_{ip} = \frac{\pi_N}{t}\, \mathrm{softmax}_{P_i}(s/t), \qquad
+    w^-_{in} = \frac{\pi_N}{t}\, \mathrm{softmax}_{N_i}(s/t)
+    $$
 
-    with :math:`\pi_N` the mass on the negatives. An anchor without positives gives 0.
+    with $\pi_N$ the mass on the negatives. An anchor without positives gives 0.
 
     Denominator: averaged over the B anchors.
 
     Args:
-        temperature: The temperature :math:`t`, above 0.
+        temperature: The temperature $t$, above 0.
 
     References:
         Goldberger et al. 2004; with temperature and cosine similarity, Wu et al. 2018, arXiv 1808.04699.

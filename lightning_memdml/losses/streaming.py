@@ -1,357 +1,205 @@
-"""Evaluates any pair loss against many references, block by block, and forms the gradient on the way.
+"""Evaluates a pair loss against a memory of any size: the gradient is formed block by block, and nothing is `B x M`.
 
-For each block of references one matrix product gives the similarities, the loss turns them into weights in place,
-and a second product adds ``weights @ block`` to the gradient. Only ``B x D`` numbers outlive a block.
+Two observations make this as fast as the two matrix products alone:
 
-Two observations make this as fast as the two bare products:
-
-- Everything irregular is in few columns. The references that share a class (or an image) with the batch are found
-  through a table of hashed labels and taken out: there, positives, negatives and left-out pairs are told apart by
-  masks. Every other column holds negatives only, so the stream needs no mask at all.
-- A loss that says below which similarity a negative has no weight (:meth:`PairLoss.negative_cut`) lets the columns
-  that no anchor reaches skip the second product and all element-wise work. With a trained network that is nearly
-  all of them. Which columns those are can be told in bfloat16, at half the price of the product where the processor
-  has instructions for it; what comes near a cut is then computed in float32, so nothing is lost.
+- Few references share a class or an image with the batch. These *shared* references are found through a table of
+  hashes and compared under masks, since there are positives, negatives and pairs to leave out among them. All others
+  are *plain* negatives, which need no mask.
+- A loss that has a threshold below which a negative has no weight lets the plain negatives below it skip the second
+  product and all element-wise work. With a trained network these are nearly all.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.masks import pair_masks
-from lightning_memdml.losses.sieve import Sieve
-from lightning_memdml.losses.totals import Negatives, negatives
+from lightning_memdml import bfloat16
+from lightning_memdml.losses.accumulators import NegativeAccumulator, make_accumulators
+from lightning_memdml.losses.backends import bfloat16_prefilter, blocks
+from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 
-if TYPE_CHECKING:
-    from lightning_memdml.losses.pair_loss import Context, PairLoss
-
-
-BLOCK_ELEMENTS = 1 << 19  # of a block and of its similarities on a CPU; 2 MiB each in fp32 stay near the core
-GPU_BLOCK_ELEMENTS = 1 << 24  # similarities per block on a GPU, where a block costs a dozen kernel launches
-NEAR_ELEMENTS = 1 << 19  # pairs of the batch with the references of its classes that are held at once
+MAX_PAIRS_PER_CHUNK = 1 << 19  # pairs of anchors and shared references that are held at once; on a GPU a block of them
 HASH_SIZE = 1 << 16
-SAMPLE = 256  # columns that tell, mostly, whether many are hit
-SPARSE_SHARE = 0.5  # above this share of hit columns, gathering them costs more than it saves
-SIEVE_SHARE = 0.25  # up to this share the sieve is tried, which lets some more pass
+TRITON_DEVICES = {"cuda"}
 
 
-class Pairs(NamedTuple):
-    """Anchors, and the references they are compared with.
-
-    Attributes:
-        anchors: ``(B, D)``.
-        labels: ``(B,)``.
-        references: ``(M, D)``.
-        ref_labels: ``(M,)``.
-        indices: Which image each anchor is of, ``(B,)``; below 0 is unknown.
-        ref_indices: Which image each reference is of, ``(M,)``.
-        max_shared: Upper bound of the references that share a class or an image with the anchors.
-    """
-
-    anchors: Tensor
-    labels: Tensor
-    references: Tensor
-    ref_labels: Tensor
-    indices: Tensor | None
-    ref_indices: Tensor | None
-    max_shared: int | None = None
-
-    def of(self, rows: Tensor) -> Pairs:
-        """Return the pairs of some of the anchors."""
-        indices = None if self.indices is None else self.indices[rows]
-        return self._replace(anchors=self.anchors[rows], labels=self.labels[rows], indices=indices)
-
-
-def evaluate(loss: PairLoss, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Return each anchor's value ``(B,)`` and its gradient ``dl_i/dx_i`` ``(B, D)``."""
-    anchors, labels, references, ref_labels, indices, ref_indices, _ = pairs
-    special = special_columns(pairs)
-    if anchors.shape[0] > 1 and anchors.shape[0] * special.columns.shape[0] > most_near_elements(anchors):
-        return in_halves(partial(evaluate, loss), pairs)
-    near = references.index_select(0, special.columns).to(anchors.dtype)  # (Q, D): all that may be no plain negatives
-    near_indices = ref_indices[special.columns] if indices is not None and ref_indices is not None else None
-    masks = pair_masks(labels, ref_labels[special.columns], indices, near_indices)
-    positive, negative = (mask & special.valid for mask in masks)
-    order = positive.sum(dim=1).argsort(descending=True)  # for the losses that go through the positives one by one
-    anchors, positive, negative = anchors[order], positive[order], negative[order]
-    similarity = anchors @ near.T  # (B, Q)
-
-    contexts = [part.context(similarity, positive) for part in loss.parts]
-    parts = negatives(loss, contexts, anchors, references)
-    for part in parts:
-        part.add(similarity.clone(), near, special.columns, partial(fill_masked, ~negative))
-    stream_plain_negatives(parts, references, special.shared)
-    number = negative.sum(dim=1) + (references.shape[0] - special.valid.sum())
-    value, gradient = finish(loss, similarity, positive, contexts, parts, number, near)
-    back = order.argsort()
-    return value[back], gradient[back]
-
-
-def finish(
-    loss: PairLoss,
-    similarity: Tensor,
-    positive: Tensor,
-    contexts: list[Context],
-    parts: list[Negatives],
-    number: Tensor,
-    near: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Add the positives, which are among the ``near`` references, to the totals of the negatives."""
-    terms = loss.finish(similarity, positive, contexts, [part.totals(number) for part in parts])
-    positive_weights = torch.where(positive, terms.positive_weights, 0.0)
-    gradient = parts[0].gradient
-    assert gradient is not None
-    gradient.mul_(terms.negative_scale[:, None]).addmm_(positive_weights, near, alpha=-1.0)
-    return terms.value, gradient
-
-
-def in_halves(evaluate_part: Callable[[Pairs], tuple[Tensor, Tensor]], pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Evaluate the anchors in two parts, ordered by class so that each part has fewer classes.
-
-    With few classes a large share of the memory has a class of the batch. Anchors do not depend on each other.
-    """
-    value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
-    for half in pairs.labels.argsort().tensor_split(2):
-        value[half], gradient[half] = evaluate_part(pairs.of(half))
-    return value, gradient
-
-
-def _on_host(tensor: Tensor) -> bool:
-    """Tell whether numbers can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def most_near_elements(tensor: Tensor) -> int:
-    """Return how many pairs with near references are held at once."""
-    return NEAR_ELEMENTS if _on_host(tensor) else GPU_BLOCK_ELEMENTS
-
-
-class _Special(NamedTuple):
+class SharedReferences(NamedTuple):
     """The references that share a class or an image with the batch.
 
     Attributes:
-        shared: Which they are, ``(M,)``; some others too, by hash.
-        columns: Their places, ascending, ``(Q,)``.
-        valid: False where ``columns`` is padding, ``(Q,)``.
+        mask: Which they are, `(M,)`. With a few others, whose hash is the same.
+        columns: Their numbers, ascending, `(Q,)`.
+        valid: False where `columns` is padding, `(Q,)`.
     """
 
-    shared: Tensor
+    mask: Tensor
     columns: Tensor
     valid: Tensor
 
 
-def special_columns(pairs: Pairs) -> _Special:
-    """Return which references are no plain negatives of the batch."""
-    on_host = _on_host(pairs.labels)
-    members = _hashed_members if on_host else _members
-    shared = members(pairs.ref_labels, pairs.labels)
+class SharedBlock(NamedTuple):
+    """The anchors beside the shared references. Anchors stand in descending order of their number of positives.
+
+    Attributes:
+        anchors: `(B, D)`.
+        references: `(Q, D)`.
+        similarity: `(B, Q)`.
+        positive: Mask of the positive pairs, `(B, Q)`.
+        negative: Mask of the negative pairs, `(B, Q)`.
+        contexts: What the parts of the loss know of the positives.
+        place: For each anchor in its original order, its row here, `(B,)`.
+    """
+
+    anchors: Tensor
+    references: Tensor
+    similarity: Tensor
+    positive: Tensor
+    negative: Tensor
+    contexts: list[Context]
+    place: Tensor
+
+    def select(self, rows: Tensor) -> SharedBlock:
+        """Return the block of some of the anchors, given by their rows here."""
+        contexts = [tuple(tensor[rows] for tensor in context) for context in self.contexts]
+        similarity, positive, negative = self.similarity[rows], self.positive[rows], self.negative[rows]
+        place = torch.arange(len(rows), device=rows.device)
+        return SharedBlock(self.anchors[rows], self.references, similarity, positive, negative, contexts, place)
+
+
+def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
+    shared = find_shared(pairs)
+    if too_many_pairs(pairs.anchors, shared.columns):
+        return evaluate_in_chunks(partial(evaluate, loss), pairs)
+    block = compare_with_shared(loss, pairs, shared)
+    accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
+    for accumulator in accumulators:
+        accumulator.add(block.similarity.clone(), block.references, shared.columns, ~block.negative)
+    add_plain_negatives(accumulators, pairs.references, shared.mask)
+    number = block.negative.sum(dim=1) + (pairs.references.shape[0] - shared.valid.sum())
+    value, gradient = finish(loss, block, accumulators, number)
+    return value[block.place], gradient[block.place]
+
+
+def find_shared(pairs: Pairs) -> SharedReferences:
+    """Find the references that share a class or an image with the batch.
+
+    With `pairs.max_shared` on a GPU, the columns are padded to this number and the host does not wait for it.
+    """
+    on_host = pairs.labels.device.type in HOST_DEVICES
+    is_member = _has_hash_of_member if on_host else _is_member
+    mask = is_member(pairs.ref_labels, pairs.labels)
     if pairs.indices is not None and pairs.ref_indices is not None:
-        # An index below 0 is unknown and equals none.
-        shared |= members(pairs.ref_indices, pairs.indices) & (pairs.ref_indices >= 0)
+        # A negative index is unknown and equals none.
+        mask |= is_member(pairs.ref_indices, pairs.indices) & (pairs.ref_indices >= 0)
     if on_host or pairs.max_shared is None:
-        columns = shared.nonzero().squeeze(1)
-        return _Special(shared, columns, torch.ones_like(columns, dtype=torch.bool))
-    return _padded_columns(shared, min(pairs.max_shared, len(shared)))
+        columns = mask.nonzero().squeeze(1)
+        return SharedReferences(mask, columns, torch.ones_like(columns, dtype=torch.bool))
+    return _padded_columns(mask, min(pairs.max_shared, len(mask)))
 
 
-def _padded_columns(shared: Tensor, most: int) -> _Special:
-    """Find the columns without asking the device how many there are."""
-    number = shared.sum()
-    torch._assert_async(number <= most, f"More than `max_shared={most}` references share a class with the batch.")
-    place = torch.where(shared, shared.cumsum(dim=0) - 1, most)
-    columns = torch.zeros(most + 1, dtype=torch.int64, device=shared.device)
-    columns = columns.scatter_(0, place, torch.arange(len(shared), device=shared.device))[:most]
-    return _Special(shared, columns, torch.arange(most, device=shared.device) < number)
-
-
-def _hashed_members(ids: Tensor, members: Tensor) -> Tensor:
-    # A wrong hit only moves a column to the masked part, so a table of hashes is exact enough, and costs 1 gather;
-    # indexing by brackets costs 4 times as much, torch.isin 20 times, comparing with every member 60 times.
+def _has_hash_of_member(ids: Tensor, members: Tensor) -> Tensor:
+    # A wrong hit only moves a reference to the masked block, so hashes are exact enough, and cost one gather. Indexing
+    # by brackets costs 4 times as much, `torch.isin` 20 times, comparing with every member 60 times.
     table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
     table[members.long() & (HASH_SIZE - 1)] = True
     return table.index_select(0, ids.long() & (HASH_SIZE - 1))
 
 
-def _members(ids: Tensor, members: Tensor) -> Tensor:
+def _is_member(ids: Tensor, members: Tensor) -> Tensor:
     ordered = members.long().sort().values
     place = torch.searchsorted(ordered, ids.long()).clamp_max_(len(ordered) - 1)
     return ordered[place] == ids
 
 
-def stream_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> None:
-    """Add every column that is not ``shared``, block by block; all parts read the same similarities."""
-    if _fuses(references):
-        from lightning_memdml.losses import fused  # Triton is not everywhere
-
-        parts = fused.add_plain_negatives(parts, references, shared)
-        if not parts:
-            return
-    anchors = parts[0].anchors
-    on_host = _on_host(anchors)
-    width = max(256, BLOCK_ELEMENTS // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0])
-    sieve, sieving, start = Sieve.of(anchors, references), False, 0
-    # The first columns tell whether the sieve pays; what it keeps of a column is half as long, so it takes two blocks.
-    size, widest = (width, width) if sieve is None else (SAMPLE, 2 * width)
-    scratch = anchors.new_empty(anchors.shape[0] * min(widest, references.shape[0]))
-    while start < references.shape[0]:
-        columns = slice(start, start + size)
-        block, irregular = references[columns], shared[columns]
-        if sieve is None or not sieving or not _add_sieved(parts, sieve, block, irregular, start):
-            if on_host or anchors.dtype != torch.float32:
-                block = block.to(anchors.dtype)
-            similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
-            _product(anchors, block.T, out=similarity)
-            few = _add_block(parts, similarity, block, irregular, columns)
-            sieving = few and not sieving and sieve is not None  # not again at once where the sieve let many pass
-        start, size = columns.stop, widest if sieving else width
-
-
-def _add_sieved(parts: list[Negatives], sieve: Sieve, block: Tensor, irregular: Tensor, start: int) -> bool:
-    """Add the columns that may be above a cut of any part, unless they are many; return whether it was done."""
-    hits = _columns(sieve.reached(block, [part.cut for part in parts]), irregular)
-    if hits.shape[0] > SPARSE_SHARE * block.shape[0]:
-        return False
-    near = block.index_select(0, hits)
-    similarity = parts[0].anchors @ near.T
-    for part in parts:
-        part.add(similarity.clone(), near, hits + start)
-    return True
-
-
-def _add_block(parts: list[Negatives], similarity: Tensor, block: Tensor, irregular: Tensor, columns: slice) -> bool:
-    """Add a block, and return whether few columns are above a cut."""
-    on_host, few = _on_host(similarity), True
-    # On a GPU, counting columns would stall it at every block.
-    drop = partial(_fill_columns, irregular.nonzero().squeeze(1)) if on_host else partial(fill_masked, irregular)
-    for part in parts:
-        hits = _reached_columns(similarity, part.cut, irregular) if on_host else None
-        few &= hits is not None and hits.shape[0] <= SIEVE_SHARE * block.shape[0]
-        if hits is None:
-            own = similarity if part is parts[-1] else similarity.clone()  # it is overwritten
-            part.add(own, block, columns, drop)
-        else:
-            part.add(similarity.index_select(1, hits), block.index_select(0, hits), hits + columns.start)
-    return few
-
-
-def _fuses(references: Tensor) -> bool:
-    """Tell whether one kernel was asked for in place of the blocks."""
-    return references.is_cuda and os.environ.get("LIGHTNING_MEMDML_FUSED") == "1"
-
-
-# References in 16 bits are multiplied in 16 bits on a GPU, whose tensor cores add up in float32 all the same. A CPU
-# widens them instead, which costs it less than rounding the other factor.
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    if right.dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left.to(right.dtype), right, out_dtype=left.dtype, out=out)
-
-
-def _fill_columns(columns: Tensor, block: Tensor, value: float) -> Tensor:
-    return block.index_fill_(1, columns, value)  # a mask would cost 10 times as much
-
-
-def fill_masked(mask: Tensor, block: Tensor, value: float) -> Tensor:
-    """Fill a block, in place."""
-    return block.masked_fill_(mask, value)
-
-
-def _reached_columns(similarity: Tensor, cut: Tensor | float, irregular: Tensor) -> Tensor | None:
-    """Return the columns with a similarity above the anchor's cut, or ``None`` where it pays to take them all."""
-    if not isinstance(cut, Tensor) and cut <= -1.0:
-        return None
-    if _reached(similarity[:, :SAMPLE], cut).sum() > SPARSE_SHARE * SAMPLE:
-        return None
-    hits = _columns(_reached(similarity, cut), irregular)
-    return None if hits.shape[0] > SPARSE_SHARE * similarity.shape[1] else hits
-
-
-def _reached(similarity: Tensor, cut: Tensor | float) -> Tensor:
-    if isinstance(cut, Tensor):
-        return (similarity - cut[:, None]).amax(dim=0) > 0
-    return similarity.amax(dim=0) > cut
-
-
-def _columns(reached: Tensor, irregular: Tensor) -> Tensor:
-    return (reached & ~irregular).nonzero().squeeze(1)
-
-
-# ------------------------------------------------------------------------------------------------ autograd, compile
-_LOSSES: weakref.WeakValueDictionary[int, PairLoss] = weakref.WeakValueDictionary()
-_next_id = itertools.count()
-
-
-def register_loss(loss: PairLoss) -> int:
-    """Give a loss the number by which the operator below finds it again."""
-    loss_id = next(_next_id)
-    _LOSSES[loss_id] = loss
-    return loss_id
-
-
-# An operator of its own is opaque to torch.compile: the step around it stays one graph however the memory grows.
-@torch.library.custom_op("lightning_memdml::stream", mutates_args=())
-def _stream(
-    loss_id: int,
-    anchors: Tensor,
-    labels: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    max_shared: int | None,
-) -> tuple[Tensor, Tensor]:
-    pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, max_shared)
-    value, gradient = evaluate(_LOSSES[loss_id], pairs)
-    return value.mean(), gradient.div_(anchors.shape[0])
-
-
-@_stream.register_fake
-def _(
-    loss_id: int,
-    anchors: Tensor,
-    labels: Tensor,
-    references: Tensor,
-    ref_labels: Tensor,
-    indices: Tensor | None,
-    ref_indices: Tensor | None,
-    max_shared: int | None,
-) -> tuple[Tensor, Tensor]:
-    return anchors.new_empty(()), torch.empty_like(anchors)
-
-
-class Assigned(torch.autograd.Function):
-    """A value with a gradient that is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        """Return the value and keep the gradient."""
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        """Scale the gradient; a derivative of it is refused rather than given without the weights' own."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A pair loss has no second derivative here: its weights are constants of the backward pass. "
-                "Call `backward()` or `torch.autograd.grad` without `create_graph=True`."
-            )
-        (gradient,) = ctx.saved_tensors
-        return grad_output * gradient, None, None
-
-
-def stream(loss: PairLoss, pairs: Pairs) -> Tensor:
-    """Return the scalar loss of the anchors against references that carry no gradient."""
-    anchors, labels, references, *rest = pairs
-    value, gradient = torch.ops.lightning_memdml.stream(
-        loss.loss_id, anchors.detach(), labels, references.detach(), *rest
+def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
+    """Find the columns without asking the device how many there are."""
+    number = mask.sum()
+    torch._assert_async(
+        number <= most,
+        f"Expected at most `max_shared={most}` references that share a class or an image with the batch but got more. "
+        "Pass a higher bound, or leave `max_shared` out.",
     )
-    return Assigned.apply(anchors, value, gradient)
+    place = torch.where(mask, mask.cumsum(dim=0) - 1, most)
+    columns = torch.zeros(most + 1, dtype=torch.int64, device=mask.device)
+    columns = columns.scatter_(0, place, torch.arange(len(mask), device=mask.device))[:most]
+    return SharedReferences(mask, columns, torch.arange(most, device=mask.device) < number)
+
+
+def too_many_pairs(anchors: Tensor, shared: Tensor) -> bool:
+    """Whether the anchors have to be evaluated in chunks, given one entry for each shared reference."""
+    most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else blocks.GPU_BLOCK_ELEMENTS
+    return anchors.shape[0] > 1 and anchors.shape[0] * shared.shape[0] > most
+
+
+def evaluate_in_chunks(evaluate_chunk: Callable[[Pairs], tuple[Tensor, Tensor]], pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Evaluate the anchors in two halves, ordered by class so that each half has fewer classes.
+
+    With few classes, a large share of the memory has a class of the batch. Anchors do not depend on each other.
+    """
+    value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
+    for half in pairs.labels.argsort().tensor_split(2):
+        value[half], gradient[half] = evaluate_chunk(pairs.select(half))
+    return value, gradient
+
+
+def compare_with_shared(loss: LossDefinition, pairs: Pairs, shared: SharedReferences) -> SharedBlock:
+    """Compare the anchors with the shared references, and compute the loss's contexts from the positives."""
+    anchors, indices, ref_indices = pairs.anchors, pairs.indices, None
+    references = pairs.references.index_select(0, shared.columns).to(anchors.dtype)
+    if indices is not None and pairs.ref_indices is not None:
+        ref_indices = pairs.ref_indices[shared.columns]
+    masks = pair_masks(pairs.labels, pairs.ref_labels[shared.columns], indices, ref_indices)
+    positive, negative = (mask & shared.valid for mask in masks)
+    order = positive.sum(dim=1).argsort(descending=True)  # for losses that go through the positives one by one
+    anchors, positive, negative = anchors[order], positive[order], negative[order]
+    similarity = anchors @ references.T
+    contexts = [part.context(similarity, positive) for part in loss.parts]
+    return SharedBlock(anchors, references, similarity, positive, negative, contexts, order.argsort())
+
+
+def add_plain_negatives(accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor) -> None:
+    """Add every reference that is not shared, by the backend that fits the device and the loss."""
+    anchors = accumulators[0].anchors
+    if references.device.type in TRITON_DEVICES and os.environ.get("LIGHTNING_MEMDML_FUSED") == "1":
+        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
+
+        accumulators = kernel.add_plain_negatives(accumulators, references, is_shared)
+    if not accumulators:
+        return
+    in_float32 = anchors.dtype == references.dtype == torch.float32
+    wide = anchors.shape[1] >= bfloat16.SMALLEST_DIM
+    if in_float32 and wide and bfloat16.has_fast_bf16_matmul(anchors.device):
+        bfloat16_prefilter.add_plain_negatives(accumulators, references, is_shared)
+    else:
+        blocks.add_plain_negatives(accumulators, references, is_shared)
+
+
+def finish(
+    loss: LossDefinition, block: SharedBlock, accumulators: list[NegativeAccumulator], number: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Combine the totals of all negatives with the positives, which are in the shared block.
+
+    Args:
+        loss: The loss.
+        block: The anchors beside the shared references.
+        accumulators: The negatives of each part of the loss.
+        number: How many negatives each anchor has, `(B,)`.
+
+    Returns:
+        Value `(B,)` and gradient `(B, D)` of the anchors, in the order of the block.
+    """
+    totals = [accumulator.totals(number) for accumulator in accumulators]
+    terms = loss.combine_parts(block.similarity, block.positive, block.contexts, totals)
+    positive_weights = torch.where(block.positive, terms.positive_weights, 0.0)
+    gradient = accumulators[0].gradient
+    assert gradient is not None
+    scale = terms.negative_weight_scale[:, None]
+    return terms.value, gradient.mul_(scale).addmm_(positive_weights, block.references, alpha=-1.0)

@@ -19,12 +19,16 @@ SIGMOID = DifferencePolynomial(lambda difference: 1 / (1 + np.exp(-difference)))
 class TripletLoss(PairLoss):
     r"""Asks every positive to be closer than every negative, over all triplets of an anchor.
 
-    .. math:: l_i = \sum_{p \in P_i} \sum_{n \in N_i} [s_{in} - s_{ip} + m]_+ \quad\text{(hinge)}, \qquad
-              \sum_{p \in P_i} \sum_{n \in N_i} \log(1 + e^{s_{in} - s_{ip}}) \quad\text{(soft)}
+    $$
+    l_i = \sum_{p \in P_i} \sum_{n \in N_i} [s_{in} - s_{ip} + m]_+ \quad\text{(hinge)}, \qquad
+    \sum_{p \in P_i} \sum_{n \in N_i} \log(1 + e^{s_{in} - s_{ip}}) \quad\text{(soft)}
+    $$
 
-    .. math:: w^+_{ip} = |\{n : s_{in} > s_{ip} - m\}|, \qquad w^-_{in} = |\{p : s_{ip} < s_{in} + m\}|
+    $$
+    w^+_{ip} = |\{n : s_{in} > s_{ip} - m\}|, \qquad w^-_{in} = |\{p : s_{ip} < s_{in} + m\}|
+    $$
 
-    (soft: counts become sums of :math:`\sigma(s_{in} - s_{ip})`). No triplet is ever stored.
+    (soft: counts become sums of $\sigma(s_{in} - s_{ip})$). No triplet is ever stored.
     The hinge form compares the positives of an anchor with its negatives one after the other, so their number has a
     price; for it the host waits for a GPU. The soft form costs the same for any number: its terms are taken as
     polynomials of the two similarities, exact up to rounding for embeddings of unit length and for no others.
@@ -33,7 +37,7 @@ class TripletLoss(PairLoss):
 
     Args:
         margin: Distance in similarity that a positive must be ahead, hinge only.
-        soft: Take the soft form; ``margin`` is then not used.
+        soft: Take the soft form; `margin` is then not used.
 
     References:
         Schroff et al. 2015, arXiv 1503.03832; batch-all and soft form of Hermans et al. 2017, arXiv 1703.07737.
@@ -48,13 +52,13 @@ class TripletLoss(PairLoss):
     def __init__(self, margin: float = 0.1, soft: bool = False) -> None:
         super().__init__()
         self.margin, self.soft = margin, soft
-        self.stand_in = 0.0 if soft else -torch.inf  # adds nothing to the sums of powers, or to the counts
+        self.fill_value = 0.0 if soft else -torch.inf  # adds nothing to the sums of powers, or to the counts
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """State the positives' similarities, ascending and padded with ``inf``, and where they stood, ``(B, K)``.
+        """State the positives' similarities, ascending and padded with `inf`, and where they stood, `(B, K)`.
 
         The soft form states the sums of their powers, and the coefficients of the negatives' weights, both of shape
-        ``(B, degree + 1)``.
+        `(B, degree + 1)`.
         """
         if self.soft:
             sums = _with_number(mask.sum(dim=1), power_sums(similarity.masked_fill(~mask, 0.0)))
@@ -63,7 +67,7 @@ class TripletLoss(PairLoss):
         ordered, order = similarity.masked_fill(~mask, torch.inf).sort(dim=1)
         return ordered[:, :most].contiguous(), order[:, :most]
 
-    def negative_cut(self, context: Context) -> Tensor | float:
+    def negative_threshold(self, context: Context) -> Tensor | float:
         """Return the similarity below which a negative trails every positive by the margin."""
         if self.soft:
             return -torch.inf

@@ -1,7 +1,7 @@
-"""Weight functions: the weight of a pair as a plain function of its similarity, side by side to be compared.
+"""Weight functions: the weight of a pair as a function of its similarity.
 
-The same function can weigh positives or negatives. For negatives, hard means similar; for positives, hard means
-dissimilar: give a decreasing function to emphasise hard positives.
+The same function can weigh positives or negatives. A hard negative is similar, a hard positive is dissimilar: a
+decreasing function stresses hard positives.
 """
 
 from __future__ import annotations
@@ -16,22 +16,35 @@ from lightning_memdml.checks import check_similarity
 
 
 class WeightFunction(nn.Module, ABC):
-    r"""A weight curve :math:`w(s) \ge 0` over cosine similarities.
+    r"""A weight curve $w(s) \ge 0$ over cosine similarities.
 
-    A subclass defines :meth:`forward`, element by element. Where it knows that no pair at or below some similarity has
-    weight, it says so in ``cut`` and the streamed evaluation skips those pairs.
+    A subclass defines `forward`, an element-wise function. If its weight is 0 at and below some similarity, it sets
+    `zero_below` to it, and the streamed evaluation skips those pairs.
+
+    Example:
+        >>> class Quadratic(WeightFunction):
+        ...     zero_below = 0.0
+        ...
+        ...     def forward(self, similarity):
+        ...         return similarity.clamp(min=0) ** 2
+        >>> Quadratic()(torch.tensor([-0.5, 0.5]))
+        tensor([0.0000, 0.2500])
     """
 
-    #: Similarity at or below which the weight is certainly 0.
-    cut: float = -torch.inf
+    #: Similarity at or below which every weight is 0.
+    zero_below: float = -torch.inf
 
     @abstractmethod
     def forward(self, similarity: Tensor) -> Tensor:
-        """Return the weight of each similarity, same shape, without changing the argument."""
+        """Return the weight of each similarity, in the same shape. The argument must not be changed.
+
+        Args:
+            similarity: Cosine similarities, of any shape.
+        """
 
 
 class Constant(WeightFunction):
-    """Weighs all pairs alike: ``w(s) = value``.
+    """Weighs all pairs alike: `w(s) = value`.
 
     Args:
         value: The weight, at least 0.
@@ -46,20 +59,22 @@ class Constant(WeightFunction):
         self.value = _check_at_least_zero("value", value)
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return torch.full_like(similarity, self.value)
 
 
 class Threshold(WeightFunction):
     r"""Weighs pairs above a threshold 1 and the others 0 (or the reverse).
 
-    .. math:: w(s) = \mathbb{1}[s > \text{threshold}]
+    $$
+    w(s) = \mathbb{1}[s > \text{threshold}]
+    $$
 
-    As negative weight this is the contrastive loss with ``margin = threshold``: hard negatives only.
+    As negative weight this is the contrastive loss with `margin = threshold`: hard negatives only.
 
     Args:
         threshold: Cosine similarity in [-1, 1].
-        above: Whether the pairs above the threshold count; ``False`` takes those below it.
+        above: Whether the pairs above the threshold count; `False` takes those below it.
 
     Example:
         >>> Threshold(0.5)(torch.tensor([0.2, 0.5, 0.9]))
@@ -72,10 +87,10 @@ class Threshold(WeightFunction):
         super().__init__()
         self.threshold = check_similarity("threshold", threshold)
         self.above = above
-        self.cut = self.threshold if above else -torch.inf
+        self.zero_below = self.threshold if above else -torch.inf
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         compare = torch.gt if self.above else torch.lt
         return compare(similarity, self.threshold, out=torch.empty_like(similarity))
 
@@ -83,9 +98,11 @@ class Threshold(WeightFunction):
 class Linear(WeightFunction):
     r"""Weighs pairs along a straight line, cut off at 0.
 
-    .. math:: w(s) = \max(0, \text{slope} \cdot s + \text{intercept})
+    $$
+    w(s) = \max(0, \text{slope} \cdot s + \text{intercept})
+    $$
 
-    ``Linear()`` emphasises similar pairs; ``Linear(slope=-1, intercept=1)`` is :math:`1 - s`, the dissimilar ones.
+    `Linear()` emphasises similar pairs; `Linear(slope=-1, intercept=1)` is $1 - s$, the dissimilar ones.
 
     Args:
         slope: Weight per unit of similarity.
@@ -99,17 +116,19 @@ class Linear(WeightFunction):
     def __init__(self, slope: float = 1.0, intercept: float = 0.0) -> None:
         super().__init__()
         self.slope, self.intercept = slope, intercept
-        self.cut = -intercept / slope if slope > 0 else -torch.inf
+        self.zero_below = -intercept / slope if slope > 0 else -torch.inf
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return (self.slope * similarity).add_(self.intercept).clamp_min_(0)
 
 
 class Power(WeightFunction):
     r"""Weighs pairs by a power of how far they are above a threshold: a ramp from 0 to 1.
 
-    .. math:: w(s) = \left(\frac{\max(0, s - \text{threshold})}{1 - \text{threshold}}\right)^{\text{power}}
+    $$
+    w(s) = \left(\frac{\max(0, s - \text{threshold})}{1 - \text{threshold}}\right)^{\text{power}}
+    $$
 
     Args:
         threshold: Cosine similarity in [-1, 1) where the ramp starts.
@@ -127,17 +146,19 @@ class Power(WeightFunction):
         if power <= 0:
             raise ValueError(f"Expected `power` above 0 but got {power}.")
         self.threshold, self.power = threshold, power
-        self.cut = threshold
+        self.zero_below = threshold
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return (similarity - self.threshold).clamp_min_(0).div_(1 - self.threshold).pow_(self.power)
 
 
 class Exponential(WeightFunction):
-    r"""Weighs pairs exponentially, 1 at the similarity ``center``.
+    r"""Weighs pairs exponentially, 1 at the similarity `center`.
 
-    .. math:: w(s) = e^{\text{scale} (s - \text{center})}
+    $$
+    w(s) = e^{\text{scale} (s - \text{center})}
+    $$
 
     Args:
         scale: Growth per unit of similarity; negative values stress dissimilar pairs.
@@ -153,14 +174,16 @@ class Exponential(WeightFunction):
         self.scale, self.center = scale, center
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return (similarity - self.center).mul_(self.scale).exp_()
 
 
 class Sigmoid(WeightFunction):
     r"""Weighs pairs by a soft step.
 
-    .. math:: w(s) = \frac{1}{1 + e^{-\text{scale} (s - \text{threshold})}}
+    $$
+    w(s) = \frac{1}{1 + e^{-\text{scale} (s - \text{threshold})}}
+    $$
 
     Args:
         scale: Steepness; negative values weigh the pairs below the threshold.
@@ -176,18 +199,20 @@ class Sigmoid(WeightFunction):
         self.scale, self.threshold = scale, check_similarity("threshold", threshold)
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return (similarity - self.threshold).mul_(self.scale).sigmoid_()
 
 
 class Band(WeightFunction):
     r"""Weighs pairs between two similarities 1 and the others 0: hard ones, but not the suspiciously hard.
 
-    .. math:: w(s) = \mathbb{1}[\text{low} < s < \text{high}]
+    $$
+    w(s) = \mathbb{1}[\text{low} < s < \text{high}]
+    $$
 
     Args:
         low: Lower edge, excluded.
-        high: Upper edge, excluded; above ``low``.
+        high: Upper edge, excluded; above `low`.
 
     Example:
         >>> Band(0.5, 0.9)(torch.tensor([0.5, 0.7, 0.95]))
@@ -199,10 +224,10 @@ class Band(WeightFunction):
         self.low, self.high = check_similarity("low", low), check_similarity("high", high)
         if low >= high:
             raise ValueError(f"Expected `low` below `high` but got low={low}, high={high}.")
-        self.cut = low
+        self.zero_below = low
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         return ((similarity > self.low) & (similarity < self.high)).to(similarity.dtype)
 
 
@@ -230,10 +255,10 @@ class Piecewise(WeightFunction):
         if min(weights) < 0:
             raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}.")
         self.similarities, self.weights = list(similarities), list(weights)
-        self.cut = _last_zero(self.similarities, self.weights)
+        self.zero_below = _last_zero(self.similarities, self.weights)
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Weigh pairs of any shape."""
+        """Return the weight of each similarity, in the same shape."""
         points, weights = similarity.new_tensor(self.similarities), similarity.new_tensor(self.weights)
         right = torch.searchsorted(points, similarity.contiguous()).clamp(1, len(points) - 1)
         share = ((similarity - points[right - 1]) / (points[right] - points[right - 1])).clamp(0, 1)

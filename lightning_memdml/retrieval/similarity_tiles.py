@@ -69,7 +69,8 @@ class SimilarityTiles:
         self._float32 = float32_rounding(queries.unit.shape[1])
         self._bfloat16: Rounding | None = None
         self.use_bfloat16 = False
-        if bfloat16.pays(queries.unit.device, queries.unit.shape[1]):
+        wide = queries.unit.shape[1] >= bfloat16.SMALLEST_DIM
+        if wide and bfloat16.has_fast_bf16_matmul(queries.unit.device):
             self._bfloat16 = bfloat16_rounding(queries, gallery)
             self._rounded_tile = torch.empty_like(self._tile, dtype=torch.bfloat16)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses.backends import blocks
 
 _spec = importlib.util.spec_from_file_location("oracles", pathlib.Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -205,7 +205,7 @@ def test_the_block_size_does_not_change_the_result(case, monkeypatch):
         labels_of(3000, 50, seed=3),
     )
     whole = value_and_gradient(loss, x, y, r, ry)
-    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 16 * 300)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16 * 300)
     assert_same(value_and_gradient(loss, x, y, r, ry), whole, 1e-11)
 
 
@@ -272,7 +272,7 @@ def test_a_loss_that_says_its_sides_are_not_coupled_weighs_positives_whatever_th
     near, far = unit(80, seed=2, spread=3.0), unit(80, seed=4, spread=3.0)
     shared = (y[:, None] == ry).any(dim=0)
     weights = [loss.pair_weights(x, y, torch.where(shared[:, None], near, r), ry)[0] for r in (near, far)]
-    assert torch.equal(*weights) or loss.coupled
+    assert torch.equal(*weights) or loss.needs_negatives
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -316,7 +316,7 @@ def test_the_hardest_negatives_are_those_of_the_whole_memory(monkeypatch):
     loss = ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=5)
     assert torch.equal(loss.pair_weights(x, y, r, ry)[1] > 0, kept)
     for elements in (16 * 300, 1 << 19):
-        monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
         _, gradient = value_and_gradient(loss, x, y, r, ry)
         torch.testing.assert_close(gradient, (kept.double() - positive.double()) @ r / 16)
 

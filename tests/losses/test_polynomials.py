@@ -10,10 +10,10 @@ from lightning_memdml.losses.polynomials import DEGREES, REACH, DifferencePolyno
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 5e-15)])
 @pytest.mark.parametrize("function", [torch.sigmoid, torch.nn.functional.softplus, torch.cos])
 def test_a_polynomial_is_its_function_up_to_rounding_wherever_similarities_are(function, dtype, tolerance):
-    stand_in = DifferencePolynomial(lambda difference: function(torch.from_numpy(difference)).numpy())
+    replacement = DifferencePolynomial(lambda difference: function(torch.from_numpy(difference)).numpy())
     x = torch.linspace(-REACH, REACH, 301, dtype=dtype)
     powers = torch.linalg.vander(x, N=DEGREES[dtype] + 1)
-    actual = powers @ stand_in.like(x) @ powers.T
+    actual = powers @ replacement.like(x) @ powers.T
     wanted = function(x.double()[:, None] - x.double())
     assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max()
 

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming, totals
+from lightning_memdml.losses import accumulators, streaming
+from lightning_memdml.losses.backends import blocks
+from lightning_memdml.losses.definition import Pairs
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(),
@@ -51,11 +54,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("classes", [40, 5000])
 def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     x, y, r, ry = batch_and_memory(rows=64, references=10_000, dim=4, classes=classes)
-    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
-    monkeypatch.setattr(streaming, "NEAR_ELEMENTS", 64 * 1024)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 1024)
+    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 64 * 1024)
     unknown = torch.full((10_000,), -1)
     with LargestTensor() as largest:  # a mode does not see into the operator, so what it runs is called
-        streaming.evaluate(loss, streaming.Pairs(x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown))
+        streaming.evaluate(loss, Pairs(x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown))
     assert largest.elements >= 64 * 1000  # it does see the blocks
     assert largest.elements < 64 * 10_000 / 4
 
@@ -65,7 +68,7 @@ def test_evaluating_the_anchors_in_parts_changes_nothing(loss, monkeypatch):
     x.requires_grad_()
     whole = loss(x, y, r, ry)
     (wanted,) = torch.autograd.grad(whole, x)
-    monkeypatch.setattr(streaming, "NEAR_ELEMENTS", 3000)
+    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 3000)
     parts = loss(x, y, r, ry)
     torch.testing.assert_close((parts, *torch.autograd.grad(parts, x)), (whole, wanted))
 
@@ -146,27 +149,31 @@ def test_memory_equal_to_the_batch_is_the_in_batch_loss_by_index(loss):
 
 
 @pytest.fixture(name="like_a_gpu")
-def _like_a_gpu(monkeypatch):
-    """Takes the way of a device whose numbers the host must not read."""
-    monkeypatch.setattr(streaming, "_on_host", lambda tensor: False)
+def _like_a_gpu():
+    """The CPU is treated as a device whose numbers the host must not read."""
+    HOST_DEVICES.discard("cpu")
+    yield
+    HOST_DEVICES.add("cpu")
 
 
 @pytest.mark.parametrize("max_shared", [None, 300, 5000])
 def test_the_way_of_a_gpu_gives_the_same(loss, max_shared, like_a_gpu, monkeypatch):
     x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory())
     x.requires_grad_()
-    monkeypatch.setattr(streaming, "GPU_BLOCK_ELEMENTS", 16 * 600)
+    monkeypatch.setattr(blocks, "GPU_BLOCK_ELEMENTS", 16 * 600)
     indices, ref_indices = torch.arange(16), torch.arange(2000) % 500 - 1
     value = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices, max_shared=max_shared)
     (gradient,) = torch.autograd.grad(value, x)
-    monkeypatch.undo()
+    HOST_DEVICES.add("cpu")
     wanted = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices)
     torch.testing.assert_close((value, gradient), (wanted, *torch.autograd.grad(wanted, x)))
 
 
 def test_a_bound_that_is_too_low_is_no_silent_mistake(loss, like_a_gpu):
     x, y, r, ry = batch_and_memory(classes=4)
-    with pytest.raises(RuntimeError, match="More than `max_shared=7` references"):
+    with pytest.raises(
+        RuntimeError, match=r"Expected at most `max_shared=7` references .* but got more. Pass a higher bound"
+    ):
         loss(x, y, r, ry, max_shared=7)
 
 
@@ -176,22 +183,31 @@ def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dt
     with fake_gpu, ProductTypes() as products:
         x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
-        value, gradient = streaming.evaluate(LOSSES[name], streaming.Pairs(x, y, r, ry, y, ry, max_shared=5000))
+        value, gradient = streaming.evaluate(LOSSES[name], Pairs(x, y, r, ry, y, ry, max_shared=5000))
     assert (value.shape, value.dtype) == ((64,), torch.float32)
     assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
     assert products.large == {(dtype, torch.float32)}
 
 
-@pytest.mark.parametrize("scale", [1e9, 1.0, 1e-12])
-def test_weights_are_scaled_to_the_range_of_half_precision(scale, monkeypatch):
-    """In float16, 65,504 is the largest number and 6e-8 the smallest; CPUs lack the product that GPUs have."""
+@pytest.mark.parametrize("scale", [1e37, 1e9, 1.0, 1e-12, 1e-36])
+@pytest.mark.parametrize("sign", ["positive", "negative", "both"])
+def test_weights_are_scaled_to_the_range_of_half_precision(scale, sign, monkeypatch):
+    """In float16, 65,504 is the largest number and 6e-8 the smallest. A CPU lacks this product of a GPU."""
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
     generator = torch.Generator().manual_seed(0)
     weights, references = torch.rand(5, 40, generator=generator), torch.rand(40, 3, generator=generator).half()
+    weights = {"positive": weights, "negative": -weights, "both": 1 - 2 * weights}[sign]
     weights[0] = 0.0
-    total = totals._add_product(torch.zeros(5, 3), weights * scale, references)
-    torch.testing.assert_close(total, scale * (weights @ references.float()), rtol=1e-3, atol=0.0)
-    assert totals._add_product(torch.zeros(5, 3), weights[:, :0], references[:0]).count_nonzero() == 0
+    total = accumulators.add_product_in_16_bits(torch.zeros(5, 3), weights * scale, references)
+    wanted = weights @ references.float()
+    assert total.isfinite().all()
+    torch.testing.assert_close(total / scale, wanted, rtol=1e-3, atol=2e-3 * (sign == "both"))
+
+
+def test_a_product_with_no_reference_adds_nothing():
+    references = torch.zeros(0, 3, dtype=torch.float16)
+    total = accumulators.add_product_in_16_bits(torch.zeros(5, 3), torch.zeros(5, 0), references)
+    assert total.count_nonzero() == 0
 
 
 class ProductTypes(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Weight functions: their curves, their cuts, their refusals."""
+"""Weight functions: their curves, where they are 0, their refusals."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_the_curve_is_the_formula(weight, formula):
 
 @pytest.mark.parametrize(("weight", "formula"), CURVES, ids=lambda case: type(case).__name__)
 def test_nothing_at_or_below_the_cut_has_weight(weight, formula):
-    assert not weight(GRID[weight.cut >= GRID]).any()
+    assert not weight(GRID[weight.zero_below >= GRID]).any()
 
 
 @pytest.mark.parametrize(

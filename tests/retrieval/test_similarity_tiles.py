@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_memdml import bfloat16
+from lightning_memdml import bfloat16, compat
 from lightning_memdml.retrieval import QueryRanks, rank_queries, similarity_tiles
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.similarity_tiles import SimilarityTiles, bfloat16_rounding
@@ -19,7 +19,8 @@ FIELDS = ("relevant", "best_rank", "r_precision", "average_precision_at_r", "ave
 
 def use_bfloat16(patch: pytest.MonkeyPatch, use: bool) -> None:
     """Compute every tile but the first in bfloat16, on any processor and however little it pays; or none."""
-    patch.setattr(bfloat16, "pays", lambda device, dim: use)
+    patch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: use)
+    patch.setattr(bfloat16, "SMALLEST_DIM", 1)
     patch.setattr(similarity_tiles, "_HIT_SHARE", 1.0)
 
 
@@ -118,7 +119,7 @@ def test_bfloat16_tiles_keep_to_their_bound(kind: str, dim: int, monkeypatch: py
 
 
 def test_bfloat16_is_taken_only_while_hits_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bfloat16, "pays", lambda device, dim: True)
+    monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
     precisions = []
     compute = SimilarityTiles.compute
 
@@ -137,15 +138,10 @@ def test_bfloat16_is_taken_only_while_hits_are_few(monkeypatch: pytest.MonkeyPat
     assert not any(precisions)
 
 
-def test_it_is_used_where_it_pays_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    cpu = torch.device("cpu")
-    assert bfloat16.pays(cpu, 64)
-    assert not bfloat16.pays(cpu, 63)
-    assert not bfloat16.pays(torch.device("cuda"), 512)
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert not bfloat16.pays(cpu, 64)
-    samples = ClassSortedEmbeddings(embeddings_of("spread", 20, 256), torch.arange(20))
+@pytest.mark.parametrize(("fast", "dim"), [(False, 256), (True, 63)])
+def test_slow_processors_and_short_rows_compute_every_tile_in_float32(fast, dim, monkeypatch) -> None:
+    monkeypatch.setattr(compat, "has_avx512_bf16", lambda: fast)
+    samples = ClassSortedEmbeddings(embeddings_of("spread", 20, dim), torch.arange(20))
     tiles = SimilarityTiles(samples, samples, 400)
     tiles.choose(hits=0, pairs=1)
     assert tiles.compute(slice(0, 20), slice(0, 20))[1].relative == 0

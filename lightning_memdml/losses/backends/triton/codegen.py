@@ -1,13 +1,13 @@
-"""Reads what a loss does to a negative's similarity as the text of a GPU kernel.
+"""Translates the lines of a loss into the text of a Triton kernel.
 
-A loss says once, in torch, what its negatives weigh (:meth:`PairLoss.negative_terms`). Here those same lines run on a
-:class:`Symbol` instead of a block of similarities; each operation on it writes one line of Triton. Numbers become
-arguments of the kernel, so a margin that moves while training compiles nothing anew, and what stands once per anchor
-becomes a column of a small table. Lines that are not element by element have no such text and raise
-:class:`NoKernelError`; the caller then takes the way through torch.
+A loss defines the weights of its negatives once, in torch (`LossDefinition.negative_terms`). Here those lines run on a
+`Symbol` in place of a block of similarities, and each operation on it writes one line of Triton. Numbers become
+arguments of the kernel, so a margin that changes during training compiles nothing again. A value per anchor becomes a
+column of a small table. An operation that is not element-wise raises `UnsupportedOpError`, and the caller takes another
+backend.
 
 >>> from lightning_memdml import BinomialDevianceLoss
->>> print(read_terms(BinomialDevianceLoss(), (), rows=64).text)
+>>> print(generate_terms(BinomialDevianceLoss(), (), rows=64).text)
 v0 = similarity - constants[0]
 v1 = v0 * constants[1]
 v2 = tl.sigmoid(v1)
@@ -25,13 +25,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_memdml.losses.pair_loss import Context, PairLoss
+from lightning_memdml.losses.definition import Context, LossDefinition
 
 _NAN = "propagate_nan=tl.PropagateNan.ALL"
 _ARITHMETIC = {
@@ -54,8 +53,8 @@ _ARITHMETIC = {
 }
 _COMPARISONS = {"gt": "{} > {}", "ge": "{} >= {}", "lt": "{} < {}", "le": "{} <= {}"}
 _LOGIC = {"and": "{} & {}", "or": "{} | {}", "invert": "~{}"}
-# Torch's other names for these, and for an operator's method without its underscores (`__rmul__`).
-_SAME = {
+# Other names in torch, and operator methods without their underscores (`__rmul__`).
+_ALIASES = {
     "bitwise_and": "and", "bitwise_not": "invert", "bitwise_or": "or", "clamp_max": "minimum", "clamp_min": "maximum",
     "clip": "clamp", "divide": "div", "greater": "gt", "less": "lt", "logical_and": "and", "logical_not": "invert",
     "logical_or": "or", "multiply": "mul", "negative": "neg", "radd": "add", "rmul": "mul", "subtract": "sub",
@@ -63,13 +62,13 @@ _SAME = {
 }  # fmt: skip
 
 
-class NoKernelError(Exception):
-    """These lines cannot be said element by element."""
+class UnsupportedOpError(Exception):
+    """An operation of a loss is not element-wise, or has no translation here."""
 
 
 @dataclass
 class _Recorder:
-    """What was written so far: lines, and the numbers and the anchors' own values that they read."""
+    """The lines so far, and the numbers and the values per anchor that they read."""
 
     rows: int
     lines: list[str] = field(default_factory=list)
@@ -92,21 +91,21 @@ class _Recorder:
         if isinstance(value, Tensor) and (value.numel() == 1 or value.shape == (self.rows, 1)):
             self.columns.append(value)
             return f"column{len(self.columns) - 1}"
-        raise NoKernelError(f"neither a similarity, a number nor a value per anchor: {value}")
+        raise UnsupportedOpError(f"a value that is not a similarity, a number or a value per anchor: {value}")
 
     def read_mask(self, value: object) -> str:
         if not isinstance(value, Symbol) or not value.mask:
-            raise NoKernelError(f"no comparison of similarities: {value}")
+            raise UnsupportedOpError(f"a mask that is not a comparison of similarities: {value}")
         return value.name
 
     def do(self, name: str, *args: Any, **kwargs: Any) -> Symbol:
-        """Write what a function or method of torch does; in place, if its name or ``out`` says so."""
+        """Write the line of a function or method of torch. It is in place if its name ends so, or with `out`."""
         in_place = name.endswith("_") and not name.startswith("__")
         target = kwargs.pop("out", args[0] if in_place else None)
         name = name.strip("_")
-        name = _SAME.get(name, name)
+        name = _ALIASES.get(name, name)
         if name not in _OPERATIONS:
-            raise NoKernelError(name)
+            raise UnsupportedOpError(name)
         result = _OPERATIONS[name](self, *args, **kwargs)
         if target is None:
             return result
@@ -115,7 +114,7 @@ class _Recorder:
 
 
 class Symbol:
-    """Stands for a block of similarities, or what became of it, and behaves like a tensor as far as kernels reach."""
+    """A block of similarities, or a result computed from it. It behaves like a tensor for element-wise operations."""
 
     dtype = torch.float32
 
@@ -128,12 +127,12 @@ class Symbol:
         return recorder.do(function.__name__, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
-        if name.rstrip("_") not in {*_OPERATIONS, *_SAME}:
-            raise NoKernelError(name)
+        if name.rstrip("_") not in {*_OPERATIONS, *_ALIASES}:
+            raise UnsupportedOpError(name)
         return partial(self.recorder.do, name, self)
 
     def __bool__(self) -> bool:
-        raise NoKernelError("a decision about a whole block")
+        raise UnsupportedOpError("a condition on a whole block")
 
     def as_float(self) -> Symbol:
         """Return 1 and 0 in place of true and false."""
@@ -154,7 +153,7 @@ for _name in (
 def _formula(text: str, mask: bool = False, of_masks: bool = False) -> Callable[..., Symbol]:
     def operation(recorder: _Recorder, *args: object) -> Symbol:
         if len(args) != text.count("{"):
-            raise NoKernelError(f"{text} of {len(args)} arguments")
+            raise UnsupportedOpError(f"{text} of {len(args)} arguments")
         return recorder.write(text.format(*map(recorder.read_mask if of_masks else recorder.read, args)), mask)
 
     return operation
@@ -173,14 +172,14 @@ def _power(recorder: _Recorder, base: object, exponent: object) -> Symbol:
     if exponent == 2:
         return recorder.do("mul", base, base)
     if not isinstance(exponent, float | int) or float(exponent).is_integer():
-        raise NoKernelError(f"a power of {exponent}")
+        raise UnsupportedOpError(f"a power of {exponent}")
     # NaN below 0, as in torch.
     return recorder.write(f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})")
 
 
 def _to(recorder: _Recorder, block: Symbol, like: object = torch.float32) -> Symbol:
     if like is not torch.float32 and not isinstance(like, Symbol):
-        raise NoKernelError(f"another type, {like}")
+        raise UnsupportedOpError(f"a conversion to {like}")
     return block.as_float()
 
 
@@ -212,13 +211,13 @@ _OPERATIONS: dict[str, Callable[..., Symbol]] = {
 
 
 class Terms(NamedTuple):
-    """The negatives' terms of one loss as the text of a kernel.
+    """The `negative_terms` of one loss as the text of a kernel.
 
     Attributes:
-        text: Lines over ``similarity``, ``constants[k]`` and ``column<k>`` that end in
-            ``return weights, values``; without values, the weights take their place.
-        constants: The numbers in it.
-        columns: The anchors' values in it, each of one element or ``(B, 1)``.
+        text: Lines over `similarity`, `constants[k]` and `column<k>` that end in
+            `return weights, values`. Without values, the weights are returned twice.
+        constants: The numbers that the lines read.
+        columns: The values per anchor that the lines read, each of one element or `(B, 1)`.
         has_values: Whether the loss has values.
     """
 
@@ -228,27 +227,27 @@ class Terms(NamedTuple):
     has_values: bool
 
 
-def read_terms(loss: PairLoss, context: Context, rows: int) -> Terms:
-    """Return what a loss says of its negatives, as text.
+def generate_terms(loss: LossDefinition, context: Context, rows: int) -> Terms:
+    """Translate the `negative_terms` of a loss.
 
     Args:
-        loss: Any pair loss.
-        context: What its :meth:`~PairLoss.context` returned.
+        loss: A loss of one part.
+        context: What its `PairLoss.context` returned.
         rows: Number of anchors B.
 
     Raises:
-        NoKernelError: If it is not said element by element.
+        UnsupportedOpError: If they are not element-wise.
     """
     recorder = _Recorder(rows)
     similarity: Any = Symbol(recorder, "similarity")
     try:
         weights, values, sums = loss.negative_terms(similarity, context)
-    except Exception as error:  # whatever a symbol cannot bear: with a tensor it goes well, or fails in its own words
-        raise NoKernelError(str(error)) from error
+    except Exception as error:  # anything a symbol does not support; torch then computes it, or raises its own error
+        raise UnsupportedOpError(str(error)) from error
     if sums is not None:
-        raise NoKernelError("further sums")
+        raise UnsupportedOpError("further sums")
     if not isinstance(weights, Symbol) or not isinstance(values, Symbol | None):
-        raise NoKernelError("weights that do not depend on the similarity")
+        raise UnsupportedOpError("weights that do not depend on the similarity")
     names = recorder.read(weights), recorder.read(weights if values is None else values)
     text = "\n".join([*recorder.lines, f"return {names[0]}, {names[1]}"])
     return Terms(text, tuple(recorder.constants), recorder.columns, values is not None)

@@ -1,4 +1,4 @@
-"""The fused kernel, on a GPU if there is one and in Triton's interpreter otherwise, against the blocks in float64."""
+"""The Triton kernel, on a GPU if there is one and in Triton's interpreter otherwise, against the blocks in float64."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
-from lightning_memdml.losses.streaming import Pairs
+from lightning_memdml.losses.definition import Pairs
 
 triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
 import triton.language as tl  # noqa: E402
 
-from lightning_memdml.losses import fused  # noqa: E402
+from lightning_memdml.losses.backends.triton import kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
@@ -67,7 +67,7 @@ def loops() -> bool:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Fuse on any device and in any precision; the list has the shape of every launch's result."""
     shapes: list[tuple] = []
-    launch = fused._launch
+    launch = kernel._launch
 
     def recorded(*args: object) -> Tensor:
         if not loops():
@@ -76,9 +76,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         shapes.append(tuple(states.shape))
         return states
 
-    monkeypatch.setattr(fused, "_launch", recorded)
-    monkeypatch.setattr(fused, "DTYPES", (torch.float16, DTYPE))
-    monkeypatch.setattr(streaming, "_fuses", lambda references: references.dtype != torch.float64)
+    monkeypatch.setattr(kernel, "_launch", recorded)
+    monkeypatch.setattr(kernel, "DTYPES", (torch.float16, DTYPE))
+    monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setenv("LIGHTNING_MEMDML_FUSED", "1")
     return shapes
 
 
@@ -150,7 +151,7 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
 
 @pytest.mark.parametrize("generation", [7, 10])
 def test_other_generations_take_the_blocks(generation: int, launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_device", lambda device: fused._Device(generation, 132, 227 << 10))
+    monkeypatch.setattr(kernel, "_device", lambda device: kernel._Device(generation, 132, 227 << 10))
     check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
     assert launches == []
 
@@ -158,10 +159,10 @@ def test_other_generations_take_the_blocks(generation: int, launches: list, monk
 def test_tiles_fit_the_device() -> None:
     for dim in (1, 128, 129, 512):
         for kilobytes in (99, 163, 227):  # compute capabilities 8.6, 8.0 and 9.0
-            padded, tiles = fused.choose_tiles(512, dim, kilobytes << 10)
+            padded, tiles = kernel.choose_tiles(512, dim, kilobytes << 10)
             assert padded >= dim
             assert tiles.shared_memory(padded) <= kilobytes << 10
-    assert fused.choose_tiles(16, 128, 227 << 10)[1].anchors == 64, "a few anchors are not padded to many"
+    assert kernel.choose_tiles(16, 128, 227 << 10)[1].anchors == 64, "a few anchors are not padded to many"
 
 
 COMPILE = """
@@ -170,7 +171,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import lightning_memdml as ml
-from lightning_memdml.losses import fused, streaming
+from lightning_memdml.losses import streaming
+from lightning_memdml.losses.backends.triton import kernel
+from lightning_memdml.losses.definition import Pairs
 
 class Driver:
     def __init__(self, capability):
@@ -190,21 +193,20 @@ class Compiled:
             args = [triton.MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
             built = self.kernel.warmup(*args, grid=grid, **options)
             cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
-            estimate = fused.Tiles(*cut).shared_memory(options["padded_dim"])
+            estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
             print(json.dumps([grid, built.metadata.shared, estimate, built.asm["ptx"].count("wgmma.mma_async")]))
         return launch
 
-fused._add_negatives = Compiled(fused._add_negatives)
-streaming._fuses = lambda references: True
+kernel._add_negatives = Compiled(kernel._add_negatives)
 contrastive, mined = ml.ContrastiveLoss(), ml.MultiSimilarityLoss()
 hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss())
 for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive)):
     driver.set_active(Driver(capability))
-    fused._device = lambda device: fused._Device(capability // 10, 132, kilobytes << 10)
+    kernel._device = lambda device: kernel._Device(capability // 10, 132, kilobytes << 10)
     with FakeTensorMode():
         x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
-        value, gradient = streaming.evaluate(loss, streaming.Pairs(x, y, r, ry, y, ry, max_shared=5000))
+        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=5000))
     assert (value.shape, gradient.shape) == ((512,), (512, dim))
 """
 
@@ -214,6 +216,7 @@ for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, h
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["LIGHTNING_MEMDML_FUSED"] = "1"
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     grids, used, estimated, warp_group_products = zip(*map(json.loads, done.stdout.splitlines()), strict=True)

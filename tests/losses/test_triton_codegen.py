@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_memdml as ml
-from lightning_memdml.losses.symbols import NoKernelError, Terms, read_terms
+from lightning_memdml.losses.backends.triton.codegen import Terms, UnsupportedOpError, generate_terms
 
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.2),
@@ -76,7 +76,7 @@ def check(loss: ml.PairLoss) -> None:
     similarity = torch.linspace(-1, 1, 4 * 50, dtype=torch.float64)[torch.randperm(200)].view(4, 50)
     part = loss.parts[0]
     context = part.context(similarity[:, :5], torch.ones(4, 5, dtype=torch.bool))
-    terms = read_terms(part, context, rows=4)
+    terms = generate_terms(part, context, rows=4)
     weights, values = evaluate(terms, similarity)
     wanted = part.negative_terms(similarity.clone(), context)
     torch.testing.assert_close(weights, wanted.weights, check_dtype=False)
@@ -108,16 +108,16 @@ def test_functions_of_functions_are_read(steps: list[tuple[str, float]]) -> None
 def test_numbers_are_arguments_of_the_kernel() -> None:
     """A margin that moves while training compiles nothing anew."""
     loss = ml.ContrastiveLoss(margin=0.5)
-    before = read_terms(loss, (), rows=4)
+    before = generate_terms(loss, (), rows=4)
     loss.margin = 0.7
-    after = read_terms(loss, (), rows=4)
+    after = generate_terms(loss, (), rows=4)
     assert before.text == after.text
     assert (before.constants, after.constants) == ((0.5,), (0.7,))
 
 
 def test_a_learned_number_is_read_anew_in_every_step() -> None:
     threshold = nn.Parameter(torch.tensor(0.5))
-    terms = read_terms(ml.DirectWeightLoss(negative=lambda s: torch.relu(s - threshold.detach())), (), rows=4)
+    terms = generate_terms(ml.DirectWeightLoss(negative=lambda s: torch.relu(s - threshold.detach())), (), rows=4)
     assert [float(column) for column in terms.columns] == [0.5]
     with torch.no_grad():
         threshold.fill_(0.2)
@@ -147,12 +147,12 @@ def test_a_learned_number_is_read_anew_in_every_step() -> None:
     ],
 )
 def test_what_is_not_element_by_element_is_left_to_torch(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(NoKernelError):
-        read_terms(ml.DirectWeightLoss(negative=function), (), rows=4)
+    with pytest.raises(UnsupportedOpError):
+        generate_terms(ml.DirectWeightLoss(negative=function), (), rows=4)
 
 
 @pytest.mark.parametrize("loss", [ml.TripletLoss(), ml.TripletLoss(soft=True)])
 def test_losses_with_further_sums_are_left_to_torch(loss: ml.PairLoss) -> None:
     context = loss.context(torch.rand(4, 5), torch.ones(4, 5, dtype=torch.bool))
-    with pytest.raises(NoKernelError):
-        read_terms(loss, context, rows=4)
+    with pytest.raises(UnsupportedOpError):
+        generate_terms(loss, context, rows=4)

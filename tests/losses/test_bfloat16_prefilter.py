@@ -14,7 +14,9 @@ from torch import Tensor
 import lightning_memdml as ml
 from lightning_memdml import bfloat16
 from lightning_memdml.losses import streaming
-from lightning_memdml.losses.sieve import Sieve
+from lightning_memdml.losses.backends import blocks
+from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
+from lightning_memdml.losses.definition import Pairs
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(margin=0.6),
@@ -27,16 +29,16 @@ LOSSES = {
 
 @pytest.fixture
 def sieved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Sieve on any processor, in blocks of 512 columns; the list has what the sieve said of every block."""
-    monkeypatch.setattr(bfloat16, "pays", lambda device, dim: True)
-    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1)
-    reached, found = Sieve.reached, []
+    """BFloat16Prefilter on any processor, in blocks of 512 columns; the list has what the sieve said of every block."""
+    monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    reached, found = BFloat16Prefilter.may_be_above, []
 
-    def recorded(self: Sieve, *args: Any) -> Tensor:
+    def recorded(self: BFloat16Prefilter, *args: Any) -> Tensor:
         found.append(reached(self, *args))
         return found[-1]
 
-    monkeypatch.setattr(Sieve, "reached", recorded)
+    monkeypatch.setattr(BFloat16Prefilter, "may_be_above", recorded)
     return found
 
 
@@ -51,7 +53,7 @@ def rows(count: int, dim: int, spread: float, seed: int) -> tuple[Tensor, Tensor
 
 def evaluated(loss: ml.PairLoss, *args: Tensor) -> tuple[Tensor, Tensor]:
     x, y, r, ry = args
-    return streaming.evaluate(loss, streaming.Pairs(x, y, r, ry, None, None))
+    return streaming.evaluate(loss, Pairs(x, y, r, ry, None, None))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
@@ -64,7 +66,7 @@ def test_the_sieve_changes_nothing(name: str, scale: float, sieved: list[Tensor]
     value, gradient = evaluated(loss, x, y, scale * r, ry)
     assert len(sieved) >= 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bfloat16, "pays", lambda device, dim: False)
+        patch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: False)
         plain = evaluated(loss, x, y, scale * r, ry)
     torch.testing.assert_close((value, gradient), plain, rtol=1e-5, atol=1e-5 * scale)
 
@@ -90,7 +92,7 @@ def test_no_column_above_a_cut_is_missed(
     cuts = {"number": [0.6 * scale], "tensor": [cut], "both": [cut, 0.6 * scale]}[parts]
     lowest = torch.stack([cut.expand(4) for cut in map(torch.as_tensor, cuts)]).amin(dim=0)[:, None]
     similarity = x.double() @ r.double().T
-    reached = Sieve(x).reached(r, cuts)
+    reached = BFloat16Prefilter(x).may_be_above(r, cuts)
     assert (reached | (similarity <= lowest).all(dim=0)).all()
     assert (~reached | (similarity > lowest - 0.025 * scale).any(dim=0)).all()
 
@@ -110,8 +112,8 @@ def test_roundings_that_all_go_one_way_hide_nothing(length: float) -> None:
         similarity = (x.double() @ x.T.double()).item() * length
         cuts = [similarity * (1 - 1e-6), torch.tensor([similarity * (1 - 1e-6)])]
         for cut in cuts:
-            assert Sieve(x).reached(length * x, [cut]).all()
-        assert not Sieve(x).reached(length * x, [1.03 * similarity]).any()
+            assert BFloat16Prefilter(x).may_be_above(length * x, [cut]).all()
+        assert not BFloat16Prefilter(x).may_be_above(length * x, [1.03 * similarity]).any()
 
 
 @pytest.mark.parametrize("one_cut", [True, False])
@@ -119,17 +121,17 @@ def test_reached_columns_are_those_above_a_cut(one_cut: bool) -> None:
     """``None`` stands for more than half: of all columns, or already of the first ones."""
     similarity = torch.zeros(3, 2000)
     cut = 0.5 if one_cut else torch.tensor([0.5, 0.7, 0.9])
-    irregular = torch.zeros(2000, dtype=torch.bool)
+    excluded = torch.zeros(2000, dtype=torch.bool)
     hits = torch.tensor([3, 300, 301, 1999])
     similarity[torch.tensor([0, 1, 2, 0]), hits] = 0.95
-    irregular[301] = True
-    assert streaming._reached_columns(similarity, cut, irregular).tolist() == [3, 300, 1999]
-    similarity[1, : streaming.SAMPLE] = 0.95
-    assert streaming._reached_columns(similarity, cut, irregular) is None
-    assert streaming._reached_columns(similarity.flip(1), cut, irregular).shape[0] == streaming.SAMPLE + 3
+    excluded[301] = True
+    assert blocks.columns_above(similarity, cut, excluded).tolist() == [3, 300, 1999]
+    similarity[1, : blocks.SAMPLE] = 0.95
+    assert blocks.columns_above(similarity, cut, excluded) is None
+    assert blocks.columns_above(similarity.flip(1), cut, excluded).shape[0] == blocks.SAMPLE + 3
     similarity[1] = 0.95
-    similarity[1, : streaming.SAMPLE] = 0.0
-    assert streaming._reached_columns(similarity, cut, irregular) is None
+    similarity[1, : blocks.SAMPLE] = 0.0
+    assert blocks.columns_above(similarity, cut, excluded) is None
 
 
 def test_it_is_not_used_where_many_columns_are_reached(sieved: list[Tensor]) -> None:

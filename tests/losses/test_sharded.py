@@ -73,11 +73,11 @@ def value_and_gradient(loss, x, *args, **kwargs):
     return value.detach(), x.grad
 
 
-@pytest.mark.parametrize("near_elements", [1 << 21, 400, 1])
+@pytest.mark.parametrize("max_pairs", [1 << 21, 400, 1])
 @pytest.mark.parametrize("name", LOSSES)
-def test_shares_give_the_loss_of_the_whole(name, near_elements, monkeypatch):
+def test_shares_give_the_loss_of_the_whole(name, max_pairs, monkeypatch):
     """Three ranks with 5, 4 and no anchors, and shares of 300, no and 90 references."""
-    monkeypatch.setattr(streaming, "NEAR_ELEMENTS", near_elements)
+    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", max_pairs)
     loss = LOSSES[name]
     x, y = unit(9, 0), torch.arange(9) // 3
     r, ry = torch.cat([x[:6], unit(384, 1)]), torch.cat([y[:6], torch.arange(384) % 50])

@@ -1,9 +1,9 @@
-"""One Triton kernel in place of two matrix products and what stands between them.
+"""Adds plain negatives by one Triton kernel in place of two matrix products and what is between them.
 
-Each program takes some anchors and a share of the references. Tile by tile it forms the similarities, turns them into
-weights by the loss' own lines (:mod:`lightning_memdml.losses.symbols`), and adds ``weights @ tile`` to a gradient it
-keeps in registers: a tile is read once for both products, and no similarity leaves the chip. The shares' totals are
-then merged as those of several ranks are.
+Each program takes some anchors and a share of the references. Tile by tile it computes the similarities, turns them
+into weights by the loss's own lines (`lightning_memdml.losses.backends.triton.codegen`), and adds `weights @ tile` to a
+gradient that it keeps in registers. A tile is read once for both products, and no similarity is written to memory. The
+totals of the shares are then merged like those of several ranks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_memdml.losses.symbols import NoKernelError, Terms, read_terms
-from lightning_memdml.losses.totals import Negatives
+from lightning_memdml.losses.accumulators import NegativeAccumulator
+from lightning_memdml.losses.backends.triton.codegen import Terms, UnsupportedOpError, generate_terms
 
 DTYPES = (torch.float16, torch.bfloat16)
-# Older tensor cores are not for Triton, and newer ones keep the sums elsewhere: other tiles would fit there.
+# Compute capabilities. Triton does not use older tensor cores; newer ones keep the sums elsewhere and need other tiles.
 GENERATIONS = (8, 9)
 
 
 class Tiles(NamedTuple):
-    """How the work is cut.
+    """How much work one program does.
 
     Attributes:
         anchors: Anchors per program.
         references: References per tile.
         warps: Warps per program.
-        stages: Tiles that are on their way at once.
+        stages: Tiles that are loaded at once.
     """
 
     anchors: int
@@ -42,11 +42,11 @@ class Tiles(NamedTuple):
     stages: int
 
     def shared_memory(self, dim: int) -> int:
-        """Return the bytes that the anchors, the tiles on their way and the weights of one tile take."""
+        """Return the bytes that the anchors, the tiles being loaded and the weights of one tile take."""
         return 2 * ((self.anchors + self.stages * self.references) * dim + self.anchors * self.references)
 
 
-# Per length of rows, the first that fits. More warps per anchor read the anchors' tile more often than they multiply.
+# Per width of rows, the first that fits. With more warps per anchor, reading the anchors takes longer than multiplying.
 TILES = {
     128: [Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3)],
     256: [Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(64, 32, 8, 2)],
@@ -56,16 +56,16 @@ TILES = {
 
 @triton.jit
 def _add_negatives(  # type: ignore[no-untyped-def]
-    anchors, references, shared, columns, states, num_anchors, num_references, share, constants, stand_in,
+    anchors, references, is_shared, columns, states, num_anchors, num_references, share, constants, fill_value,
     dim: tl.constexpr, padded_dim: tl.constexpr, num_columns: tl.constexpr, terms: tl.constexpr,
     exponential: tl.constexpr, has_values: tl.constexpr, needs_hardest: tl.constexpr, with_gradient: tl.constexpr,
     anchors_per_program: tl.constexpr, references_per_tile: tl.constexpr,
 ):  # fmt: skip
     """Write the state of some anchors over one share of the references.
 
-    Shapes: anchors ``(B, dim)`` and references ``(M, dim)`` of one type; shared ``(M,)``, bytes; columns
-    ``(B, num_columns)``; states ``(shares, B, 3 + dim)``, or 3 without a gradient, as `Negatives.state` orders them.
-    A share is a multiple of a tile.
+    Shapes: anchors `(B, dim)` and references `(M, dim)` of one type; is_shared `(M,)`, bytes; columns
+    `(B, num_columns)`; states `(shares, B, 3 + dim)`, or 3 without a gradient, in the order of
+    `NegativeAccumulator.state`. A share is a multiple of a tile.
     """
     i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
     d = tl.arange(0, padded_dim)
@@ -73,23 +73,23 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     x = tl.load(anchors + i[:, None] * dim + d[None, :], mask=is_anchor[:, None] & (d < dim)[None, :], other=0.0)
     gradient = tl.zeros((anchors_per_program, padded_dim), tl.float32)
     total = tl.zeros((anchors_per_program,), tl.float32)
-    shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `Negatives`
+    shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `NegativeAccumulator`
     hardest = tl.full((anchors_per_program,), float("-inf"), tl.float32)
-    peak = tl.full((anchors_per_program,), 1e-30, tl.float32)  # largest weight so far
+    peak = tl.full((anchors_per_program,), 1.1754943508222875e-38, tl.float32)  # largest absolute weight so far
     start = tl.program_id(1) * share
     stop = tl.minimum(start + share, num_references)
     rows_of_share = references + start.to(tl.int64) * dim
     for first in tl.range(start, stop, references_per_tile):
         j = tl.arange(0, references_per_tile)
-        drop = (tl.load(shared + first + j, mask=first + j < stop, other=1) != 0)[None, :]
-        # Beyond the end stands the last row again, and is dropped: a mask would cost registers.
+        drop = (tl.load(is_shared + first + j, mask=first + j < stop, other=1) != 0)[None, :]
+        # Beyond the end the last row is read again and dropped: a mask would cost registers.
         j = tl.minimum(j, num_references - 1 - first)
         places = rows_of_share + ((first - start + j) * dim)[:, None] + d[None, :]
         tile = tl.load(places) if dim == padded_dim else tl.load(places, mask=(d < dim)[None, :], other=0.0)
         similarity = tl.dot(x, tl.trans(tile), input_precision="ieee")
         if needs_hardest:
             hardest = tl.maximum(hardest, tl.max(tl.where(drop, float("-inf"), similarity), 1))
-        weights, values = terms(tl.where(drop, stand_in, similarity), columns, i, is_anchor, constants, num_columns)
+        weights, values = terms(tl.where(drop, fill_value, similarity), columns, i, is_anchor, constants, num_columns)
         if exponential:
             logits = tl.where(drop, float("-inf"), weights)
             shift_before = shift
@@ -107,7 +107,7 @@ def _add_negatives(  # type: ignore[no-untyped-def]
                 total += tl.sum(tl.where(drop, 0.0, values), 1)
             if with_gradient and tile.dtype == tl.float16:  # which ends at 65,504 and at 6e-8
                 peak_before = peak
-                peak = tl.maximum(peak, tl.max(weights, 1))
+                peak = tl.maximum(peak, tl.max(tl.abs(weights), 1))
                 gradient = gradient * (peak_before / peak)[:, None]
                 weights = weights / peak[:, None]
         if with_gradient:
@@ -125,7 +125,7 @@ def _add_negatives(  # type: ignore[no-untyped-def]
 
 @functools.lru_cache
 def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
-    """Return the loss' lines as a function that the kernel calls."""
+    """Return the lines of a loss as a function that the kernel calls."""
     name = f"terms_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     loads = [
         f"column{k} = tl.load(columns + i * num_columns + {k}, mask=is_anchor)[:, None]" for k in range(num_columns)
@@ -140,44 +140,52 @@ def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
     return triton.jit(namespace[name])
 
 
-def add_plain_negatives(parts: list[Negatives], references: Tensor, shared: Tensor) -> list[Negatives]:
-    """Add every column that is not ``shared`` to the parts; return those for which there is no kernel."""
+def add_plain_negatives(
+    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
+) -> list[NegativeAccumulator]:
+    """Add every reference that is not shared, and return the accumulators for whose loss there is no kernel.
+
+    Args:
+        accumulators: Of the parts of one loss, with the same anchors.
+        references: `(M, D)`.
+        is_shared: True for the references to leave out, `(M,)`.
+    """
     fits = references.dtype in DTYPES and references.shape[1] <= max(TILES) and references.is_contiguous()
     if not fits or references.shape[0] == 0 or _device(references.device).generation not in GENERATIONS:
-        return parts
-    return [part for part in parts if not _add(part, references, shared)]
+        return accumulators
+    return [accumulator for accumulator in accumulators if not _add(accumulator, references, is_shared)]
 
 
-def _add(part: Negatives, references: Tensor, shared: Tensor) -> bool:
-    """Add the columns to one part, if its loss is said element by element, and tell whether."""
-    if part.loss.hardest_negatives is not None:
+def _add(accumulator: NegativeAccumulator, references: Tensor, is_shared: Tensor) -> bool:
+    """Add the references to one accumulator if its loss is element-wise, and return whether it was done."""
+    if accumulator.loss.hardest_negatives is not None:
         return False
     try:
-        terms = read_terms(part.loss, part.context, part.anchors.shape[0])
-    except NoKernelError:
+        terms = generate_terms(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
+    except UnsupportedOpError:
         return False
-    part.merge(_launch(part, terms, references, shared))
+    accumulator.merge(_launch(accumulator, terms, references, is_shared))
     return True
 
 
-def _launch(part: Negatives, terms: Terms, references: Tensor, shared: Tensor) -> Tensor:
-    """Return the state of every share of the references, ``(shares, B, 3 + D)``."""
-    (rows, dim), loss = part.anchors.shape, part.loss
+def _launch(accumulator: NegativeAccumulator, terms: Terms, references: Tensor, is_shared: Tensor) -> Tensor:
+    """Return the state of every share of the references, `(shares, B, 3 + D)`."""
+    (rows, dim), loss = accumulator.anchors.shape, accumulator.loss
     device = _device(references.device)
     padded_dim, tiles = choose_tiles(rows, dim, device.shared_memory)
     groups = triton.cdiv(rows, tiles.anchors)
     share = triton.cdiv(references.shape[0], max(1, device.processors // groups))  # one program for every processor
     share = triton.cdiv(share, tiles.references) * tiles.references
     shares = triton.cdiv(references.shape[0], share)
-    columns = [column.to(part.anchors).expand(rows, 1) for column in terms.columns]
-    states = part.anchors.new_empty(shares, rows, 3 + (0 if part.gradient is None else dim))
+    columns = [column.to(accumulator.anchors).expand(rows, 1) for column in terms.columns]
+    states = accumulator.anchors.new_empty(shares, rows, 3 + (0 if accumulator.gradient is None else dim))
     _add_negatives[(groups, shares)](
-        part.anchors.to(references.dtype), references, shared.view(torch.uint8),
+        accumulator.anchors.to(references.dtype), references, is_shared.view(torch.uint8),
         torch.cat(columns, dim=1) if columns else states, states,
-        rows, references.shape[0], share, terms.constants or (0.0,), float(loss.stand_in),
+        rows, references.shape[0], share, terms.constants or (0.0,), float(loss.fill_value),
         dim=dim, padded_dim=padded_dim, num_columns=len(columns), terms=compile_terms(terms.text, len(columns)),
         exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
-        with_gradient=part.gradient is not None,
+        with_gradient=accumulator.gradient is not None,
         anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -185,7 +193,7 @@ def _launch(part: Negatives, terms: Terms, references: Tensor, shared: Tensor) -
 
 
 def choose_tiles(rows: int, dim: int, shared_memory: int) -> tuple[int, Tiles]:
-    """Return the padded length of rows, and the largest tiles that are not mostly padding and fit."""
+    """Return the padded width of rows, and the largest tiles that fit and are not mostly padding."""
     padded_dim = next(size for size in TILES if size >= dim)
     fitting = [
         tiles
@@ -207,4 +215,6 @@ def _device(device: torch.device) -> _Device:
     if device.type == "cpu":  # Triton's interpreter
         return _Device(generation=9, processors=4, shared_memory=1 << 17)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.major, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    # Missing from torch's type annotations.
+    shared_memory: int = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009
+    return _Device(properties.major, properties.multi_processor_count, shared_memory)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 MISSING = ("", "none", "nan", "null", "<na>")  # how tables write an empty cell
-INTEGER = re.compile(r"(0|-?[1-9]\d{0,17})(\.0+)?", re.ASCII)  # not "007", which is a text
-LARGEST = 10**18
+INTEGER = re.compile(r"(0|-?[1-9]\d{0,18})(\.0+)?", re.ASCII)  # not "007", which is a text
 NUMBERS = (float, Decimal, np.floating)
 
 
@@ -50,15 +49,19 @@ def label_of(cell: Any) -> int | str | None:
         if text.lower() in MISSING:
             return None
         whole = INTEGER.fullmatch(text)
-        return int(whole[1]) if whole else text
+        return _integer(int(whole[1])) if whole else text
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
-        return int(cell) if abs(int(cell)) < LARGEST else str(int(cell))
-    if isinstance(cell, NUMBERS) and not isinstance(cell, bool):
+        return _integer(int(cell))
+    if isinstance(cell, NUMBERS):
         whole_number = cell % 1 == 0 and abs(cell) < 2**53  # beyond, floats skip integers
         return int(cell) if whole_number else str(cell)
     if isinstance(cell, dict | list | tuple | set):
         raise ValueError(f"expected a number or a text but got {cell!r}. Write one label in each row")
     return str(cell)
+
+
+def _integer(number: int) -> int | str:
+    return number if abs(number) < 2**63 else str(number)  # which a tensor cannot hold
 
 
 def labels_of(cells: Iterable[Any], where: Callable[[int], str], name: str = "label") -> list[int | str]:

@@ -7,11 +7,13 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_memdml.data.paths import shown
@@ -145,29 +147,83 @@ def read_parquet(path: Path, wanted: Sequence[str] | None = None) -> Table:
     Raises:
         ValueError: If the file is damaged, or has too many rows.
     """
+    with _named_errors(path):
+        dataset, keys = _parquet(path, ())
+        read = [field.name for field in dataset.schema if _is_read(field, wanted)]
+        texts = [name for name in read if name not in keys and _is_text(dataset.schema.field(name).type)]
+        # Equal texts are stored once in the file: as a dictionary they are not multiplied in memory.
+        table = _parquet(path, texts)[0].to_table(columns=read)
+        columns = {name: _cells(table.column(name)) for name in read}
+    return Table(path, columns, dataset.schema.names, "Parquet")
+
+
+def read_vectors(path: Path, column: str) -> np.ndarray:
+    """Return the lists of numbers in a column of a Parquet file, `(N, D)` float32.
+
+    Raises:
+        ValueError: If the file is damaged or has no such column, or a list or number is missing, or lists are not of
+            one length.
+    """
+    from pyarrow import compute
+
+    with _named_errors(path):
+        dataset, _ = _parquet(path, ())
+        if column not in dataset.schema.names:
+            raise ValueError(
+                f"{shown(path)} has no column `{column}` among {', '.join(dataset.schema.names)}. Rename the column."
+            )
+        lists = dataset.to_table(columns=[column]).column(column)
+        lengths = np.array(compute.fill_null(compute.list_value_length(lists), -1).to_numpy(), dtype=np.int64)
+        odd = np.flatnonzero((lengths != lengths[0]) | (lengths < 1)) if len(lengths) else lengths
+        if len(odd):
+            raise ValueError(
+                f"{shown(path)}, row {odd[0]}: expected `{column}` to be a list of {max(lengths[0], 1)} numbers, as in "
+                f"row 0, but got {'none' if lengths[odd[0]] < 0 else lengths[odd[0]]}. Remove or correct these "
+                f"{len(odd):,} rows."
+            )
+        values = lists.combine_chunks().flatten()
+        if values.null_count:
+            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // int(lengths[0])
+            raise ValueError(
+                f"{shown(path)}, row {row}: expected numbers in `{column}` but {values.null_count:,} are missing. "
+                "Remove or correct these rows."
+            )
+        return np.array(values.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(lengths), -1)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name the file in the errors of pyarrow."""
     import pyarrow
-    from pyarrow import dataset
 
     try:
-        files = [file.relative_to(path) for file in path.rglob("*.parquet")]
-        keys = {part.split("=", 1)[0] for file in files for part in file.parts[:-1] if "=" in part}
-        partitions = dataset.partitioning(
-            pyarrow.schema([(key, pyarrow.string()) for key in sorted(keys)]), flavor="hive"
-        )
-        schema = dataset.dataset(path, format="parquet", partitioning=partitions).schema
-        read = [field.name for field in schema if _is_read(field, wanted)]
-        texts = [name for name in read if name not in keys and _is_text(schema.field(name).type)]
-        # Equal texts are stored once in the file: as a dictionary they are not multiplied in memory.
-        options = dataset.ParquetReadOptions(dictionary_columns=texts)
-        found = dataset.dataset(path, format=dataset.ParquetFileFormat(read_options=options), partitioning=partitions)
-        if (rows := found.count_rows()) > MAX_ROWS:
-            raise ValueError(f"{shown(path)}: expected at most {MAX_ROWS:,} rows but got {rows:,}. Split the table.")
-        table = found.to_table(columns=read)
-        columns = {name: _cells(table.column(name)) for name in read}
+        yield
     except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         reason = "it needs more memory than there is" if isinstance(error, MemoryError) else error
         raise ValueError(f"{shown(path)} is no readable Parquet file: {reason}. Write it anew.") from error
-    return Table(path, columns, schema.names, "Parquet")
+
+
+def _parquet(path: Path, texts: Sequence[str]) -> tuple[Any, set[str]]:
+    """Return a Parquet file, or a folder of them, and the names of its partitions.
+
+    Args:
+        path: The file or folder.
+        texts: Columns to read as dictionaries.
+
+    Raises:
+        ValueError: If it has too many rows.
+    """
+    import pyarrow
+    from pyarrow import dataset
+
+    files = [file.relative_to(path) for file in path.rglob("*.parquet")]
+    keys = {part.split("=", 1)[0] for file in files for part in file.parts[:-1] if "=" in part}
+    partitions = dataset.partitioning(pyarrow.schema([(key, pyarrow.string()) for key in sorted(keys)]), flavor="hive")
+    options = dataset.ParquetFileFormat(read_options=dataset.ParquetReadOptions(dictionary_columns=texts))
+    found = dataset.dataset(path, format=options, partitioning=partitions)
+    if (rows := found.count_rows()) > MAX_ROWS:
+        raise ValueError(f"{shown(path)}: expected at most {MAX_ROWS:,} rows but got {rows:,}. Split the table.")
+    return found, keys
 
 
 def _is_read(field: Any, wanted: Sequence[str] | None) -> bool:

@@ -16,6 +16,7 @@ from lightning_memdml.deploy.sources import (
     FromFile,
     NamedImages,
     Part,
+    absolute_paths,
     images_at,
     input_transform,
     part_of,
@@ -119,6 +120,7 @@ def index_images(
     learner, about["sha256"] = load_learner(ckpt_path, device, trust=trust), file_digest(ckpt_path)
     trust = trust or data is not None  # what the command line names is the user's own
     module = data_of(about["data"], str(ckpt_path) if data is None else "--data", trust=trust)
+    about["data"] = absolute_paths(about["data"], module)
     about["tensor_shape"] = tensor_shape(module)
     chosen = indexed_images(about, trust=trust)
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers

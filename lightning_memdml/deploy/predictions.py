@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.data.labels import label_of, labels_of
+from lightning_memdml.data.table_files import Table, is_parquet, read_csv, read_parquet, read_vectors
 
 FileFormat = Literal["parquet", "npy"]
+UNKNOWN = -1  # the index of an image that is not known
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -99,7 +102,8 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
             name, all such files are joined, as those of several ranks; of rows with one `index`, the first is taken.
 
     Returns:
-        The embeddings `(N, D)` float32, and the other columns; those of a `.csv` are texts, `label` and `index` apart.
+        The embeddings `(N, D)` float32, and the other columns; those of a `.csv` are texts. A label or index is an
+        integer if the file has no others, else a text; an index that is missing is -1, unknown.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -115,20 +119,25 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
                 [0., 1.]]), {'path': ['a', 'b'], 'label': [0, 1]})
     """
     path = Path(path)
-    if path.suffix not in (".parquet", ".npy"):
+    if path.suffix.lower() not in (".parquet", ".npy"):
         raise ValueError(f"Expected embeddings in a .parquet or .npy file but got {path}.")
     if "*" in path.name:
         return _joined(path)
-    for needed in (path,) if path.suffix == ".parquet" else (path, path.with_suffix(".csv")):
-        if not needed.is_file():
+    for needed in (path,) if is_parquet(path) else (path, _beside(path)):
+        if not (needed.is_file() or (is_parquet(path) and needed.is_dir())):
             ranks = path.with_name(f"{path.stem}_rank*{path.suffix}")
             hint = f"name those of all ranks, '{ranks}'" if _matching(ranks) else "`memdml predict` writes them"
             raise FileNotFoundError(f"Expected embeddings but there is no file {needed}; {hint}.")
     try:
-        rows, columns = _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
-    except (ValueError, KeyError, OSError, EOFError) as error:
+        rows, table = _read_parquet(path) if is_parquet(path) else _read_npy(path)
+        columns = dict(table.columns)
+        if "label" in columns:
+            columns["label"] = labels_of(columns["label"], table.where)
+        if "index" in columns:
+            columns["index"] = [UNKNOWN if (index := label_of(cell)) is None else index for cell in columns["index"]]
+    except (ValueError, KeyError, OSError, EOFError, MemoryError) as error:
         raise ValueError(
-            f"Expected embeddings of the layout of `memdml predict` in {path} but got: {error}."
+            f"Expected embeddings of the layout of `memdml predict` in {path} but got: {str(error).removesuffix('.')}."
         ) from error
     if rows.ndim != 2 or any(len(column) != len(rows) for column in columns.values()):
         lengths = {name: len(column) for name, column in columns.items()}
@@ -155,26 +164,20 @@ def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
     if "index" not in columns:
         return rows, columns
     # Lightning shows some images to two ranks, so that all have as many.
-    kept = np.sort(np.unique(columns["index"], return_index=True)[1]).tolist()
+    first = dict(reversed([(index, row) for row, index in enumerate(columns["index"])]))
+    kept = [row for row, index in enumerate(columns["index"]) if index == UNKNOWN or first[index] == row]
     return rows[kept], {name: [values[place] for place in kept] for name, values in columns.items()}
 
 
-def _read_parquet(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:
-    from pyarrow import parquet
-
-    table = parquet.read_table(path)
-    if "embedding" not in table.column_names:
-        raise ValueError(f"no column `embedding` among {', '.join(table.column_names)}")
-    lists = table.column("embedding").combine_chunks()
-    rows = np.array(lists.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(lists), -1)
-    return rows, table.drop_columns(["embedding"]).to_pydict()
+def _read_parquet(path: Path) -> tuple[np.ndarray, Table]:
+    return read_vectors(path, "embedding"), read_parquet(path)
 
 
-def _read_npy(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:
-    rows = np.load(path, allow_pickle=False).astype(np.float32)
-    with path.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
-        header, *lines = csv.reader(file, strict=True)
-    columns: dict[str, list[Any]] = {name: list(cells) for name, *cells in zip(header, *lines, strict=True)}
-    for name in {"label", "index"} & set(columns):
-        columns[name] = [int(cell) for cell in columns[name]]
-    return rows, columns
+def _read_npy(path: Path) -> tuple[np.ndarray, Table]:
+    return np.load(path, allow_pickle=False).astype(np.float32), read_csv(_beside(path))
+
+
+def _beside(path: Path) -> Path:
+    """Return the `.csv` of the same name as a `.npy`, in small letters or in capitals."""
+    capitals = path.with_suffix(".CSV")
+    return capitals if capitals.is_file() else path.with_suffix(".csv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.deploy.predictions import read_embeddings
+from lightning_memdml.data.labels import label_of
+from lightning_memdml.deploy.predictions import UNKNOWN, read_embeddings
 from lightning_memdml.deploy.trained import call
 from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
 
@@ -102,7 +104,7 @@ def _rank(queries: Embedded, gallery: Embedded | None, depth: int, groups: str |
         "indices": [None] * len(files),
     }
     if all("index" in facts for _, facts in files):
-        columns["indices"] = [torch.tensor(facts["index"]) for _, facts in files]
+        columns["indices"] = _index_numbers([facts["index"] for _, facts in files])
     arguments: Any = {name: column[0] for name, column in columns.items()}
     if gallery is not None:
         arguments |= {f"gallery_{name}": column[1] for name, column in columns.items()}
@@ -128,11 +130,28 @@ def _group_numbers(files: Sequence[Embedded], column: str) -> list[Tensor]:
     return _numbered([facts[column] for _, facts in files])
 
 
-def _numbered(columns: Sequence[list[Any]]) -> list[Tensor]:
-    if all(isinstance(value, int) for column in columns for value in column):
+def _index_numbers(columns: Sequence[list[Any]]) -> list[Tensor]:
+    """Number image names; -1, an unknown image, stays."""
+    if all(isinstance(index, int) for column in columns for index in column):
         return [torch.tensor(column, dtype=torch.long) for column in columns]
-    number = {value: place for place, value in enumerate(dict.fromkeys(str(v) for column in columns for v in column))}
-    return [torch.tensor([number[str(value)] for value in column], dtype=torch.long) for column in columns]
+    number = {str(UNKNOWN): UNKNOWN}
+    number |= {name: row for row, name in enumerate(dict.fromkeys(map(str, chain(*columns)))) if name != str(UNKNOWN)}
+    return [torch.tensor([number[str(index)] for index in column], dtype=torch.long) for column in columns]
+
+
+def _numbered(columns: Sequence[list[Any]]) -> list[Tensor]:
+    """Number labels, equal ones alike whatever their type; each missing one differs from all others."""
+    cells = [[label_of(cell) for cell in column] for column in columns]
+    if all(isinstance(cell, int) for column in cells for cell in column):
+        return [torch.tensor(column, dtype=torch.long) for column in cells]
+    number: dict[Any, int] = {}
+    return [
+        torch.tensor(
+            [number.setdefault(object() if cell is None else str(cell), len(number)) for cell in column],
+            dtype=torch.long,
+        )
+        for column in cells
+    ]
 
 
 def _names(embedded: Embedded) -> dict[int, str]:

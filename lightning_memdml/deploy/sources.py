@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,18 @@ def image_files(paths: Sequence[str], transform: Callable[[Any], Any]) -> ImageD
             raise FileNotFoundError(f"Expected an image file but there is no {path}.")
     records = [Record(path, 0, "query") for path in paths]
     return ImageDataset(OpenFiles(records), list(paths), torch.zeros(len(paths), dtype=torch.long), transform)
+
+
+def absolute_paths(config: Mapping[str, Any], data: RetrievalDataModule) -> dict[str, Any]:
+    """Return the configuration of a data module with absolute paths, which hold from any folder.
+
+    Args:
+        config: Its class path and arguments, as they were written.
+        data: The data module that was made of them.
+    """
+    given = config.get("init_args") or {}
+    paths = {name: str(getattr(data, name)) for name in ("root", "path") if given.get(name) is not None}
+    return {**config, "init_args": {**given, **paths}}
 
 
 def input_transform(data: RetrievalDataModule) -> Callable[[Any], Any]:

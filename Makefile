@@ -14,7 +14,7 @@ export WANDB_MODE ?= offline
 
 help:
 	@echo "make demo         train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
-	@echo "make study        rerun the study: glyphs, and photographs if they are in data/ (110 minutes)"
+	@echo "make study        rerun the study: glyphs, and photographs if they are in data/ (210 minutes)"
 	@echo "make test         run the test suite on the locked versions"
 	@echo "make test-oldest  run it on the lowest versions that are allowed    make test-newest  on the newest"
 	@echo "make check        format, lint, types, documentation, wheel and tests"

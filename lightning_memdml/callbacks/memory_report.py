@@ -1,8 +1,7 @@
-"""What a memory knows of itself: how full and how old it is, how far it has drifted, and what it does to the loss."""
+"""Reports on a memory: fill, age, drift, and its effect on the loss."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -10,17 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.callbacks.memory import MemoryCallback, find_rows
+from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.callbacks.training_images import BATCH_SIZE, embed, find_encoder, find_train_set, load_images
-from lightning_memdml.callbacks.weight_curves import readable_losses
+from lightning_memdml.callbacks.weight_curves import find_pair_losses
+from lightning_memdml.csv_table import write_csv
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.picture_style import STYLES, LineStyle, new_figure, plain_axes
 from lightning_memdml.runs import run_folder
 
 if TYPE_CHECKING:
@@ -31,20 +32,20 @@ MAX_PAIRS = 2**22  # weighed at once in a report: 64 anchors against 65,536 rows
 
 
 class _Rows(NamedTuple):
-    """A memory as a step found it."""
+    """The rows of a memory at the start of a step."""
 
     embeddings: Tensor
     labels: Tensor
     indices: Tensor
     ages: Tensor  # in optimiser steps
-    total: int  # over all ranks, which is more than here where every rank keeps a share
+    total: int  # over all ranks, which is more than these rows where each rank holds a share
 
 
 class MemoryReport(Callback):
-    """Reports at an interval what the memory of `MemoryCallback` is like, as numbers, a table and one picture.
+    """Reports at an interval on the memory of `MemoryCallback`, as numbers, a table and one picture.
 
-    All of it describes the memory as the step found it, before the step's own batch entered; of a `ShardedMemory` the
-    rank's share, except `rows` and `fill`.
+    The numbers describe the memory at the start of the step, before the step's own batch entered. Of a `ShardedMemory`
+    they describe the rank's share, except `rows` and `fill`.
 
     **Numbers**, logged as `memory/...`:
 
@@ -52,21 +53,21 @@ class MemoryReport(Callback):
     - `age_mean`, `age_max`: optimiser steps since a row was stored, or last updated;
     - `classes`, and `class_coverage`, their share of the training classes, if there is a training set that can be
       indexed;
-    - `drift`: 1 minus the cosine between a row and what the encoder that writes the rows makes of the same image now;
-      the mean over `sample` random rows. `drift_young` and `drift_old` are those of the youngest and of the oldest
-      quarter of the sample. Images are opened anew, as for validation where the data module has a `val_set`, without
-      dropout, and normalised as `MemoryCallback(encoder_batch_norm=)` says. So the drift of a fresh row is not 0, but
-      what its augmentation made of it: read `drift_old` against `drift_young`;
-    - `network_drift`, with a momentum encoder: the same against the network itself, from which the anchors come;
+    - `drift`: 1 minus the cosine between a row and the current embedding of the same image by the encoder that writes
+      the rows; the mean over `sample` random rows. `drift_young` and `drift_old` are the means over the youngest and
+      the oldest quarter of the sample. Images are opened again, with the transform of validation where the data module
+      has a `val_set`, without dropout, and with the batch norm of `MemoryCallback(encoder_batch_norm=)`. Because of the
+      augmentation of the stored image, the drift of a new row is not 0: compare `drift_old` with `drift_young`;
+    - `network_drift`, with a momentum encoder: the same against the network itself, which embeds the anchors;
     - `positives`, `negatives`: pairs of an anchor with the memory whose weight is not 0, per anchor, over the first
-      anchors of the rank's batch (as many as make 4 million pairs), against all rows;
-    - `share_of_loss`: the memory term, weight included, divided by itself plus the in-batch term.
+      anchors of the rank's batch (at most 4 million pairs), against all rows;
+    - `share_of_loss`: the memory term, weight included, divided by the sum of itself and the in-batch term.
 
-    What there is no way to know is left out: drift without images that can be found by `indices`, pairs and share
-    without a `PairLoss` as `loss` (and `memory_loss`) of the module.
+    Numbers that cannot be computed are left out: drift without images that can be found by `indices`, and pairs and
+    share without a `PairLoss` as `loss` (and `memory_loss`) of the module.
 
-    **Files.** `memory/report.csv` and `memory/report.png` in the run's folder, with all reports so far, also those of a
-    run before its resume. W&B is given the picture, if it logs the run.
+    **Files.** `memory/report.csv` and `memory/report.png` in the run's folder, with all reports so far, also those
+    before the run was resumed. If W&B logs the run, it receives the picture.
 
     Args:
         every_n_steps: Optimiser steps from one report to the next, at least 1. A report costs a forward of `sample`
@@ -102,33 +103,35 @@ class MemoryReport(Callback):
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start without reports, unless the same Trainer goes on or a checkpoint brings some."""
+        """Remove the reports of another run; those of the same Trainer or of a checkpoint stay."""
         if stage == "fit" and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self.reports = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the memory, and say what will be left out; a resumed run keeps its rhythm."""
+        """Check that there is a memory, and print what will be left out; a resumed run keeps its interval."""
         self._memory_callback(trainer)
         self._step = trainer.global_step
         if self.sample and find_train_set(trainer) is None:
-            rank_zero_info("Memory: no drift is reported, as there is no training set whose images can be found again.")
+            rank_zero_info(
+                "Memory: drift is not reported, since there is no training set whose images can be found by index."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the memory as the step finds it, if the step may be reported: it is written before this hears of it."""
+        """Copy the memory, if a report may follow: it is written before `on_train_batch_end` of this callback."""
         memory: Any = self._memory_callback(trainer).memory
         rows = getattr(memory, "share", memory)  # those that this rank holds
         self._found = None
         if len(rows) and self._due(trainer.global_step + len(trainer.optimizers)):
             was_read = rows.was_read
             embeddings, labels, indices = rows.read()
-            rows.was_read = was_read  # by the training, which is what is watched over
+            rows.was_read = was_read  # whether the training itself read it
             ages = trainer.global_step - rows.steps
             self._found = _Rows(embeddings.clone(), labels.clone(), indices.clone(), ages, len(memory))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report, if the optimiser stepped and it is time."""
+        """Report, if the optimiser stepped and the interval has passed."""
         if not self._due(trainer.global_step):
             return
         self._step = trainer.global_step
@@ -144,11 +147,11 @@ class MemoryReport(Callback):
         self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reports so far."""
+        """Return the reports so far."""
         return {"reports": self.reports}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the reports of a checkpoint."""
+        """Take the reports of a checkpoint."""
         self.reports = list(state_dict["reports"])
 
     def _memory_callback(self, trainer: Any) -> MemoryCallback:
@@ -156,7 +159,7 @@ class MemoryReport(Callback):
             if isinstance(callback, MemoryCallback):
                 return callback
         raise ValueError(
-            "MemoryReport reports on a memory, but there is none; pass "
+            "Expected a MemoryCallback, on whose memory MemoryReport reports, but there is none. Pass "
             "`Trainer(callbacks=[MemoryCallback(size=8192), MemoryReport()])`."
         )
 
@@ -185,7 +188,7 @@ class MemoryReport(Callback):
         usable = ((found.indices >= 0) & (found.indices < len(images))).nonzero().flatten()
         if len(usable) < 4:
             return {}
-        # Random, but without touching the training's random numbers, and the same on all ranks.
+        # A generator of its own: the training's random numbers stay as they are, and all ranks draw the same.
         generator = torch.Generator().manual_seed(self._step)
         chosen = usable[torch.randperm(len(usable), generator=generator)[: self.sample].to(usable.device)]
         callback = self._memory_callback(trainer)
@@ -208,8 +211,8 @@ class MemoryReport(Callback):
     def _effect(
         self, pl_module: LightningModule, found: _Rows, embeddings: Tensor, labels: Tensor, indices: Tensor
     ) -> dict[str, float]:
-        """Return how many pairs with the memory have a weight, and the memory's share of the loss."""
-        losses = readable_losses(pl_module, self.loss)
+        """Return the number of weighted pairs with the memory, and the memory's share of the loss."""
+        losses = find_pair_losses(pl_module, self.loss)
         embeddings, usable = unit_rows(embeddings)
         embeddings, labels, indices = embeddings[usable], labels[usable], indices[usable]
         if "memory" not in losses or not len(labels):
@@ -233,24 +236,20 @@ class MemoryReport(Callback):
         return report
 
     def _save(self, trainer: Any) -> None:
-        """Write table and picture, on rank 0: all ranks know the numbers, but none waits for another."""
+        """Write table and picture, on rank 0 and without waiting for other ranks."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder = run_folder(trainer) / "memory" if self.dirpath is None else Path(self.dirpath)
         picture, table = folder / "report.png", folder / "report.csv"
-        with atomic_write(table) as unfinished, unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for report in self.reports for name in report)))
-            writer.writeheader()
-            writer.writerows(self.reports)
-        with atomic_write(picture) as unfinished:
-            plot_reports(self.reports).savefig(unfinished, dpi=150)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("memory/report", [str(picture)], step=trainer.global_step)
+        names = list(dict.fromkeys(name for report in self.reports for name in report))
+        write_csv(table, names, ([report.get(name) for name in names] for report in self.reports))
+        with atomic_write(picture) as temporary:
+            plot_reports(self.reports).savefig(temporary, dpi=150)
+        log_picture(trainer, "memory/report", picture)
 
 
 def _as_validated(trainer: Any, images: Any | None) -> Any | None:
-    """Return the training images with the transform of validation, where the data module says which that is."""
+    """Return the training images with the transform of validation, where the data module has one."""
     validated = getattr(getattr(trainer.datamodule, "val_set", None), "transform", None)
     if images is None or validated is None or not hasattr(images, "transform"):
         return images
@@ -266,7 +265,7 @@ def _embed_again(
     indices: Tensor,
     batch_norm: BatchNorm,
 ) -> dict[str, Tensor] | None:
-    """Return the rows each writer makes of these images now; None if the data set numbers its images otherwise."""
+    """Return the current rows of these images by each encoder; None if the data set has other indices."""
     rows: dict[str, list[Tensor]] = {name: [] for name in writers}
     batches = [part.tolist() for part in indices.split(BATCH_SIZE)]
     for wanted, (inputs, _, given) in zip(batches, load_images(trainer, images, batches), strict=True):
@@ -278,7 +277,7 @@ def _embed_again(
 
 
 def plot_reports(reports: Sequence[dict[str, float]]) -> Figure:
-    """Draw drift, pairs with a weight, and shares over the optimiser steps; a panel without numbers is left out.
+    """Draw drift, weighted pairs and shares over the optimiser steps; a panel without numbers is left out.
 
     Args:
         reports: As `MemoryReport` collects them, at least one.
@@ -287,12 +286,10 @@ def plot_reports(reports: Sequence[dict[str, float]]) -> Figure:
         ValueError: If there are none.
     """
     if not reports:
-        raise ValueError("Expected at least one report to draw but got none.")
-    from matplotlib.figure import Figure  # not pyplot: no window, no state that outlives the figure
-
+        raise ValueError("Expected at least one report to draw but got none. Train for `every_n_steps` steps first.")
     names = {name for report in reports for name in report}
     panels = [panel for panel in PANELS if names & set(panel.lines)]
-    figure = Figure(figsize=(7, 0.6 + 1.9 * len(panels)), layout="constrained")
+    figure = new_figure(7, 0.6 + 1.9 * len(panels))
     drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for panel, axes in zip(panels, drawn, strict=True):
         _draw(axes, panel, reports)
@@ -300,17 +297,9 @@ def plot_reports(reports: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-class _Line(NamedTuple):
-    """Told apart by colour and by line. The colours are those of Okabe and Ito, for every kind of sight."""
-
-    label: str
-    color: str
-    style: str
-
-
 class _Panel(NamedTuple):
     title: str
-    lines: dict[str, _Line]
+    lines: dict[str, tuple[str, LineStyle]]  # name of the number -> label and style
     log: bool = False
 
 
@@ -318,23 +307,26 @@ PANELS = (
     _Panel(
         "drift, 1 - cosine",
         {
-            "drift_old": _Line("oldest quarter", "#D55E00", "-"),
-            "drift": _Line("all rows", "#0072B2", "--"),
-            "drift_young": _Line("youngest quarter", "#009E73", "-."),
-            "network_drift": _Line("all, to the network itself", "#000000", ":"),
+            "drift_old": ("oldest quarter", STYLES[1]._replace(line="-")),
+            "drift": ("all rows", STYLES[0]._replace(line="--")),
+            "drift_young": ("youngest quarter", STYLES[2]._replace(line="-.")),
+            "network_drift": ("all, to the network itself", STYLES[4]._replace(line=":")),
         },
     ),
     _Panel(
         "weighted pairs per anchor",
-        {"positives": _Line("positives", "#0072B2", "-"), "negatives": _Line("negatives", "#D55E00", "--")},
+        {
+            "positives": ("positives", STYLES[0]._replace(line="-")),
+            "negatives": ("negatives", STYLES[1]._replace(line="--")),
+        },
         log=True,
     ),
     _Panel(
         "share",
         {
-            "share_of_loss": _Line("of the loss", "#0072B2", "-"),
-            "fill": _Line("of the rows filled", "#009E73", "--"),
-            "class_coverage": _Line("of the classes seen", "#CC79A7", "-."),
+            "share_of_loss": ("of the loss", STYLES[0]._replace(line="-")),
+            "fill": ("of the rows filled", STYLES[2]._replace(line="--")),
+            "class_coverage": ("of the classes seen", STYLES[3]._replace(line="-.")),
         },
     ),
 )
@@ -342,13 +334,11 @@ PANELS = (
 
 def _draw(axes: Axes, panel: _Panel, reports: Sequence[dict[str, float]]) -> None:
     steps = [report["step"] for report in reports]
-    for name, line in panel.lines.items():
+    for name, (label, style) in panel.lines.items():
         values = [report.get(name, float("nan")) for report in reports]
         if any(value == value for value in values):
-            mark = "o" if len(reports) < 20 else None  # a single report would be an invisible line
-            axes.plot(
-                steps, values, label=line.label, color=line.color, linestyle=line.style, marker=mark, markersize=3
-            )
+            mark = style.mark if len(reports) < 20 else None  # a single report would be an invisible line
+            axes.plot(steps, values, label=label, color=style.color, linestyle=style.line, marker=mark, markersize=3)
     if panel.log:
         from matplotlib.ticker import ScalarFormatter, SymmetricalLogLocator
 
@@ -357,7 +347,5 @@ def _draw(axes: Axes, panel: _Panel, reports: Sequence[dict[str, float]]) -> Non
         axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(0, None)
     axes.set_ylabel(panel.title, fontsize="small")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     axes.legend(loc="best", frameon=False, fontsize="small")

@@ -1,29 +1,29 @@
-"""What a loss does to each pair: its weights, exact where they are curves, measured where they are not."""
+"""The weights that a loss gives to pairs: exact curves of the similarity, or measured on pairs."""
 
-from lightning_memdml.curves.files import histogram_table, save_readings, weights_table
+from lightning_memdml.curves.files import histogram_rows, save_readings, weight_rows
 from lightning_memdml.curves.plot import plot_readings
 from lightning_memdml.curves.reading import (
     Curve,
-    Measured,
-    Pairs,
+    LossInputs,
+    MeasuredWeights,
     Reading,
     SideReading,
-    describe,
     exact_curve,
+    format_loss,
     read_weights,
 )
 
 __all__ = [
     "Curve",
-    "Measured",
-    "Pairs",
+    "LossInputs",
+    "MeasuredWeights",
     "Reading",
     "SideReading",
-    "describe",
     "exact_curve",
-    "histogram_table",
+    "format_loss",
+    "histogram_rows",
     "plot_readings",
     "read_weights",
     "save_readings",
-    "weights_table",
+    "weight_rows",
 ]

@@ -1,69 +1,62 @@
-"""Readings on disk: a picture, the curves and sampled pairs, the histogram."""
+"""Readings on disk: a picture, a table of curves and sampled pairs, and a histogram of all pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.csv_table import write_csv
 from lightning_memdml.curves.plot import plot_readings
 from lightning_memdml.curves.reading import EDGES, SIDES, Reading
 
-if TYPE_CHECKING:
-    import pandas as pd
+WEIGHT_COLUMNS = ("loss", "side", "kind", "similarity", "weight")
+HISTOGRAM_COLUMNS = ("loss", "side", "low", "high", "pairs", "weight")
 
 
 def save_readings(readings: Sequence[Reading], folder: Path | str, name: str) -> list[Path]:
-    """Write ``name.png``, ``name.csv`` and, if pairs were measured, ``name_histogram.csv``; return their paths."""
+    """Write `name.png`, `name.csv` and, if pairs were measured, `name_histogram.csv`; return their paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.csv"]
-    plot_readings(readings).savefig(paths[0], dpi=150)
-    weights_table(readings).to_csv(paths[1], index=False, float_format="%.7g")
-    histogram = histogram_table(readings)
-    if len(histogram):
+    with atomic_write(paths[0]) as temporary:
+        plot_readings(readings).savefig(temporary, dpi=150)
+    write_csv(paths[1], WEIGHT_COLUMNS, weight_rows(readings), ".7g")
+    histogram = list(histogram_rows(readings))
+    if histogram:
         paths.append(folder / f"{name}_histogram.csv")
-        histogram.to_csv(paths[2], index=False, float_format="%.7g")
+        write_csv(paths[2], HISTOGRAM_COLUMNS, histogram, ".7g")
     return paths
 
 
-def weights_table(readings: Sequence[Reading]) -> pd.DataFrame:
-    """Return the curves and the sampled pairs as rows ``loss, side, kind, similarity, weight``.
+def weight_rows(readings: Sequence[Reading]) -> Iterator[tuple[Any, ...]]:
+    """Yield the curves and the sampled pairs as rows `(loss, side, kind, similarity, weight)`.
 
-    ``kind`` is ``curve``, ``curve / |P|`` or ``curve / |N|`` (a pair's weight is that of the row divided by the number
-    of positives, or negatives, of its anchor), or ``measured``, a pair's weight.
+    `kind` is `measured` for the weight of a pair, `curve` for a weight as a function of the similarity, and
+    `curve / |P|` or `curve / |N|` if a pair's weight is that of the row divided by the number of positives, or
+    negatives, of its anchor.
     """
-    parts: list[dict[str, Any]] = []
     for reading in readings:
         for side in SIDES:
             curve, measured = reading.side(side)
-            head = {"loss": reading.loss, "side": side}
             if curve is not None:
                 kind = f"curve / |{side[0].upper()}|" if curve.divided else "curve"
-                parts.append({**head, "kind": kind, "similarity": curve.similarity, "weight": curve.weight})
+                for similarity, weight in zip(curve.similarity.tolist(), curve.weight.tolist(), strict=True):
+                    yield reading.loss, side, kind, similarity, weight
             if measured is not None:
-                pairs = {"similarity": measured.similarity, "weight": measured.weight}
-                parts.append({**head, "kind": "measured", **pairs})
-    return _table("loss side kind similarity weight", parts)
+                for similarity, weight in zip(measured.similarity.tolist(), measured.weight.tolist(), strict=True):
+                    yield reading.loss, side, "measured", similarity, weight
 
 
-def histogram_table(readings: Sequence[Reading]) -> pd.DataFrame:
-    """Return all measured pairs as rows ``loss, side, low, high, pairs, weight``.
+def histogram_rows(readings: Sequence[Reading]) -> Iterator[tuple[Any, ...]]:
+    """Yield all measured pairs as rows `(loss, side, low, high, pairs, weight)`.
 
-    ``pairs`` is the number of pairs with ``low <= similarity < high``, ``weight`` the sum of their weights.
+    `pairs` is the number of pairs with `low <= similarity < high`, `weight` the sum of their weights.
     """
-    parts: list[dict[str, Any]] = []
     for reading in readings:
         for side in SIDES:
             measured = reading.side(side).measured
             if measured is not None:
-                bins = {"low": EDGES[:-1], "high": EDGES[1:], "pairs": measured.pairs, "weight": measured.mass}
-                parts.append({"loss": reading.loss, "side": side, **bins})
-    return _table("loss side low high pairs weight", parts)
-
-
-def _table(columns: str, parts: list[dict[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
-
-    frames = [pd.DataFrame(part) for part in parts if len(part["weight"])]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns.split())
+                columns = (EDGES[:-1], EDGES[1:], measured.pairs, measured.mass)
+                for row in zip(*(column.tolist() for column in columns), strict=True):
+                    yield (reading.loss, side, *row)

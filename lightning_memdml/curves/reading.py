@@ -1,7 +1,7 @@
-"""Reading a loss: the weight it gives a pair, as a curve where there is one, and as measured on real pairs.
+"""The weights that a loss gives to pairs: as a curve where there is one, and as measured on real pairs.
 
-Two questions have two answers here. `exact_curve`: does the weight depend on the pair's similarity alone, and how?
-`read_weights`: which weights did these anchors give these references, and at which similarities are the pairs?
+`exact_curve` finds out whether the weight depends on the pair's similarity alone, and how. `read_weights` also measures
+the weights of given pairs, and counts the pairs at each similarity.
 """
 
 from __future__ import annotations
@@ -25,16 +25,25 @@ SIDES: tuple[Side, Side] = ("positive", "negative")
 CURVE_POINTS = 1001
 BINS = 100  # of similarity, each 0.02 wide
 EDGES = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)
-SAMPLE_PER_BIN = 30  # pairs kept to be shown; the sums are over all pairs
-BLOCK_ELEMENTS = 1 << 20  # pairs weighed at once: about 100 MB with all that a loss makes of them
+SAMPLE_PER_BIN = 30  # pairs kept for the picture; the sums are over all pairs
+BLOCK_ELEMENTS = 1 << 20  # pairs weighed at once: about 100 MB with the temporaries of a loss
 
-# The other pairs of a row in which a pair is weighed: similarities of positives, and of negatives.
+# Similarities of the other positives and of the other negatives in the rows in which a pair is weighed.
 _MANY = torch.linspace(-0.99, 0.99, 500).tolist()
 _ROWS: tuple[tuple[list[float], list[float]], ...] = (([], []), ([-0.4, 0.1, 0.9], [-0.6, 0.3]), (_MANY, _MANY))
 
 
-class Pairs(NamedTuple):
-    """Anchors and what they are compared with, as a `PairLoss` takes them; without references the batch itself."""
+class LossInputs(NamedTuple):
+    """The arguments of a `PairLoss`: anchors and references; without references the batch is compared with itself.
+
+    Attributes:
+        embeddings: `(B, D)`.
+        labels: `(B,)`.
+        ref_embeddings: `(M, D)`.
+        ref_labels: `(M,)`.
+        indices: `(B,)` image of each anchor, -1 where unknown.
+        ref_indices: `(M,)` image of each reference.
+    """
 
     embeddings: Tensor
     labels: Tensor
@@ -48,10 +57,10 @@ class Curve(NamedTuple):
     """A weight that depends on the similarity alone.
 
     Attributes:
-        similarity: Ascending over [-1, 1], ``(G,)``.
-        weight: The weight there, ``(G,)``.
+        similarity: Ascending over [-1, 1], `(G,)`.
+        weight: The weight there, `(G,)`.
         divided: Whether a pair's weight is that of the curve divided by the number of pairs of its side in the
-            anchor's row (``w = curve / |P|``, or ``/ |N|``).
+            anchor's row (`w = curve / |P|`, or `/ |N|`).
     """
 
     similarity: Tensor
@@ -60,14 +69,14 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The weights of real pairs of one side, on the CPU; bin k is ``[-1 + 0.02 k, -1 + 0.02 (k + 1))``.
+class MeasuredWeights:
+    """The weights of real pairs of one side, on the CPU; bin k is `[-1 + 0.02 k, -1 + 0.02 (k + 1))`.
 
     Attributes:
-        similarity: Similarities of a random sample of the pairs, at most 30 of each bin, ``(n,)``.
-        weight: Their weights, per anchor and before the division by B, ``(n,)``.
-        pairs: Number of all pairs in each bin, ``(100,)``.
-        mass: Sum of all weights in each bin, ``(100,)``.
+        similarity: Similarities of a random sample of the pairs, at most 30 of each bin, `(n,)`.
+        weight: Their weights, per anchor and before the division by B, `(n,)`.
+        pairs: Number of all pairs in each bin, `(100,)`.
+        mass: Sum of all weights in each bin, `(100,)`.
         active: Number of all pairs whose weight is not 0.
     """
 
@@ -79,10 +88,10 @@ class Measured:
 
 
 class SideReading(NamedTuple):
-    """What is known of one side: its curve, if it has one; its measured weights, if pairs were given."""
+    """One side of a loss: its curve, if it has one, and its measured weights, if pairs were given."""
 
     curve: Curve | None
-    measured: Measured | None
+    measured: MeasuredWeights | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Reading:
     """The weights of one loss.
 
     Attributes:
-        loss: The loss with its parameters.
+        loss: The loss and its parameters, as text.
         anchors: Number of anchors measured; 0 if no pairs were given.
         references: Number of references they were compared with.
         in_batch: Whether the references are the anchors themselves.
@@ -115,7 +124,7 @@ class Reading:
         return self.positive.curve is not None and self.negative.curve is not None
 
     def per_anchor(self) -> dict[str, float]:
-        """Return the pairs with weight and the sum of weights of each side, averaged over the measured anchors."""
+        """Return the pairs of nonzero weight and the sum of weights of each side, divided by the number of anchors."""
         numbers = {}
         for side in SIDES:
             measured = self.side(side).measured
@@ -126,19 +135,19 @@ class Reading:
 
 
 @torch.no_grad()
-def read_weights(loss: PairLoss, pairs: Pairs | None = None) -> Reading:
-    """Read which weights a loss gives: exact where it can be, measured where pairs are given.
+def read_weights(loss: PairLoss, pairs: LossInputs | None = None) -> Reading:
+    """Return the weights that a loss gives: the exact curve, if there is one, and the weights of given pairs.
 
-    Anchors are weighed a few at a time, each with its whole row: the memory it takes does not grow with the number of
-    anchors. The random numbers of the training are left alone.
+    Anchors are weighed in blocks, each with its whole row, so the memory needed does not grow with the number of
+    anchors. The state of torch's random numbers is not changed.
 
     Args:
         loss: The loss.
-        pairs: Anchors ``(B, D)`` and references ``(M, D)``, unit-length and finite; ``None`` reads curves only.
+        pairs: Anchors `(B, D)` and references `(M, D)`, of unit length and finite; by default curves only.
 
     Raises:
-        TypeError: If ``loss`` is no `PairLoss`: others do not say how they weigh.
-        ValueError: If the pairs do not fit each other, or hold a NaN or an infinity.
+        TypeError: If `loss` is not a `PairLoss`: others have no pair weights.
+        ValueError: If the shapes of the pairs disagree, or they hold NaN or infinity.
 
     Example:
         >>> from lightning_memdml import ContrastiveLoss
@@ -151,26 +160,26 @@ def read_weights(loss: PairLoss, pairs: Pairs | None = None) -> Reading:
     """
     if not isinstance(loss, PairLoss):
         raise TypeError(
-            f"Expected a PairLoss, which says how it weighs pairs, but got {type(loss).__name__}. Losses of other "
-            "packages give a value only."
+            f"Expected a PairLoss, which has pair weights, but got {type(loss).__name__}. Losses of other packages "
+            "have a value only."
         )
-    measured: dict[Side, Measured] = {}
+    measured: dict[Side, MeasuredWeights] = {}
     if pairs is not None and len(pairs.labels):
         measured = _measure(loss, pairs)
     in_batch = pairs is not None and pairs.ref_labels is None
     anchors = 0 if pairs is None else len(pairs.labels)
     references = anchors if pairs is None or pairs.ref_labels is None else len(pairs.ref_labels)
     sides = [SideReading(exact_curve(loss, side), measured.get(side)) for side in SIDES]
-    return Reading(describe(loss), anchors, references, in_batch, *sides)
+    return Reading(format_loss(loss), anchors, references, in_batch, *sides)
 
 
 @torch.no_grad()
 def exact_curve(loss: PairLoss, side: Side) -> Curve | None:
-    """Return the weight as a curve of the similarity, or ``None`` if the other pairs of the row change it.
+    """Return the weight as a curve of the similarity, or None if it also depends on other pairs of the row.
 
-    It is found out by experiment, so that it holds for any loss: a pair of each similarity is weighed alone, and beside
-    others in a short row and in one of 500 positives and 500 negatives. Either the weight is the same in all of
-    them, or, for a loss that takes means, the weight times the number of pairs of that side is.
+    This is tested by experiment, so it works for any loss: a pair of each similarity is weighed alone, in a short row,
+    and in a row of 500 positives and 500 negatives. There is a curve if the weight is the same in all rows, or, for a
+    loss that takes means, if the weight times the number of pairs of that side is.
 
     Example:
         >>> from lightning_memdml import BinomialDevianceLoss, MultiSimilarityLoss
@@ -192,14 +201,14 @@ def exact_curve(loss: PairLoss, side: Side) -> Curve | None:
 
 
 def _grid(points: int) -> Tensor:
-    # In float64 first: in float32 the grid would miss similarities like 0.5 by a rounding, and with them edges.
+    # Computed in float64: a float32 grid would miss similarities such as 0.5, and edges there, by a rounding error.
     return torch.linspace(-1, 1, points, dtype=torch.float64).float()
 
 
 def _swept(
     loss: PairLoss, side: Side, similarity: Tensor, positives: Sequence[float], negatives: Sequence[float]
 ) -> Tensor:
-    """Return the weight of a pair at each similarity ``(G,)``, in a row beside the given other pairs."""
+    """Return the weight of a pair at each similarity `(G,)`, in a row beside the given other pairs."""
     others = similarity.new_tensor([*positives, *negatives]).expand(len(similarity), -1)
     row = torch.cat([similarity[:, None], others], dim=1)  # (G, 1 + others)
     positive = torch.zeros_like(row, dtype=torch.bool)
@@ -210,11 +219,11 @@ def _swept(
 
 
 # ------------------------------------------------------------------------------------------------ measured weights
-def _measure(loss: PairLoss, pairs: Pairs) -> dict[Side, Measured]:
+def _measure(loss: PairLoss, pairs: LossInputs) -> dict[Side, MeasuredWeights]:
     check_pairs(*pairs)
     for name, embeddings in (("embeddings", pairs.embeddings), ("ref_embeddings", pairs.ref_embeddings)):
         if embeddings is not None and not embeddings.isfinite().all():
-            raise ValueError(f"Expected finite `{name}` but they hold a NaN or an infinity.")
+            raise ValueError(f"Expected finite `{name}` but got NaN or infinity. Leave these rows out.")
     tallies = {side: _Tally() for side in SIDES}
     for similarity, positive, negative in _blocks(pairs):
         _, positive_weights, negative_weights = loss.rows(similarity, positive, negative)
@@ -223,7 +232,7 @@ def _measure(loss: PairLoss, pairs: Pairs) -> dict[Side, Measured]:
     return {side: tallies[side].result() for side in SIDES}
 
 
-def _blocks(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(pairs: LossInputs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield similarities of some anchors to all references, and the masks of positives and negatives."""
     anchors, labels, indices = pairs.embeddings.detach().float(), pairs.labels, pairs.indices
     if pairs.ref_embeddings is None or pairs.ref_labels is None:
@@ -238,7 +247,7 @@ def _blocks(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 class _Tally:
-    """Sums over pairs, block by block, and a sample of them."""
+    """Sums over pairs, block by block, and a random sample of the pairs."""
 
     def __init__(self) -> None:
         self.pairs = torch.zeros(BINS, dtype=torch.long)
@@ -248,7 +257,7 @@ class _Tally:
         self.generator = torch.Generator().manual_seed(0)
 
     def add(self, similarity: Tensor, weight: Tensor) -> None:
-        """Count a block's pairs, and sample anew from those sampled before and these."""
+        """Add the pairs of a block to the sums, and sample again from the earlier sample and these."""
         bins = _bins(similarity)
         self.pairs += bins.bincount(minlength=BINS)
         self.mass += bins.bincount(weight.double(), minlength=BINS)
@@ -259,8 +268,8 @@ class _Tally:
         chosen = _sample(_bins(similarity), self.generator)
         self.similarity, self.weight = similarity[chosen], weight[chosen]
 
-    def result(self) -> Measured:
-        return Measured(self.similarity, self.weight, self.pairs, self.mass, self.active)
+    def result(self) -> MeasuredWeights:
+        return MeasuredWeights(self.similarity, self.weight, self.pairs, self.mass, self.active)
 
 
 def _bins(similarity: Tensor) -> Tensor:
@@ -268,9 +277,9 @@ def _bins(similarity: Tensor) -> Tensor:
 
 
 def _sample(bins: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the places of at most `SAMPLE_PER_BIN` random entries of each bin."""
-    # Thinned before it is shuffled and sorted: of millions of pairs that is most of the cost. Of a bin thinned to four
-    # times what is kept, less than that is left over with a chance of about 1e-30.
+    """Return the positions of at most `SAMPLE_PER_BIN` random entries of each bin."""
+    # Millions of pairs are thinned first, since shuffling and sorting them would be most of the cost. A bin is thinned
+    # to four times the sample; that fewer than the sample remain has a probability of about 1e-30.
     chance = (4 * SAMPLE_PER_BIN / bins.bincount(minlength=BINS).clamp_min(1)).clamp_max(1)
     left = (torch.rand(len(bins), generator=generator) < chance[bins]).nonzero().squeeze(1)
     left = left[torch.randperm(len(left), generator=generator)]
@@ -279,19 +288,19 @@ def _sample(bins: Tensor, generator: torch.Generator) -> Tensor:
     return left[order[torch.arange(len(left)) - first_of_bin < SAMPLE_PER_BIN]]
 
 
-def describe(part: Any) -> str:
-    """Return how a loss or a weight function was built, less the switches that are as they are by default.
+def format_loss(part: Any) -> str:
+    """Return a loss or a weight function as text, without flags and None that have their default value.
 
     Example:
         >>> from lightning_memdml import DirectWeightLoss, Power
-        >>> describe(DirectWeightLoss(negative=Power(threshold=0.5)))
+        >>> format_loss(DirectWeightLoss(negative=Power(threshold=0.5)))
         'DirectWeightLoss(positive=Constant(value=1), negative=Power(threshold=0.5, power=1))'
     """
     if isinstance(part, nn.Module):
         arguments = [
-            f"{name}={describe(getattr(part, name))}"
+            f"{name}={format_loss(getattr(part, name))}"
             for name, parameter in inspect.signature(type(part)).parameters.items()
-            if hasattr(part, name) and not _is_idle(getattr(part, name), parameter.default)
+            if hasattr(part, name) and not _is_default_flag(getattr(part, name), parameter.default)
         ]
         return f"{type(part).__name__}({', '.join(arguments)})"
     if isinstance(part, float):
@@ -301,5 +310,5 @@ def describe(part: Any) -> str:
     return getattr(part, "__name__", repr(part))
 
 
-def _is_idle(value: Any, default: Any) -> bool:
+def _is_default_flag(value: Any, default: Any) -> bool:
     return value is default and (value is None or isinstance(value, bool))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.csv_table import write_csv
 from lightning_memdml.data.labels import label_of
 from lightning_memdml.deploy.predictions import UNKNOWN, read_embeddings
 from lightning_memdml.deploy.trained import call
@@ -167,10 +166,10 @@ def _line(name: str, value: float, limits: tuple[float, float] | None) -> str:
 
 
 def _write_classes(path: Path, galleries: list[str], tables: list[dict[str, Tensor]], names: dict[int, str]) -> None:
-    """A row for each gallery and class."""
-    with atomic_write(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["gallery", "class", *tables[0]])
-        for gallery, table in zip(galleries, tables, strict=True):
-            for row in zip(*(column.tolist() for column in table.values()), strict=True):
-                writer.writerow([gallery, names[row[0]], *row])
+    """Write a row for each gallery and class."""
+    rows = (
+        [gallery, names[row[0]], *row]
+        for gallery, table in zip(galleries, tables, strict=True)
+        for row in zip(*(column.tolist() for column in table.values()), strict=True)
+    )
+    write_csv(path, ["gallery", "class", *tables[0]], rows)

@@ -1,4 +1,4 @@
-"""A map of embeddings: each image a point of the plane, near to what it resembles."""
+"""A map of embeddings: each image is a point of the plane, near to similar images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.picture_style import INK, STYLES, as_label, new_figure
 from lightning_memdml.retrieval.cells import ClassNames, name_of
 from lightning_memdml.retrieval.retrieval_sets import as_integers, check_finite_embeddings
 
@@ -18,25 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Method = Literal["pca", "umap"]
-_INK, _FAINT = "#1d2433", "#b9bfca"
-# Classes in colour; more cannot be told apart.
-_PALETTE = (
-    "tab:blue",
-    "tab:orange",
-    "tab:green",
-    "tab:red",
-    "tab:purple",
-    "tab:brown",
-    "tab:pink",
-    "tab:olive",
-    "tab:cyan",
-    _INK,
-)
+_OTHERS = "#b9bfca"
+# Classes with a colour and a mark of their own; more cannot be told apart.
+_CLASSES = [*STYLES, *(style._replace(mark=mark) for style, mark in zip(STYLES, "*<>", strict=False))]
 
 
 @torch.no_grad()
 def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> tuple[Tensor, tuple[float, ...]]:
-    """Lay unit embeddings out in the plane.
+    """Place unit embeddings in the plane.
 
     Args:
         embeddings: `(N, D)`, any norm, finite; D at least 2.
@@ -49,7 +39,7 @@ def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> 
 
     Raises:
         ImportError: If UMAP is asked for and not installed.
-        TypeError: If `embeddings` is no floating tensor.
+        TypeError: If `embeddings` is not a floating-point tensor.
         ValueError: If there are fewer than 3 rows or 2 dimensions, a row is not finite, or `method` is unknown.
 
     Example:
@@ -59,12 +49,12 @@ def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> 
     """
     check_finite_embeddings("embeddings", embeddings)
     if len(embeddings) < 3 or embeddings.shape[1] < 2:
-        raise ValueError(f"Expected at least 3 embeddings of 2 dimensions to map, got {tuple(embeddings.shape)}.")
+        raise ValueError(f"Expected at least 3 embeddings of 2 dimensions to map but got {tuple(embeddings.shape)}.")
     unit = F.normalize(embeddings.detach().cpu().float(), dim=1)
     if method == "umap":
         return _umap(unit, seed), ()
     if method != "pca":
-        raise ValueError(f"Expected `method` to be 'pca' or 'umap', got {method!r}.")
+        raise ValueError(f"Expected `method` to be 'pca' or 'umap' but got {method!r}.")
     centred = unit - unit.mean(0)
     variance, directions = torch.linalg.eigh(centred.T.double() @ centred.double())
     axes = directions[:, [-1, -2]]
@@ -79,7 +69,7 @@ def _umap(unit: Tensor, seed: int) -> Tensor:
         import umap
     except ImportError as error:
         raise ImportError(
-            "A UMAP needs umap-learn, and it is missing: pip install 'lightning-memdml[umap]', or take 'pca'."
+            "Expected umap-learn but it is not installed. `pip install \"lightning-memdml[umap]\"`, or take 'pca'."
         ) from error
     neighbours = min(15, len(unit) - 1)
     layout = umap.UMAP(metric="cosine", random_state=seed, n_neighbors=neighbours, n_jobs=1).fit_transform(unit.numpy())
@@ -96,10 +86,10 @@ def save_map(
     title: str = "",
     seed: int = 0,
 ) -> Path:
-    """Draw the map of embeddings (`.png`, `.pdf`, `.svg`): ten classes in colour, the largest ones, the others grey.
+    """Draw the map of embeddings (`.png`, `.pdf`, `.svg`): the ten largest classes in colour, the others in grey.
 
     Args:
-        path: Where to; folders are made.
+        path: The file; folders are made.
         embeddings: `(N, D)`.
         labels: `(N,)` integers.
         method: See `map_points`.
@@ -113,7 +103,7 @@ def save_map(
     """
     path = Path(path)
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"Expected a path ending in .png, .pdf or .svg, got {path.name!r}.")
+        raise ValueError(f"Expected a path ending in .png, .pdf or .svg but got {path.name!r}.")
     points, shares = map_points(embeddings, method, seed=seed)
     figure = _figure(points, as_integers("labels", labels, embeddings).cpu(), class_names, title, method, shares)
     with atomic_write(path) as unfinished:
@@ -124,27 +114,28 @@ def save_map(
 def _figure(
     points: Tensor, labels: Tensor, class_names: ClassNames, title: str, method: Method, shares: tuple[float, ...]
 ) -> Figure:
-    from matplotlib.figure import Figure
-
     classes, sizes = labels.unique(return_counts=True)
-    named = classes[sizes.argsort(descending=True, stable=True)[: len(_PALETTE)]]
-    figure = Figure(figsize=(7.4, 5.2), facecolor="white", layout="constrained")
+    named = classes[sizes.argsort(descending=True, stable=True)[: len(_CLASSES)]]
+    figure = new_figure(7.4, 5.2)
     axes = figure.add_subplot()
     size = float(np.clip(4000 / len(points), 3, 30))
     others = ~torch.isin(labels, named)
     if others.any():
         text = f"{len(classes) - len(named)} more classes"
-        axes.scatter(points[others, 0], points[others, 1], s=size, color=_FAINT, linewidths=0, label=text)
+        axes.scatter(points[others, 0], points[others, 1], s=size, color=_OTHERS, linewidths=0, label=text)
     for place, label in enumerate(named.tolist()):
-        name = name_of(label, class_names)
-        shown = name if len(name) <= 28 else f"{name[:27]}…"
-        own = points[labels == label]
-        axes.scatter(own[:, 0], own[:, 1], s=2.5 * size, color=_PALETTE[place], linewidths=0, label=shown)
+        own, style = points[labels == label], _CLASSES[place]
+        shown = as_label(name_of(label, class_names), width=28)
+        axes.scatter(
+            own[:, 0], own[:, 1], s=2.5 * size, color=style.color, marker=style.mark, linewidths=0, label=shown
+        )
     axes.set(xticks=[], yticks=[])
     if shares:
-        axes.set_xlabel(f"first axis, {shares[0]:.0%} of the variance", color=_INK, fontsize=9)
-        axes.set_ylabel(f"second axis, {shares[1]:.0%}", color=_INK, fontsize=9)
-    axes.spines[:].set_color(_FAINT)
-    axes.set_title(title or f"{method.upper()} of {len(points):,} embeddings", loc="left", color=_INK, fontsize=11)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False, labelcolor=_INK)
+        axes.set_xlabel(f"first axis, {shares[0]:.0%} of the variance", color=INK, fontsize=9)
+        axes.set_ylabel(f"second axis, {shares[1]:.0%}", color=INK, fontsize=9)
+    axes.spines[:].set_color(_OTHERS)
+    axes.set_title(
+        as_label(title) or f"{method.upper()} of {len(points):,} embeddings", loc="left", color=INK, fontsize=11
+    )
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, labelcolor=INK)
     return figure

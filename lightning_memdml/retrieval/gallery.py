@@ -1,4 +1,4 @@
-"""Retrieval galleries: queries and what they found, right and wrong marked, as a figure or one HTML page."""
+"""Retrieval galleries: queries with their nearest references, marked right or wrong, as a figure or a page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ImageOps
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.picture_style import FAINT, INK, as_label, new_figure
 from lightning_memdml.retrieval.cells import Cell, ClassNames, ImageSource, gallery_rows
 from lightning_memdml.retrieval.examples import RetrievalExample
 from lightning_memdml.retrieval.page import gallery_html
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {"query": "#33415c", "right": "#1a7f4b", "wrong": "#c8323c", "found": "#8a93a5"}
-_INK, _FAINT, _PAPER = "#1d2433", "#6b7486", "#eef0f4"
+_PAPER = "#eef0f4"
 _CELL, _PICTURE, _ROW, _HEAD, _GAP, _EDGE = 1.15, 1.05, 1.57, 0.62, 0.28, 0.18  # inches
 
 
@@ -35,10 +36,10 @@ def save_gallery(
     """Write the page of `gallery_html` (`.html`) or the figure of `gallery_figure` (`.png`, `.pdf`, `.svg`).
 
     Args:
-        path: Where to; folders are made.
+        path: The file; folders are made.
         examples: From `retrieval_examples`.
-        image: Gives the picture of a query by its position.
-        gallery_image: Gives that of a reference; the same as `image` in self-retrieval.
+        image: Returns the picture of a query by its position.
+        gallery_image: Returns that of a reference; by default `image`.
         class_names: Name of each label; the label itself where there is none.
         title: A heading.
 
@@ -47,7 +48,7 @@ def save_gallery(
     """
     path = Path(path)
     if path.suffix not in (".html", ".png", ".pdf", ".svg"):
-        raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg, got {path.name!r}.")
+        raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg but got {path.name!r}.")
     with atomic_write(path) as unfinished:
         if path.suffix == ".html":
             page = gallery_html(examples, image, gallery_image, class_names=class_names, title=title)
@@ -70,19 +71,17 @@ def gallery_figure(
 
     Args:
         examples: From `retrieval_examples`.
-        image: Gives the picture of a query by its position.
-        gallery_image: Gives that of a reference; the same as `image` in self-retrieval.
+        image: Returns the picture of a query by its position.
+        gallery_image: Returns that of a reference; by default `image`.
         class_names: Name of each label; the label itself where there is none.
         title: A heading.
 
     Returns:
-        A matplotlib figure of its own, not known to pyplot.
+        A matplotlib figure, which pyplot does not keep.
 
     Raises:
         ValueError: If there is no example.
     """
-    from matplotlib.figure import Figure
-
     rows = gallery_rows(examples, image, gallery_image, class_names)
     headings = {"query": _EDGE, "nearest neighbours": _EDGE + _CELL + _GAP}
     if any(row[-1].rank for row in rows):
@@ -90,10 +89,10 @@ def gallery_figure(
         headings["first right one"] = _EDGE + (1 + neighbours) * _CELL + 2 * _GAP
     last = headings.get("first right one", _EDGE + _GAP + (max(map(len, rows)) - 1) * _CELL)
     width, height = last + _CELL + 0.1, _HEAD + len(rows) * _ROW + 0.1
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(_EDGE / width, 1 - 0.2 / height, title, fontsize=12, weight="bold", color=_INK, va="top")
+    figure = new_figure(width, height, free=True)
+    figure.text(_EDGE / width, 1 - 0.2 / height, as_label(title), fontsize=12, weight="bold", color=INK, va="top")
     for text, left in headings.items():
-        figure.text(left / width, 1 - (_HEAD - 0.06) / height, text, fontsize=8, color=_FAINT)
+        figure.text(left / width, 1 - (_HEAD - 0.06) / height, text, fontsize=8, color=FAINT)
     for number, row in enumerate(rows):
         bottom = height - _HEAD - number * _ROW - _CELL
         for place, cell in enumerate(row):
@@ -104,10 +103,10 @@ def gallery_figure(
 
 
 def _draw(axes: Axes, cell: Cell) -> None:
-    """One picture, padded to a square, in a frame that is dashed where it is wrong, over two short lines of text."""
+    """Draw one picture, padded to a square, in a frame that is dashed if it is wrong, above two lines of text."""
     side, colour = max(cell.picture.size), _COLOURS[cell.kind]
     axes.imshow(np.asarray(ImageOps.pad(cell.picture, (side, side), color=_PAPER)), interpolation="antialiased")
-    low, high = -0.5 - 0.04 * side, side - 0.5 + 0.04 * side  # a gutter keeps the frame off the picture
+    low, high = -0.5 - 0.04 * side, side - 0.5 + 0.04 * side  # leaves a gap between picture and frame
     axes.set(xticks=[], yticks=[], xlim=(low, high), ylim=(high, low))
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2, capstyle="projecting")
@@ -116,14 +115,13 @@ def _draw(axes: Axes, cell: Cell) -> None:
     if cell.kind == "query":
         _write(axes, 0, cell.name, colour, "bold")
     else:
-        _write(axes, 0, cell.facts, _INK if cell.kind == "found" else colour, "bold")
-        _write(axes, 1, cell.rank or cell.name, _INK, "normal")
+        _write(axes, 0, cell.facts, INK if cell.kind == "found" else colour, "bold")
+        _write(axes, 1, cell.rank or cell.name, INK, "normal")
 
 
 def _write(axes: Axes, line: int, text: str, colour: str, weight: str) -> None:
-    shortened = text if len(text) <= 20 else f"{text[:19]}…"
     axes.annotate(
-        shortened,
+        as_label(text, width=20),
         xy=(0, 0),
         xytext=(0, -4 - 9 * line),
         xycoords="axes fraction",

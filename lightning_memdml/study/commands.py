@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from lightning_memdml.cli_messages import ArgumentParser
-from lightning_memdml.curves import Pairs, Reading, read_weights, save_readings
+from lightning_memdml.curves import LossInputs, Reading, read_weights, save_readings
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.losses import PairLoss
@@ -101,7 +101,7 @@ def _read_losses(losses: list[PairLoss], data: LightningDataModule | None) -> li
     return [read_weights(loss, pairs) for loss in losses]
 
 
-def _pixel_pairs(data: LightningDataModule) -> Pairs:
+def _pixel_pairs(data: LightningDataModule) -> LossInputs:
     """Compare a training batch with batches before it, centred pixels being the embeddings."""
     columns = _training_batches(data, 1 + PIXEL_BATCHES)
     size = len(columns[0][-1])
@@ -157,11 +157,11 @@ def _memory_of(checkpoint: dict[str, Any]) -> list[Tensor]:
     return []
 
 
-def _pairs(batch: Sequence[Tensor], references: Sequence[Tensor] = ()) -> Pairs:
+def _pairs(batch: Sequence[Tensor], references: Sequence[Tensor] = ()) -> LossInputs:
     """Pair a batch with references, or with itself if there are none; each as embeddings, labels and maybe indices."""
     embeddings, labels, *indices = batch
     if not references or not len(references[0]):
-        return Pairs(embeddings, labels, indices=indices[0] if indices else None)
+        return LossInputs(embeddings, labels, indices=indices[0] if indices else None)
     ref_embeddings, ref_labels, *ref_indices = references
     both = (indices[0], ref_indices[0]) if indices and ref_indices else (None, None)
-    return Pairs(embeddings, labels, ref_embeddings, ref_labels, *both)
+    return LossInputs(embeddings, labels, ref_embeddings, ref_labels, *both)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightning_memdml.curves.plot import LETTERS, LOSS_STYLES, SIDE_STYLES
 from lightning_memdml.curves.reading import SIDES
+from lightning_memdml.picture_style import new_figure, plain_axes
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
 from lightning_memdml.study.tables import score_name
@@ -29,15 +30,9 @@ VERDICT_COLORS = {
 CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # not pyplot: no window, no state that outlives the figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _bare(axes: Axes, *spines: str) -> None:
-    axes.spines[["top", "right", *spines]].set_visible(False)
-    axes.set_axisbelow(True)
+    plain_axes(axes, grid=False)
+    axes.spines[[*spines]].set_visible(False)
 
 
 # ----------------------------------------------------------------------------------------- weight curves beside scores
@@ -56,7 +51,7 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
     """
     arms = [arm for arm in results.study.arms if results.of(arm, data)]
     height = 0.62 * len(arms) + 1.0
-    figure = _figure(9, height)
+    figure = new_figure(9, height)
     panels = figure.subplots(len(arms), 3, squeeze=False, width_ratios=[1, 1, 2.6], gridspec_kw={"wspace": 0.04})
     found = {arm: results.score(arm, data, score) for arm in arms}
     values = [value for one in found.values() if one for value in (*one.values, *_finite(one.over_seeds))]
@@ -151,7 +146,7 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
     ]
     if not lines:
         return None
-    figure = _figure(9, 0.5 * len(lines) + 0.9)
+    figure = new_figure(9, 0.5 * len(lines) + 0.9)
     panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
     ends = [value for _, _, one, _ in lines for value in (*_finite(one.interval), one.estimate.mean)]
     reach = max([abs(end) for end in ends] + [claim.by for claim, *_ in lines] + [0.5]) * 1.15
@@ -215,7 +210,7 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
         return None
     arms = list(results.study.arms)
     legend_rows = math.ceil(len(arms) / 4)
-    figure = _figure(9, 2.9 + 0.22 * legend_rows)
+    figure = new_figure(9, 2.9 + 0.22 * legend_rows)
     drawn = figure.subplots(1, len(lines), squeeze=False)[0]
     for axes, (title, series) in zip(drawn, lines.items(), strict=True):
         for arm, points in series.items():
@@ -269,7 +264,7 @@ def plot_similarities(results: Results, data: str) -> Figure | None:
         return None
     columns = min(4, len(arms))
     rows = math.ceil(len(arms) / columns)
-    figure = _figure(9, 1.5 * rows + 0.5)
+    figure = new_figure(9, 1.5 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for place, axes in enumerate(panels.flat):
         axes.set_visible(place < len(arms))

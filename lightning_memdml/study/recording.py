@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_memdml.callbacks.memory import find_rows
 from lightning_memdml.callbacks.memory_report import MemoryReport
-from lightning_memdml.callbacks.weight_curves import readable_losses
-from lightning_memdml.curves import Pairs, Reading, read_weights
+from lightning_memdml.callbacks.weight_curves import find_pair_losses
+from lightning_memdml.curves import LossInputs, Reading, read_weights
 from lightning_memdml.curves.reading import SIDES
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.retrieval.metrics import Samples
@@ -127,18 +127,18 @@ class RunRecorder(Callback):
 
     def _weights(self, pl_module: LightningModule) -> dict[str, Any]:
         """Read the pair weights of the losses in the last batch, and against the current memory."""
-        losses = readable_losses(pl_module, None)
+        losses = find_pair_losses(pl_module, None)
         if not losses or not self._outputs:
             return {}
         embeddings, labels, indices = as_rows(**find_rows("The study", pl_module, self._outputs))
         self._outputs = None
         embeddings, usable = unit_rows(embeddings.detach())
         anchors = (embeddings[usable], labels[usable], indices[usable])
-        readings = {"batch": read_weights(losses["batch"], Pairs(*anchors[:2], indices=anchors[2]))}
+        readings = {"batch": read_weights(losses["batch"], LossInputs(*anchors[:2], indices=anchors[2]))}
         memory = getattr(pl_module, "memory", None)
         if memory is not None and len(memory):
             ref_embeddings, ref_labels, ref_indices = memory.read()
-            pairs = Pairs(*anchors[:2], ref_embeddings.float(), ref_labels, anchors[2], ref_indices)
+            pairs = LossInputs(*anchors[:2], ref_embeddings.float(), ref_labels, anchors[2], ref_indices)
             readings["memory"] = read_weights(losses["memory"], pairs)
         return {term: pack_reading(reading) for term, reading in readings.items()}
 

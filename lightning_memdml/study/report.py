@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.html_page import html_page, html_picture
 from lightning_memdml.study import pictures
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import detectable_difference
@@ -244,7 +244,12 @@ def to_markdown(results: Results, judged: Sequence[JudgedClaim], sections: Seque
 
 def _markdown_table(table: Table) -> str:
     lines = [table.head, ["---"] * len(table.head), *table.rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    """Return a text that stays in one cell and holds no HTML."""
+    return " ".join(text.replace("|", r"\|").replace("<", "&lt;").split())
 
 
 def to_html(
@@ -253,13 +258,11 @@ def to_html(
     """Format the report as one HTML page with embedded pictures, without scripts or external addresses."""
     parts = "\n".join(_html_section(section, drawn) for section in sections)
     configuration = escape(yaml.safe_dump(_configuration(results.study), sort_keys=False, allow_unicode=True))
-    return _PAGE.format(
-        title=escape(results.study.title),
-        summary=escape(summary(results, judged)),
-        parts=parts,
-        configuration=configuration,
-        style=_STYLE,
+    parts += (
+        "\n<section><h2>Configuration</h2><details><summary>The base and the changes of every arm</summary>"
+        f"<pre>{configuration}</pre></details></section>"
     )
+    return html_page(results.study.title, escape(summary(results, judged)), parts, _STYLE)
 
 
 def _configuration(study: Study) -> dict[str, Any]:
@@ -273,8 +276,7 @@ def _html_section(section: Section, drawn: dict[str, bytes]) -> str:
         parts.append(f"<p>{_code(escape(section.text))}</p>")
     if section.picture:
         name, words = section.picture
-        address = f"data:image/png;base64,{base64.b64encode(drawn[name]).decode()}"
-        parts.append(f'<img src="{address}" alt="{escape(words)}">')
+        parts.append(html_picture(drawn[name], "png", words))
     if section.table:
         parts.append(_html_table(section.table))
     return f"<section>{''.join(parts)}</section>"
@@ -299,44 +301,18 @@ def _html_cell(cell: str) -> str:
     return f"<td>{''.join(f'<b>{piece}</b>' if place % 2 else piece for place, piece in enumerate(pieces))}</td>"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p>{summary}</p></header>
-<main>
-{parts}
-<section><h2>Configuration</h2>
-<details><summary>The base and the changes of every arm</summary><pre>{configuration}</pre></details>
-</section>
-</main>
-</body>
-</html>
-"""
-
 _STYLE = """
-:root { --paper: #f7f8fa; --card: #fff; --ink: #1d2433; --faint: #6b7486; --line: #e3e6ec; }
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1200px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-h1 { margin: 0 0 .25rem; font-size: 1.6rem; letter-spacing: -.01em; }
+body { max-width: 1200px; font-size: 15px; }
 h2 { margin: 0 0 .5rem; font-size: 1.15rem; }
 header p, section > p { color: var(--faint); max-width: 75ch; }
-section {
-  margin-top: 1.25rem; padding: 1.25rem; background: var(--card); border-radius: 12px;
-  box-shadow: 0 1px 3px rgb(0 0 0 / .12);
-}
+section { margin-top: 1.25rem; padding: 1.25rem; }
 img { display: block; width: 100%; height: auto; margin: .5rem 0 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td {
+  padding: .4rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal;
+}
 th { color: var(--faint); font-weight: 600; }
 td:first-child { font-weight: 600; }
 td b[class] { padding: .1rem .5rem; border-radius: 99px; color: #fff; font-weight: 600; }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_memdml.csv_table import as_text_cell
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import Judgement
 from lightning_memdml.study.study_file import Claim, Study
@@ -220,7 +221,10 @@ def runs_csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(
+        {name: as_text_cell(value) if isinstance(value, str) else value for name, value in line.items()}
+        for line in lines
+    )
     return text.getvalue()
 
 

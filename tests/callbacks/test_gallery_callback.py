@@ -105,11 +105,19 @@ def test_training_writes_at_its_interval_and_is_not_changed(glyph_cache: str, tm
     assert not (tmp_path / "run/version_0/gallery").exists()
 
 
-def test_a_resumed_run_keeps_the_rhythm() -> None:
-    one, other = GalleryLogger(every_n_validations=3), GalleryLogger(every_n_validations=3)
-    one._validations = 5
-    other.load_state_dict(one.state_dict())
-    assert other._validations == 5
+def test_a_resumed_run_keeps_the_interval(glyph_cache: str, tmp_path: Path) -> None:
+    """Of validations 1 to 4, every third is shown; the run is resumed after the second."""
+
+    def run(steps: int, ckpt: Path | None = None) -> Trainer:
+        callback = GalleryLogger(every_n_validations=3, count=2, embedding_map=None, dirpath=str(tmp_path / "gallery"))
+        trainer = Trainer(callbacks=[callback], **{**QUIET, "max_steps": steps, "val_check_interval": 1})
+        trainer.fit(learner(), glyphs(glyph_cache, val_fraction=0.3), ckpt_path=ckpt)
+        return trainer
+
+    run(2).save_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "gallery").exists()
+    run(4, tmp_path / "last.ckpt")
+    assert names(tmp_path / "gallery") == ["val_0000003.html", "val_0000003.png"]
 
 
 def test_a_query_is_not_shown_among_its_own_neighbours_where_it_is_in_the_gallery_too(

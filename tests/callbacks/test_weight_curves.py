@@ -199,7 +199,7 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_errors_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"every_n_steps` of at least 1 .* but got 0"):
         WeightCurveLogger(0)
-    with pytest.raises(ValueError, match=r"found NoneType as `Foreign.loss`; .*WeightCurveLogger\(loss="):
+    with pytest.raises(ValueError, match=r"as `Foreign.loss` but got NoneType. Pass `WeightCurveLogger\(loss="):
         fit(Foreign(), vectors(), WeightCurveLogger(1, str(tmp_path)))
 
     class Silent(Foreign):

@@ -31,7 +31,7 @@ from lightning_memdml import (
     SupConLoss,
     TripletLoss,
 )
-from lightning_memdml.curves import Pairs, describe, exact_curve, plot_readings, read_weights, save_readings
+from lightning_memdml.curves import LossInputs, exact_curve, format_loss, plot_readings, read_weights, save_readings
 from lightning_memdml.curves import reading as module
 
 
@@ -106,7 +106,7 @@ def test_a_curve_is_the_formula_at_every_point(
         NCALoss(),
         DirectWeightLoss(positive=Exponential(), negative=Exponential(), normalize="sum"),
     ],
-    ids=describe,
+    ids=format_loss,
 )
 def test_a_weight_that_other_pairs_change_is_no_curve(loss: PairLoss) -> None:
     assert exact_curve(loss, "positive") is None
@@ -141,7 +141,7 @@ def test_a_long_row_tells_what_a_short_one_does_not() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ measured
-def pairs(in_batch: bool = False, anchors: int = 12, references: int = 40, seed: int = 0) -> Pairs:
+def pairs(in_batch: bool = False, anchors: int = 12, references: int = 40, seed: int = 0) -> LossInputs:
     generator = torch.Generator().manual_seed(seed)
 
     def rows(number: int) -> tuple[Tensor, Tensor]:
@@ -151,10 +151,10 @@ def pairs(in_batch: bool = False, anchors: int = 12, references: int = 40, seed:
 
     embeddings, labels = rows(anchors)
     if in_batch:
-        return Pairs(embeddings, labels)
+        return LossInputs(embeddings, labels)
     ref_indices = torch.arange(references)
     ref_indices[-1] = -1
-    return Pairs(embeddings, labels, *rows(references), torch.arange(anchors), ref_indices)
+    return LossInputs(embeddings, labels, *rows(references), torch.arange(anchors), ref_indices)
 
 
 def ordered(found: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -162,7 +162,7 @@ def ordered(found: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return sorted(found, key=lambda pair: (round(pair[0], 5), pair[1]))
 
 
-def weighed(loss: PairLoss, given: Pairs, side: int) -> list[tuple[float, float]]:
+def weighed(loss: PairLoss, given: LossInputs, side: int) -> list[tuple[float, float]]:
     """Similarity and weight of each pair of one side, by loops over `pair_weights`."""
     weights = loss.pair_weights(*given[:4], indices=given.indices, ref_indices=given.ref_indices)[side]
     references = given.embeddings if given.ref_embeddings is None else given.ref_embeddings
@@ -233,7 +233,7 @@ def test_no_references_and_no_anchors_are_read_as_no_pairs() -> None:
         "positives": 0, "positive_mass": 0, "negatives": 0, "negative_mass": 0
     }  # fmt: skip
     plot_readings([reading])
-    assert read_weights(TripletLoss(), Pairs(torch.empty(0, 6), torch.empty(0).long())).per_anchor() == {}
+    assert read_weights(TripletLoss(), LossInputs(torch.empty(0, 6), torch.empty(0).long())).per_anchor() == {}
 
 
 def test_what_is_no_pair_loss_or_not_finite_is_refused() -> None:
@@ -244,7 +244,7 @@ def test_what_is_no_pair_loss_or_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite `ref_embeddings`"):
         read_weights(ContrastiveLoss(), broken)
     with pytest.raises(ValueError, match="unit length"):
-        read_weights(ContrastiveLoss(), Pairs(2 * pairs().embeddings, pairs().labels))
+        read_weights(ContrastiveLoss(), LossInputs(2 * pairs().embeddings, pairs().labels))
 
 
 # ------------------------------------------------------------------------------------------------ words and files
@@ -252,13 +252,14 @@ def test_a_loss_is_described_as_it_was_built() -> None:
     def halved(similarity: Tensor) -> Tensor:
         return similarity / 2
 
-    assert describe(ContrastiveLoss(margin=0.25)) == "ContrastiveLoss(margin=0.25)"
+    assert format_loss(ContrastiveLoss(margin=0.25)) == "ContrastiveLoss(margin=0.25)"
     assert (
-        describe(MultiSimilarityLoss(epsilon=None)) == "MultiSimilarityLoss(alpha=2, beta=50, base=0.5, epsilon=None)"
+        format_loss(MultiSimilarityLoss(epsilon=None))
+        == "MultiSimilarityLoss(alpha=2, beta=50, base=0.5, epsilon=None)"
     )
-    assert describe(TripletLoss(soft=True)) == "TripletLoss(margin=0.1, soft=True)"
+    assert format_loss(TripletLoss(soft=True)) == "TripletLoss(margin=0.1, soft=True)"
     loss = DirectWeightLoss(positive=halved, negative=Piecewise([0.0, 1.0], [0.0, 0.5]), normalize="sum")
-    assert describe(loss) == (
+    assert format_loss(loss) == (
         "DirectWeightLoss(positive=halved, negative=Piecewise(similarities=[0.0, 1.0], weights=[0.0, 0.5]), "
         "normalize='sum')"
     )
@@ -272,7 +273,7 @@ def test_files_hold_curves_pairs_and_histogram(tmp_path: Path) -> None:
     weights = pd.read_csv(table)
     assert list(weights) == ["loss", "side", "kind", "similarity", "weight"]
     kinds = {tuple(row) for row in weights[["loss", "side", "kind"]].drop_duplicates().to_numpy().tolist()}
-    binomial, hybrid = (describe(loss) for loss in losses)
+    binomial, hybrid = (format_loss(loss) for loss in losses)
     assert kinds == {
         (binomial, "positive", "curve / |P|"), (binomial, "negative", "curve / |N|"),
         (binomial, "positive", "measured"), (binomial, "negative", "measured"),

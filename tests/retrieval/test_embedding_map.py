@@ -66,6 +66,10 @@ def test_the_largest_classes_are_named_and_every_embedding_is_a_point() -> None:
     points, shares = map_points(embeddings)
     figure = _figure(points, labels, {0: "a name that is far too long to stand there"}, "", "pca", shares)
     (axes,) = figure.axes
+    named = [part for part in axes.collections if "more classes" not in str(part.get_label())]
+    looks = {(tuple(part.get_facecolor()[0]), part.get_paths()[0].vertices.tobytes()) for part in named}
+    assert len(looks) == 10, "two classes look the same"
+    assert len({part.get_paths()[0].vertices.tobytes() for part in named}) == 10, "told apart by colour alone"
     drawn = np.concatenate([np.asarray(part.get_offsets()) for part in axes.collections])
     np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(points.numpy(), axis=0), atol=1e-6)
     sizes = dict(zip(*(column.tolist() for column in labels.unique(return_counts=True)), strict=True))
@@ -83,7 +87,7 @@ def test_the_picture_is_written_and_wrong_input_is_explained(tmp_path: Path) -> 
         (lambda: save_map(tmp_path / "map.gif", embeddings, labels), r"ending in \.png"),
         (lambda: save_map(tmp_path / "map.png", embeddings, labels[:5]), r"`labels` of shape \(60,\)"),
         (lambda: map_points(embeddings[:2]), "at least 3 embeddings of 2 dimensions"),
-        (lambda: map_points(embeddings, "tsne"), "'pca' or 'umap', got 'tsne'"),  # type: ignore[arg-type]
+        (lambda: map_points(embeddings, "tsne"), "'pca' or 'umap' but got 'tsne'"),  # type: ignore[arg-type]
         (lambda: map_points(embeddings / 0), "NaN or infinity in 60 of 60 rows"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import warnings
@@ -9,8 +10,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
-from mmap import ACCESS_READ, mmap
+from io import FileIO
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -22,21 +24,21 @@ from lightning_memdml.data.records import Record
 
 HEADER = struct.Struct("<16sIHH")  # which file it was made of, checksum of the pixels, height, width
 PAGE = 4096
-FORMAT = 1  # part of the file's name: raise it when the layout changes
+FORMAT = 2  # part of the file's name: raise it when the layout changes
 
 
 class PixelCache:
     """Opens images like the function it is put around, shrinks them, and keeps the pixels in one file.
 
     Every image has its place in the file, which all processes that read the same list of images share: workers, ranks
-    and later runs. An image is taken from it only if its source has the size and time it had, and the checksum of the
-    pixels was right when this process first read them; otherwise it is opened anew. So a changed source, a killed run,
-    or two writers at once do no harm. The file is sparse: it takes as much of the disk as has been written, and all
-    files in the folder together take at most `max_bytes` (processes that write at once may exceed it by an image each).
-    Images that find no room, that are more than twice as long as wide, or that are no files of their own are opened
-    every time.
+    and later runs. An image is taken from the file only if the size and time of its source are unchanged, and the
+    checksum of the pixels was right when this process first read them. Otherwise it is opened again. So a changed
+    source, a killed run, a full disk, or two writers at once do no harm. The file is sparse: it takes as much of the
+    disk as has been written, and all files in the folder together take at most `max_bytes` (processes that write at
+    once may exceed it by an image each). Images that find no room, that are more than twice as long as wide, or that
+    are no files of their own are opened every time.
 
-    The pages of the file are kept in memory by the operating system as long as nothing else needs it. Keep it on a
+    The operating system keeps the pages of the file in memory as long as nothing else needs it. Keep the file on a
     local disk: other machines make their own.
 
     Args:
@@ -49,7 +51,7 @@ class PixelCache:
 
     Raises:
         ValueError: If `max_bytes` is below 1.
-        OSError: If the folder cannot be written to.
+        OSError: If the folder cannot be written to, or another file than a cache has the name of this one.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class PixelCache:
         max_bytes: int,
     ) -> None:
         if max_bytes < 1:
-            raise ValueError(f"Expected a cache of at least 1 byte but got {max_bytes}.")
+            raise ValueError(
+                f"Expected a cache of at least 1 byte but got {max_bytes}. Pass a larger `pixel_cache_gb`."
+            )
         self.open_image = open_image
         self.shrink = shrink
         self.paths = [record.path for record in records]
@@ -76,15 +80,15 @@ class PixelCache:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the map out, of which every process has its own."""
-        return {**self.__dict__, "_process": None, "_map": None}
+        """Leave the open file out, of which every process has its own."""
+        return {**self.__dict__, "_process": None, "_file": None}
 
     def __call__(self, row: int) -> Image.Image | Tensor:
         """Return the image of a row, shrunk, `(3, H, W)` uint8."""
         try:
             status = os.stat(self.paths[row])
         except OSError:
-            return self.open_image(row)  # which says what is missing, or knows where in an archive the image is
+            return self.open_image(row)  # which names what is missing, or finds the image in an archive
         source = blake2b(struct.pack("<qq", status.st_mtime_ns, status.st_size), digest_size=16).digest()
         self._open()
         image = self._read(row, source)
@@ -96,61 +100,98 @@ class PixelCache:
 
     def taken(self) -> int:
         """Return the bytes of the disk that the files in the folder take."""
-        return sum(_blocks(file.stat()) for file in self.path.parent.glob("*.pixels"))
+        return sum(_blocks(file.lstat()) for file in self.path.parent.glob("*.pixels"))
 
     def _open(self) -> None:
-        """Map the file into memory, unless this process has; made if it is not there, sparse and with all places."""
+        """Open the file, unless this process has; it is made if it is not there, sparse and with all places."""
         if self._process == os.getpid():
             return
+        self._file = _open_own(self.path)
         length = self.start + len(self.paths) * self.slot
-        with self.path.open("ab") as file:
-            file.truncate(length)
-        with self.path.open("rb") as file:
-            self._map = mmap(file.fileno(), length, access=ACCESS_READ)
+        if self._file.seek(0, os.SEEK_END) != length:
+            self._file.truncate(length)
         self._sound = bytearray(len(self.paths))
         self._full = False
-        self._elsewhere = self.taken() - _blocks(self.path.stat())
+        self._elsewhere = self.taken() - _blocks(os.fstat(self._file.fileno()))
         self._process = os.getpid()
 
     def _read(self, row: int, source: bytes) -> Tensor | None:
-        header = HEADER.unpack_from(self._map, row * HEADER.size)
-        written, checksum, height, width = header
+        # Read, not mapped: if the file is cut or the disk fails, a map would kill the process.
+        header = self._bytes(row * HEADER.size, HEADER.size)
+        if len(header) < HEADER.size:
+            return None
+        written, checksum, height, width = HEADER.unpack(header)
         size = 3 * height * width
         if written != source or not 0 < size <= self.slot:
             return None
-        # A copy: the pages under a view could change while it is in use.
-        start = self.start + row * self.slot
-        with memoryview(self._map) as content:
-            pixels = bytearray(content[start : start + size])
-        # Checked once by each process: what a crash of the machine left unwritten is told by the checksum, and what is
-        # being written while it is read by the header, which goes first and comes last.
-        if not self._sound[row] and zlib.crc32(pixels) != checksum:
+        pixels = bytearray(self._bytes(self.start + row * self.slot, size))
+        # The checksum, taken once by each process, finds what a crash of the machine left unwritten. The header, which
+        # is erased first and written last, finds what was written while it was read.
+        if len(pixels) < size or (not self._sound[row] and zlib.crc32(pixels) != checksum):
             return None
-        if HEADER.unpack_from(self._map, row * HEADER.size) != header:
+        if self._bytes(row * HEADER.size, HEADER.size) != header:
             return None
         self._sound[row] = 1
         return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, start)
+        self._file.seek(start)  # Windows
+        return self._file.read(size)
 
     def _write(self, row: int, source: bytes, image: Tensor) -> None:
         channels, height, width = image.shape
         if self._full or channels != 3 or image.numel() > self.slot:
             return
-        if self._elsewhere + _blocks(self.path.stat()) + _pages(image.numel()) + PAGE > self.max_bytes:
+        if self._elsewhere + _blocks(os.fstat(self._file.fileno())) + _pages(image.numel()) + PAGE > self.max_bytes:
             self._full = True
             return
         pixels = image.permute(1, 2, 0).contiguous().numpy().data.cast("B")
-        # Written, not mapped: where a full disk is an error here, it would kill a process that writes to a map.
         try:
-            with self.path.open("r+b", buffering=0) as file:
-                file.seek(row * HEADER.size)
-                file.write(bytes(HEADER.size))
-                file.seek(self.start + row * self.slot)
-                written = file.write(pixels)
-                file.seek(row * HEADER.size)
-                file.write(HEADER.pack(source, zlib.crc32(pixels[:written]), height, width))
+            self._put(row * HEADER.size, bytes(HEADER.size))
+            self._put(self.start + row * self.slot, pixels)
+            self._put(row * HEADER.size, HEADER.pack(source, zlib.crc32(pixels), height, width))
         except OSError as error:
             self._full = True
-            warnings.warn(f"Opened images are no longer kept in {self.path}: {error}.", stacklevel=2)
+            warnings.warn(
+                f"Cannot keep opened images in {self.path} ({error}). Further images are opened every time; free some "
+                "disk, or pass another `pixel_cache`.",
+                stacklevel=2,
+            )
+
+    def _put(self, start: int, content: Any) -> None:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(self._file.fileno(), content, start)
+        else:
+            self._file.seek(start)
+            written = self._file.write(content)
+        if written != len(content):
+            raise OSError("the disk is full")
+
+
+def _open_own(path: Path) -> FileIO:
+    """Open a cache for reading and writing; made if it is not there.
+
+    In a folder that others can write to, the name may have been taken by a link to a file that must not be written.
+
+    Raises:
+        OSError: If the name is that of a link, or of no regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0)  # a pipe of this name would wait for ever
+    advice = "Remove it, or pass another `pixel_cache`."
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink() or error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(f"Expected a pixel cache but got a link or a device, {path}. {advice}") from error
+        raise OSError(f"Cannot write the pixel cache {path} ({error.strerror}). Pass another `pixel_cache`.") from error
+    status = os.fstat(descriptor)
+    if not S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(f"Expected a pixel cache but got a file that has other names too, {path}. {advice}")
+    return FileIO(descriptor, "r+")
 
 
 def _pages(size: int) -> int:

@@ -235,7 +235,7 @@ def _is_read(field: Any, wanted: Sequence[str] | None) -> bool:
 def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_string(kind) or types.is_binary(kind)
+    return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary))
 
 
 def _cells(column: Any) -> list[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lightning_memdml import data
+
 
 def draw(path: Path, label: int = 0, image: int = 0, size: tuple[int, int] = (40, 36)) -> None:
     """A small picture, its colour by class."""
@@ -210,3 +212,33 @@ TREES: dict[str, Callable[..., Path]] = {
     "INaturalist2018": inaturalist,
     "Omniglot": omniglot,
 }
+
+
+def module(name: str, root: Path, **kwargs: Any) -> Any:
+    """A published data set, with options that suit small trees."""
+    options = {"num_workers": 0, "val_fraction": 0, "batch_size": 8, "images_per_class": 2}
+    return getattr(data, name)(root=str(root), **{**options, **kwargs})
+
+
+def made(name: str, root: Path, **kwargs: Any) -> Any:
+    """The same, set up."""
+    built = module(name, root, **kwargs)
+    built.setup()
+    return built
+
+
+def relative(built: Any, part: str) -> list[str]:
+    """Paths of a set, below the root."""
+    return [str(Path(path).relative_to(built.root)) for path in getattr(built, part).paths]
+
+
+def names(built: Any, part: str) -> list[Any]:
+    """Names of the classes of a set, one for each image."""
+    return [built.classes[label] for label in getattr(built, part).labels]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace a piece of a text file, which has to be there."""
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))

@@ -44,10 +44,17 @@ class WeightFunction(nn.Module, ABC):
 
 
 class Constant(WeightFunction):
-    """Weighs all pairs alike: `w(s) = value`.
+    r"""Weighs all pairs alike.
+
+    $$
+    w(s) = \text{value}
+    $$
 
     Args:
         value: The weight, at least 0.
+
+    Raises:
+        ValueError: If `value` is below 0.
 
     Example:
         >>> Constant()(torch.tensor([-0.5, 0.9]))
@@ -64,17 +71,20 @@ class Constant(WeightFunction):
 
 
 class Threshold(WeightFunction):
-    r"""Weighs pairs above a threshold 1 and the others 0 (or the reverse).
+    r"""Weighs pairs above a threshold 1 and the others 0, or the reverse.
 
     $$
     w(s) = \mathbb{1}[s > \text{threshold}]
     $$
 
-    As negative weight this is the contrastive loss with `margin = threshold`: hard negatives only.
+    As the weight of negatives this is the contrastive loss with `margin = threshold`.
 
     Args:
         threshold: Cosine similarity in [-1, 1].
-        above: Whether the pairs above the threshold count; `False` takes those below it.
+        above: Whether the pairs above the threshold have weight 1. With `False`, those below it have.
+
+    Raises:
+        ValueError: If `threshold` is not a cosine similarity.
 
     Example:
         >>> Threshold(0.5)(torch.tensor([0.2, 0.5, 0.9]))
@@ -96,13 +106,13 @@ class Threshold(WeightFunction):
 
 
 class Linear(WeightFunction):
-    r"""Weighs pairs along a straight line, cut off at 0.
+    r"""Weighs pairs along a straight line, and by 0 where the line is negative.
 
     $$
     w(s) = \max(0, \text{slope} \cdot s + \text{intercept})
     $$
 
-    `Linear()` emphasises similar pairs; `Linear(slope=-1, intercept=1)` is $1 - s$, the dissimilar ones.
+    `Linear()` stresses similar pairs. `Linear(slope=-1, intercept=1)` is $1 - s$ and stresses dissimilar ones.
 
     Args:
         slope: Weight per unit of similarity.
@@ -124,7 +134,7 @@ class Linear(WeightFunction):
 
 
 class Power(WeightFunction):
-    r"""Weighs pairs by a power of how far they are above a threshold: a ramp from 0 to 1.
+    r"""Weighs pairs by a power of their distance above a threshold: a ramp from 0 to 1.
 
     $$
     w(s) = \left(\frac{\max(0, s - \text{threshold})}{1 - \text{threshold}}\right)^{\text{power}}
@@ -132,7 +142,10 @@ class Power(WeightFunction):
 
     Args:
         threshold: Cosine similarity in [-1, 1) where the ramp starts.
-        power: Exponent above 0: 1 is a straight ramp, 2 stresses the hardest, 0.5 nears a step.
+        power: Exponent above 0. 1 is a straight ramp, 2 stresses the most similar pairs, 0.5 is nearer to a step.
+
+    Raises:
+        ValueError: If `threshold` is not in [-1, 1), or `power` is not above 0.
 
     Example:
         >>> Power(threshold=0.5, power=2)(torch.tensor([0.2, 0.75, 1.0]))
@@ -142,9 +155,12 @@ class Power(WeightFunction):
     def __init__(self, threshold: float = 0.0, power: float = 1.0) -> None:
         super().__init__()
         if not -1 <= threshold < 1:
-            raise ValueError(f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}.")
+            raise ValueError(
+                f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}. "
+                "Pass a number in this range."
+            )
         if power <= 0:
-            raise ValueError(f"Expected `power` above 0 but got {power}.")
+            raise ValueError(f"Expected `power` above 0 but got {power}. Pass a positive number.")
         self.threshold, self.power = threshold, power
         self.zero_below = threshold
 
@@ -154,14 +170,14 @@ class Power(WeightFunction):
 
 
 class Exponential(WeightFunction):
-    r"""Weighs pairs exponentially, 1 at the similarity `center`.
+    r"""Weighs pairs exponentially. The weight is 1 at the similarity `center`.
 
     $$
     w(s) = e^{\text{scale} (s - \text{center})}
     $$
 
     Args:
-        scale: Growth per unit of similarity; negative values stress dissimilar pairs.
+        scale: Growth per unit of similarity. Negative values stress dissimilar pairs.
         center: Similarity whose weight is 1.
 
     Example:
@@ -186,8 +202,11 @@ class Sigmoid(WeightFunction):
     $$
 
     Args:
-        scale: Steepness; negative values weigh the pairs below the threshold.
-        threshold: Cosine similarity in [-1, 1] of weight one half.
+        scale: Steepness. Negative values weigh the pairs below the threshold.
+        threshold: Cosine similarity in [-1, 1] at which the weight is 0.5.
+
+    Raises:
+        ValueError: If `threshold` is not a cosine similarity.
 
     Example:
         >>> Sigmoid(scale=10, threshold=0.5)(torch.tensor([0.5, 1.0]))
@@ -204,15 +223,18 @@ class Sigmoid(WeightFunction):
 
 
 class Band(WeightFunction):
-    r"""Weighs pairs between two similarities 1 and the others 0: hard ones, but not the suspiciously hard.
+    r"""Weighs pairs between two similarities 1 and the others 0: hard pairs, but not those that may be mislabelled.
 
     $$
     w(s) = \mathbb{1}[\text{low} < s < \text{high}]
     $$
 
     Args:
-        low: Lower edge, excluded.
-        high: Upper edge, excluded; above `low`.
+        low: Lower edge, a cosine similarity in [-1, 1]. The edge itself has weight 0.
+        high: Upper edge, above `low` and at most 1. The edge itself has weight 0.
+
+    Raises:
+        ValueError: If an edge is not a cosine similarity, or `low` is not below `high`.
 
     Example:
         >>> Band(0.5, 0.9)(torch.tensor([0.5, 0.7, 0.95]))
@@ -223,7 +245,9 @@ class Band(WeightFunction):
         super().__init__()
         self.low, self.high = check_similarity("low", low), check_similarity("high", high)
         if low >= high:
-            raise ValueError(f"Expected `low` below `high` but got low={low}, high={high}.")
+            raise ValueError(
+                f"Expected `low` below `high` but got low={low}, high={high}. Exchange them or widen the band."
+            )
         self.zero_below = low
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -232,11 +256,21 @@ class Band(WeightFunction):
 
 
 class Piecewise(WeightFunction):
-    """Weighs pairs along straight lines between given points, constant beyond the first and the last.
+    r"""Weighs pairs along straight lines between given points $(s_k, w_k)$.
+
+    $$
+    w(s) = w_k + \frac{s - s_k}{s_{k+1} - s_k} (w_{k+1} - w_k) \quad\text{for}\quad s_k \le s \le s_{k+1}
+    $$
+
+    Below the first point and above the last one the weight is constant.
 
     Args:
         similarities: Similarities of the points, ascending, at least two.
         weights: Weight at each point, at least 0.
+
+    Raises:
+        ValueError: If the numbers of similarities and weights differ or are below 2, similarities do not ascend, or a
+            weight is negative.
 
     Example:
         >>> Piecewise([0.0, 0.5, 1.0], [0.0, 1.0, 0.5])(torch.tensor([-1.0, 0.25, 0.75]))
@@ -248,12 +282,12 @@ class Piecewise(WeightFunction):
         if len(similarities) != len(weights) or len(similarities) < 2:
             raise ValueError(
                 f"Expected as many `weights` as `similarities`, at least two, but got {len(weights)} and "
-                f"{len(similarities)}."
+                f"{len(similarities)}. Pass one weight for each similarity."
             )
         if any(a >= b for a, b in zip(similarities, similarities[1:])):  # noqa: B905, RUF007 (3.10 has both, this reads)
-            raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}.")
+            raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}. Sort the points.")
         if min(weights) < 0:
-            raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}.")
+            raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}. Leave out negative weights.")
         self.similarities, self.weights = list(similarities), list(weights)
         self.zero_below = _last_zero(self.similarities, self.weights)
 
@@ -273,5 +307,5 @@ def _last_zero(similarities: list[float], weights: list[float]) -> float:
 
 def _check_at_least_zero(name: str, value: float) -> float:
     if value < 0:
-        raise ValueError(f"Expected `{name}` of at least 0 but got {value}.")
+        raise ValueError(f"Expected `{name}` of at least 0 but got {value}. Pass 0 or a positive number.")
     return value

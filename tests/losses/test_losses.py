@@ -1,64 +1,29 @@
-"""Every loss against its formula in float64: in the batch, against references, streamed, and as weights."""
+"""The contract of every loss: its formula in float64, in the batch, against references, streamed, and as weights.
+
+The losses and their formulas are those of `tests/losses/oracles`; see `support/losses.py`.
+"""
 
 import copy
-import importlib.util
-import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.losses import (
+    loss_cases,
+    masks,
+    missing_in_docstring,
+    public_classes,
+    value_of_rows,
+    weights_of,
+    without_case,
+)
 from torch import Tensor
 
 import lightning_memdml as ml
+from lightning_memdml.curves import exact_curve
 from lightning_memdml.losses.backends import blocks
 
-_spec = importlib.util.spec_from_file_location("oracles", pathlib.Path(__file__).with_name("oracles.py"))
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
-
-CASES = {
-    "contrastive": (ml.ContrastiveLoss(0.3), oracles.contrastive(0.3)),
-    "direct": (
-        ml.DirectWeightLoss(ml.Linear(-1, 1), ml.Exponential(5)),
-        oracles.direct(lambda s: 1 - s, lambda s: torch.exp(5 * (s - 1))),
-    ),
-    "direct default": (
-        ml.DirectWeightLoss(),
-        oracles.direct(torch.ones_like, lambda s: (s > 0.5).to(s.dtype)),
-    ),
-    "direct normalised": (
-        ml.DirectWeightLoss(ml.Linear(-1, 1), ml.Power(0.2, 2), normalize="sum"),
-        oracles.direct(lambda s: 1 - s, lambda s: ((s - 0.2).clamp_min(0) / 0.8) ** 2, normalize=True),
-    ),
-    "direct hardest": (
-        ml.DirectWeightLoss(
-            ml.Linear(-1, 1), ml.Exponential(5), normalize="sum", hardest_positives=2, hardest_negatives=3
-        ),
-        oracles.direct(lambda s: 1 - s, lambda s: torch.exp(5 * (s - 1)), True, 2, 3),
-    ),
-    "direct hardest above a threshold": (
-        ml.DirectWeightLoss(negative=ml.Threshold(0.4), hardest_negatives=50),
-        oracles.direct(torch.ones_like, lambda s: (s > 0.4).to(s.dtype), hardest_negatives=50),
-    ),
-    "multi-similarity": (ml.MultiSimilarityLoss(), oracles.multi_similarity(2, 50, 0.5, 0.1)),
-    "multi-similarity unmined": (
-        ml.MultiSimilarityLoss(epsilon=None),
-        oracles.multi_similarity(2, 50, 0.5, None),
-    ),
-    "multi-similarity beta 200": (
-        ml.MultiSimilarityLoss(beta=200),
-        oracles.multi_similarity(2, 200, 0.5, 0.1),
-    ),
-    "binomial deviance": (ml.BinomialDevianceLoss(), oracles.binomial_deviance(2, 50, 0.5)),
-    "lifted structure": (ml.LiftedStructureLoss(margin=0.2), oracles.lifted_structure(0.2)),
-    "triplet": (ml.TripletLoss(0.15), oracles.triplet(0.15)),
-    "soft triplet": (ml.TripletLoss(soft=True), oracles.soft_triplet()),
-    "margin": (ml.MarginLoss(), oracles.margin(0.2, 1.2)),
-    "circle": (ml.CircleLoss(), oracles.circle(0.4, 80)),
-    "InfoNCE": (ml.InfoNCELoss(), oracles.info_nce(0.07)),
-    "SupCon": (ml.SupConLoss(), oracles.supcon(0.1)),
-    "NCA": (ml.NCALoss(), oracles.nca(0.1)),
-}
+CASES = loss_cases()
 
 
 @pytest.fixture(params=CASES, name="case")
@@ -86,9 +51,9 @@ def value_and_gradient(loss, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor
 def expected(row_loss, x: Tensor, y: Tensor, r: Tensor | None = None, ry: Tensor | None = None, **kwargs):
     x = x.detach().clone().requires_grad_()
     in_batch = r is None
-    positive, negative = oracles.masks(y, y if in_batch else ry, in_batch=in_batch, **kwargs)
+    positive, negative = masks(y, y if in_batch else ry, in_batch=in_batch, **kwargs)
     similarity = x @ (x.T if in_batch else r.T)
-    value = oracles.value_of_rows(row_loss, similarity, positive, negative)
+    value = value_of_rows(row_loss, similarity, positive, negative)
     value.backward()
     return value.detach(), x.grad
 
@@ -119,7 +84,7 @@ def test_references_with_gradient_get_the_gradient_of_the_formula(case):
     r = unit(30, seed=2).requires_grad_()
     loss(x, y, r, ry).backward()
     wanted = r.detach().clone().requires_grad_()
-    oracles.value_of_rows(row_loss, x @ wanted.T, *oracles.masks(y, ry)).backward()
+    value_of_rows(row_loss, x @ wanted.T, *masks(y, ry)).backward()
     torch.testing.assert_close(r.grad, wanted.grad, rtol=1e-10, atol=1e-10)
 
 
@@ -136,7 +101,7 @@ def test_pairs_of_equal_known_index_are_left_out(case):
 def test_pair_weights_are_the_derivatives_of_the_formula(case):
     loss, row_loss = case
     x, y, r, ry = unit(10), labels_of(10, 4), unit(30, seed=2), labels_of(30, 4, seed=3)
-    wanted = oracles.weights_of(row_loss, x @ r.T, *oracles.masks(y, ry))
+    wanted = weights_of(row_loss, x @ r.T, *masks(y, ry))
     assert_same(loss.pair_weights(x, y, r, ry), wanted)
 
 
@@ -236,15 +201,71 @@ def test_a_copy_and_a_pickled_loss_still_work(case):
     assert duplicate(x, y, r, ry) == loss(x, y, r, ry)
 
 
+# ---------------------------------------------------------------- what every exported loss must have
+LOSSES = public_classes(ml.PairLoss)
+
+
+def test_every_loss_has_a_formula_beside_it():
+    assert without_case(LOSSES, CASES) == [], "add a file to tests/losses/oracles"
+
+
+@pytest.mark.parametrize("cls", LOSSES, ids=lambda cls: cls.__name__)
+def test_every_loss_is_exported_and_documented(cls):
+    assert getattr(ml, cls.__name__, None) is cls
+    assert getattr(ml.losses, cls.__name__, None) is cls
+    assert missing_in_docstring(cls) == []
+
+
+class Undocumented(ml.ContrastiveLoss):
+    """A loss that nobody tests."""
+
+
+def test_a_loss_without_formula_or_documentation_is_found():
+    assert Undocumented in public_classes(ml.PairLoss) or without_case([Undocumented], CASES) == ["Undocumented"]
+    assert missing_in_docstring(Undocumented) == ["$$", "Args:", "Example:", ">>> ", "Denominator:", "References:"]
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_weight_curve_is_read_just_where_the_formula_depends_on_the_similarity_alone(case, side):
+    """The weight of one pair by the formula, alone in its row and beside other pairs."""
+    loss, row_loss = case
+    grid = torch.linspace(-0.995, 0.995, 41, dtype=torch.float64)
+    many = torch.linspace(-0.99, 0.99, 200).tolist()
+    rows = [([], []), ([-0.4, 0.1, 0.9], [-0.6, 0.3]), (many, many)]
+    weights, numbers = [], []
+    for positives, negatives in rows:
+        others = torch.tensor([*positives, *negatives], dtype=torch.float64)
+        similarity = torch.cat([grid[:, None], others.expand(len(grid), -1)], dim=1)
+        positive = torch.tensor([side == "positive"] + [True] * len(positives) + [False] * len(negatives))
+        mask = positive.expand(len(grid), -1)
+        weights.append(weights_of(row_loss, similarity, mask, ~mask)[side == "negative"][:, 0])
+        numbers.append(1 + len(positives if side == "positive" else negatives))
+    curve = exact_curve(loss, side)
+    if curve is None:
+        scaled = [weight * number for weight, number in zip(weights, numbers, strict=True)]
+        assert not all(torch.allclose(weight, weights[0], rtol=1e-4) for weight in weights)
+        assert not all(torch.allclose(weight, scaled[0], rtol=1e-4) for weight in scaled)
+        return
+    places = ((grid + 1) / 2 * (len(curve.similarity) - 1)).round().long()
+    assert (curve.similarity[places] - grid).abs().max() < 1.1e-3
+    for weight, number in zip(weights, numbers, strict=True):
+        expected_weight = weight * (number if curve.divided else 1)
+        scale = 1 + expected_weight.abs().max()
+        # The grid of the curve is as fine as 0.002: its weights are compared where the formula is smooth there.
+        differs = (curve.weight[places].double() - expected_weight).abs() > 0.06 * scale
+        assert differs.sum() <= 1, (grid[differs], curve.weight[places][differs], expected_weight[differs])
+
+
+# ---------------------------------------------------------------- single losses
 def test_gradient_is_the_assigned_weight():
     x, y, r, ry = unit(6), labels_of(6, 3), unit(10, seed=2), labels_of(10, 3, seed=3)
     _, gradient = value_and_gradient(ml.DirectWeightLoss(ml.Constant(2), ml.Threshold(0.4)), x, y, r, ry)
-    positive, negative = oracles.masks(y, ry)
+    positive, negative = masks(y, ry)
     weights = ((x @ r.T > 0.4) & negative).double() - 2 * positive.double()
     torch.testing.assert_close(gradient, weights @ r / 6)
 
 
-@pytest.mark.parametrize("positive", CASES)
+@pytest.mark.parametrize("positive", [name for name in CASES if not isinstance(CASES[name][0], ml.HybridLoss)])
 @pytest.mark.parametrize(
     "negative", ["contrastive", "multi-similarity", "triplet", "circle", "SupCon", "direct hardest"]
 )
@@ -266,18 +287,22 @@ def test_hybrid_takes_each_side_from_its_loss(positive, negative):
     torch.testing.assert_close(value, total / 8)
 
 
-def test_a_loss_that_says_its_sides_are_not_coupled_weighs_positives_whatever_the_negatives(case):
+def test_positive_weights_depend_on_the_negatives_just_where_the_loss_has_this_flag(case):
+    """One anchor with the same positives, and beside them near negatives, far ones, or none."""
     loss, _ = case
-    x, y, ry = unit(12, spread=3.0), labels_of(12, 4), labels_of(80, 6, seed=3)
-    near, far = unit(80, seed=2, spread=3.0), unit(80, seed=4, spread=3.0)
-    shared = (y[:, None] == ry).any(dim=0)
-    weights = [loss.pair_weights(x, y, torch.where(shared[:, None], near, r), ry)[0] for r in (near, far)]
-    assert torch.equal(*weights) or loss.needs_negatives
+    x, y, positives = unit(1, spread=3.0), torch.zeros(1, dtype=torch.int64), unit(8, seed=2, spread=3.0)
+    near, far = unit(40, seed=3, spread=0.5), unit(40, seed=4, spread=9.0)
+    weights = []
+    for negatives in (near, far, far[:0]):
+        ry = (torch.arange(8 + len(negatives)) >= 8).long()
+        weights.append(loss.pair_weights(x, y, torch.cat([positives, negatives]), ry)[0][:, :8])
+    same = all(torch.equal(weight, weights[0]) for weight in weights)
+    assert same == (not (loss.positive if isinstance(loss, ml.HybridLoss) else loss).needs_negatives)
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_triplets_of_an_anchor_with_many_positives_follow_the_formula(soft):
-    loss, row_loss = ml.TripletLoss(0.15, soft), oracles.soft_triplet() if soft else oracles.triplet(0.15)
+    loss, row_loss = CASES["soft triplet" if soft else "triplet"]
     x, y = unit(6, spread=1.0), labels_of(6, 3)
     r, ry = unit(400, seed=2, spread=1.0), labels_of(400, 5, seed=3)
     assert (y[:, None] == ry).sum(dim=1).min() > 64  # more than are counted one by one
@@ -287,12 +312,12 @@ def test_triplets_of_an_anchor_with_many_positives_follow_the_formula(soft):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("length", [1.0, 1.009])  # the longest that passes as unit length is 1.01
 def test_soft_triplets_are_exact_up_to_rounding_from_one_end_of_similarities_to_the_other(dtype, tolerance, length):
-    loss, row_loss = ml.TripletLoss(soft=True), oracles.soft_triplet()
+    loss, row_loss = CASES["soft triplet"]
     x, y = length * unit(4, dim=3, spread=9.0), torch.arange(4)
     r, ry = length * unit(1500, dim=3, seed=2, spread=9.0), labels_of(1500, 3)  # 500 positives for each of 3 anchors
     r = torch.cat([r, x, -x, x, -x])
     ry = torch.cat([ry, torch.full((8,), 8), torch.arange(4).repeat(2)])
-    positive, negative = oracles.masks(y, ry)
+    positive, negative = masks(y, ry)
     assert (positive.sum(dim=1)[:3] > 400).all()
     for side in (positive, negative):
         assert (x @ r.T)[side].max() > 0.999 * length**2
@@ -300,7 +325,7 @@ def test_soft_triplets_are_exact_up_to_rounding_from_one_end_of_similarities_to_
     pairs = (x.to(dtype), y, r.to(dtype), ry)
     value, gradient = value_and_gradient(loss, *pairs)
     torch.testing.assert_close(value.double(), expected(row_loss, x, y, r, ry)[0], rtol=tolerance, atol=0)
-    wanted = oracles.weights_of(row_loss, x @ r.T, positive, negative)
+    wanted = weights_of(row_loss, x @ r.T, positive, negative)
     weights = [actual.double() for actual in loss.pair_weights(*pairs)]
     torch.testing.assert_close(weights, list(wanted), rtol=tolerance, atol=0)
     wanted_gradient = (wanted[1] - wanted[0]) @ r / 4
@@ -310,7 +335,7 @@ def test_soft_triplets_are_exact_up_to_rounding_from_one_end_of_similarities_to_
 def test_the_hardest_negatives_are_those_of_the_whole_memory(monkeypatch):
     x, y = unit(16, dim=16), torch.arange(16)
     r, ry = unit(6000, dim=16, seed=2), labels_of(6000, 900, seed=3)
-    positive, negative = oracles.masks(y, ry)
+    positive, negative = masks(y, ry)
     top = (x @ r.T).masked_fill(~negative, -2).topk(5, dim=1).indices
     kept = torch.zeros_like(negative).scatter(1, top, True)
     loss = ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=5)

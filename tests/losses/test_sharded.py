@@ -1,23 +1,18 @@
 """References spread over ranks give the loss of the references together, for every loss; ranks are threads here."""
 
-import importlib.util
-import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.losses import loss_cases
 
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
 
-_spec = importlib.util.spec_from_file_location("test_losses", pathlib.Path(__file__).with_name("test_losses.py"))
-_losses = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_losses)
-
-LOSSES = {name: case[0] for name, case in _losses.CASES.items()} | {
-    "hybrid": ml.HybridLoss(ml.MultiSimilarityLoss(), ml.DirectWeightLoss(hardest_negatives=7)),
+LOSSES = {name: case[0] for name, case in loss_cases().items()} | {
+    "hybrid with hardest": ml.HybridLoss(ml.MultiSimilarityLoss(), ml.DirectWeightLoss(hardest_negatives=7)),
 }
 
 

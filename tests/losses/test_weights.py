@@ -1,39 +1,49 @@
 """Weight functions: their curves, where they are 0, their refusals."""
 
-import math
-
 import pytest
 import torch
+from support.losses import missing_in_docstring, public_classes, weight_cases, without_case
 
 import lightning_memdml as ml
 
 GRID = torch.linspace(-1, 1, 401, dtype=torch.float64)
-CURVES = [
-    (ml.Constant(2.0), lambda s: 2.0),
-    (ml.Threshold(0.25), lambda s: float(s > 0.25)),
-    (ml.Threshold(0.25, above=False), lambda s: float(s < 0.25)),
-    (ml.Linear(2.0, 0.5), lambda s: max(0.0, 2 * s + 0.5)),
-    (ml.Linear(-1.0, 1.0), lambda s: 1 - s),
-    (ml.Power(0.2, 2.0), lambda s: (max(0.0, s - 0.2) / 0.8) ** 2),
-    (ml.Exponential(10.0), lambda s: math.exp(10 * (s - 1))),
-    (ml.Exponential(-5.0, center=-1.0), lambda s: math.exp(-5 * (s + 1))),
-    (ml.Sigmoid(20.0, 0.3), lambda s: 1 / (1 + math.exp(-20 * (s - 0.3)))),
-    (ml.Band(0.1, 0.6), lambda s: float(0.1 < s < 0.6)),
-    (ml.Piecewise([-0.5, 0.0, 0.5], [0.0, 0.0, 3.0]), lambda s: min(3.0, max(0.0, 6 * s))),
-]
+CURVES = weight_cases()
+WEIGHTS = public_classes(ml.WeightFunction)
 
 
-@pytest.mark.parametrize(("weight", "formula"), CURVES, ids=lambda case: type(case).__name__)
-def test_the_curve_is_the_formula(weight, formula):
+@pytest.fixture(params=CURVES, name="case")
+def _case(request):
+    return CURVES[request.param]
+
+
+def test_the_curve_is_the_formula(case):
+    weight, formula = case
     wanted = torch.tensor([formula(float(s)) for s in GRID], dtype=torch.float64)
     before = GRID.clone()
     torch.testing.assert_close(weight(GRID), wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(before, GRID), "the argument was changed"
 
 
-@pytest.mark.parametrize(("weight", "formula"), CURVES, ids=lambda case: type(case).__name__)
-def test_nothing_at_or_below_the_cut_has_weight(weight, formula):
-    assert not weight(GRID[weight.zero_below >= GRID]).any()
+def test_weights_are_0_at_and_below_the_similarity_a_function_states(case):
+    """Or, where it states none, there is a weight at the lowest similarity: pairs could not be skipped."""
+    weight, _ = case
+    if weight.zero_below == -torch.inf:
+        assert weight(GRID[:1]) > 0
+        return
+    low = torch.cat([GRID[weight.zero_below >= GRID], torch.tensor([weight.zero_below], dtype=torch.float64)])
+    assert not weight(low).any()
+    assert weight(GRID[weight.zero_below < GRID][:40]).any(), "more pairs could be skipped"
+
+
+def test_every_weight_function_has_a_formula_beside_it():
+    assert without_case(WEIGHTS, CURVES) == [], "add it to tests/losses/oracles/weights.py"
+
+
+@pytest.mark.parametrize("cls", WEIGHTS, ids=lambda cls: cls.__name__)
+def test_every_weight_function_is_exported_and_documented(cls):
+    assert getattr(ml, cls.__name__, None) is cls
+    assert getattr(ml.losses, cls.__name__, None) is cls
+    assert missing_in_docstring(cls) == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_memdml.compat import BATCH_NORMS
+
 WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 # Files of a whole classifier carry it under one of these names; auxiliary classifiers go as well.
 CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
@@ -94,7 +96,7 @@ class Embedder(nn.Module):
         super().train(mode)
         if self.freeze_batch_norm:
             for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
         return self
 

@@ -6,10 +6,20 @@ Each entry gives its reason and the versions it was tested with. `tests/test_com
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
+
+#: `mark_dynamic(tensor, 0)` lets `torch.compile` treat the length of a tensor as dynamic from the first call on. torch
+#: has it in `torch._dynamo` only. Without the mark a compiled step compiles once more for the second length of a
+#: memory. Tested with torch 2.10 and 2.14.
+mark_dynamic = maybe_mark_dynamic
+
+#: The batch norms of torch. Their common base class `_BatchNorm` is private.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def all_gather_single(output: Tensor, input: Tensor) -> None:
@@ -38,3 +48,32 @@ def has_avx512_bf16() -> bool:
     if get_capabilities is not None:
         return bool(get_capabilities().get("avx512_bf16", False))
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def move_towards_(tensors: list[Tensor], targets: list[Tensor], weight: float) -> None:
+    """Replace each tensor `t` by `t + weight * (target - t)`, all in one call.
+
+    torch has no public function over lists of tensors; a loop over the parameters of a ResNet-50 takes several times
+    longer. Tested with torch 2.10 and 2.14.
+    """
+    torch._foreach_lerp_(tensors, targets, weight=weight)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Remove the `forward` that `torch.compile` left in a deep copy of a LightningModule.
+
+    Lightning stores the compiled function in the module itself, so a copy would run the network that it was copied
+    from. It is recognised by `_torchdynamo_orig_callable`. Tested with torch 2.10 and 2.14, lightning 2.6.
+    """
+    compiled = hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    if compiled and not isinstance(module, torch._dynamo.OptimizedModule):
+        del module.__dict__["forward"]
+
+
+def given_training_data(trainer: Any) -> Any:
+    """Return what the Trainer will load the training batches from, before it has loaded it: a loader or a module.
+
+    `trainer.train_dataloader` is None until training starts, which is after a checkpoint was restored; the size of a
+    memory is needed before. Tested with lightning 2.6.
+    """
+    return trainer.fit_loop._data_source.instance

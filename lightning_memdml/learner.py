@@ -1,4 +1,4 @@
-"""The LightningModule: a backbone, a loss, a memory term, retrieval metrics."""
+"""The LightningModule: a backbone, a loss, a memory term and retrieval metrics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from lightning_memdml.backbones import Embedder, build_backbone
 from lightning_memdml.losses import PairLoss
-from lightning_memdml.losses.sharded import check_needs_no_ranks
+from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory_term import Loss, batch_term, memory_term
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
 from lightning_memdml.trust import build_arguments
 
-Batch = Sequence[Tensor]  # images, labels, and optionally the images' data-set indices
-Loss = PairLoss | Callable[..., Any]
+Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
 
 
 class Schedule(ABC):
-    """A number for every optimiser step; a subclass says which."""
+    """A number for every optimiser step, defined by a subclass."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -31,10 +31,10 @@ class Schedule(ABC):
 
 
 class LinearRamp(Schedule):
-    """Goes from one number to another in a straight line, and is constant before and after.
+    """A straight line from one number to another, constant before and after.
 
     Args:
-        start_step: Optimiser step until which it is `start`.
+        start_step: Optimiser step until which the number is `start`.
         stop_step: Optimiser step from which on it is `stop`, above `start_step`.
         start: The number before.
         stop: The number after.
@@ -50,56 +50,58 @@ class LinearRamp(Schedule):
 
     def __init__(self, start_step: int, stop_step: int, start: float = 0.0, stop: float = 1.0) -> None:
         if stop_step <= start_step:
-            raise ValueError(f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}.")
+            raise ValueError(
+                f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}. Pass a later step."
+            )
         self.start_step, self.stop_step = start_step, stop_step
         self.start, self.stop = start, stop
 
     def __call__(self, step: int) -> float:
         """Return the number at optimiser step `step`."""
-        way = (step - self.start_step) / (self.stop_step - self.start_step)
-        return self.start + min(1.0, max(0.0, way)) * (self.stop - self.start)
+        progress = (step - self.start_step) / (self.stop_step - self.start_step)
+        return self.start + min(1.0, max(0.0, progress)) * (self.stop - self.start)
 
 
 class MetricLearner(LightningModule):
-    r"""Trains an embedding: the loss in the batch, plus a weighted loss against the memory.
+    r"""Trains an embedding with a loss in the batch, and a weighted loss against the memory.
 
     .. math:: L = L_\text{batch} + \text{memory\_weight} \cdot L_\text{memory}
 
-    Without a `MemoryCallback` it trains on the batch alone. Batches are ``(images, labels)`` or ``(images, labels,
-    indices)``, where equal indices are the same image. Validation and test report recall at K, MAP@R and R-precision;
-    two loaders there are queries and gallery, one is both.
+    Without a `MemoryCallback` it trains on the batch alone. Batches are `(images, labels)` or `(images, labels,
+    indices)`; equal indices are the same image. Validation and test report recall at K, MAP@R and R-precision. Two
+    loaders there are queries and gallery, one loader is both.
 
-    A checkpoint of the command line rebuilds all of it: ``MetricLearner.load_from_checkpoint(path)``. One of a
-    program does not hold what was given as a module or function: pass ``backbone=`` and ``loss=`` again.
+    A checkpoint of the command line contains all that is needed: `MetricLearner.load_from_checkpoint(path)`. A
+    checkpoint of a program does not contain modules and functions: pass `backbone=` and `loss=` again.
 
     Args:
-        backbone: The name of a torchvision classifier (``resnet50``), whose last layer is removed, or any module that
-            maps images to features ``(B, F)``; `SmallConvNet` for small grey images.
+        backbone: The name of a torchvision classifier (`resnet50`), whose last layer is removed, or any module that
+            maps images to features `(B, F)`; `SmallConvNet` for small grey images.
         loss: The loss in the batch: a `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and
             labels.
-        memory_loss: The loss against the memory, by default that of the batch. Small networks that move fast want
-            a higher margin here.
+        memory_loss: The loss against the memory, by default that of the batch; see `memory_term` for how it is called.
+            Small networks, whose embeddings change fast, need a higher margin here.
         memory_weight: Weight of the memory term, at least 0: a number, or a `LinearRamp` or any function of the
             optimiser step (`Trainer.global_step`).
-        memory_includes_batch: Compare with the memory as it is after the batch has entered it, each image without
-            itself: the order in the code of XBM's authors. By default the batch enters after the step. Either way an
-            empty memory gives no term, and under DDP the batch is that of the rank.
-        memory_excludes_own_image: Leave out pairs of an image with rows of itself that were stored in earlier steps,
-            which are told by their index. If not, they are positives.
+        memory_includes_batch: Compare with the memory as it is after the batch was enqueued, leaving out each image's
+            own row: the order in the code of XBM's authors. By default the batch is enqueued after the step. In both
+            cases an empty memory gives no term, and under DDP the batch is that of the rank.
+        memory_excludes_own_image: Leave out pairs of an image with its own rows of earlier steps, which are found by
+            their index. Otherwise they are positives.
         embedding_dim: Width D of the embedding.
         weights: Weights of the backbone to start from: a file with a state dict, or the name of a torchvision enum
-            such as ``IMAGENET1K_V2``.
-        num_features: Width of the backbone's features, for a module that does not say it as ``num_features``.
+            such as `IMAGENET1K_V2`.
+        num_features: Width of the backbone's features, for a module without the attribute `num_features`.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training.
         optimizer: Called with the parameters.
-        backbone_lr: Learning rate of the backbone; by default that of all.
+        backbone_lr: Learning rate of the backbone; by default that of all parameters.
         lr_scheduler: Called with the optimizer.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
         k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
 
     Raises:
         ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
-        TypeError: If a loss or the optimizer is no function.
+        TypeError: If a loss or the optimizer is not callable.
 
     Example:
         >>> from lightning_memdml import ContrastiveLoss, SmallConvNet
@@ -108,7 +110,7 @@ class MetricLearner(LightningModule):
         torch.Size([2, 64])
     """
 
-    #: The part that maps images to embeddings: what `MemoryCallback(encoder_momentum=)` copies.
+    #: The part that maps images to embeddings, which `MemoryCallback(encoder_momentum=)` copies.
     encoder_name = "model"
 
     def __init__(
@@ -135,25 +137,27 @@ class MetricLearner(LightningModule):
             self.save_hyperparameters()  # the command line's configuration, which is plain data as a whole
         for name, given in (("loss", loss), ("memory_loss", loss if memory_loss is None else memory_loss)):
             if not callable(given):
-                raise TypeError(f"Expected `{name}` to be a loss, such as ContrastiveLoss(), but got {given!r}.")
+                raise TypeError(
+                    f"Expected `{name}` to be a loss but got {given!r}. Pass ContrastiveLoss(), for example."
+                )
         if not callable(optimizer):
             raise TypeError(
-                "Expected `optimizer` to be a function of the parameters, such as `lambda parameters: "
-                f"torch.optim.AdamW(parameters, lr=1e-3)`, but got {type(optimizer).__name__}."
+                f"Expected `optimizer` to be a function of the parameters but got {type(optimizer).__name__}. Pass "
+                "`lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`, for example."
             )
         if embedding_dim < 1:
-            raise ValueError(f"Expected `embedding_dim` of at least 1 but got {embedding_dim}.")
+            raise ValueError(f"Expected `embedding_dim` of at least 1 but got {embedding_dim}. Pass 128, for example.")
         if not callable(memory_weight) and memory_weight < 0:
-            raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}.")
+            raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}. Pass 1, for example.")
         if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
             raise ValueError(
-                "Expected a PairLoss against the memory with `memory_includes_batch`, since it leaves out the pairs of "
-                f"an image with itself, but got {memory_loss or loss}."
+                "Expected a PairLoss against the memory with `memory_includes_batch`, as only such a loss leaves out "
+                f"the pairs of an image with itself, but got {memory_loss or loss}. Pass one as `memory_loss`."
             )
         if memory_includes_batch and not memory_excludes_own_image:
             raise ValueError(
-                "Expected `memory_excludes_own_image` with `memory_includes_batch`: the batch's own rows are in the "
-                "memory then, and each image would be its own nearest positive."
+                "Expected `memory_excludes_own_image` with `memory_includes_batch` but got False: the batch's own rows "
+                "are in the memory then, and each image would be its own nearest positive. Leave one of them out."
             )
         self.model = Embedder(*build_backbone(backbone, weights, num_features), embedding_dim, freeze_batch_norm)
         self.loss = loss
@@ -172,7 +176,7 @@ class MetricLearner(LightningModule):
         self.test_metrics = RetrievalMetrics(k=levels, shared_indices=True)
 
     def setup(self, stage: str) -> None:
-        """Take the recall levels of the data set, unless others were given."""
+        """Use the recall levels of the data set, unless others were given."""
         levels = getattr(getattr(self.trainer, "datamodule", None), "recall_levels", None)
         if self.k is None and levels is not None:
             for metrics in (self.val_metrics, self.test_metrics):
@@ -224,7 +228,7 @@ class MetricLearner(LightningModule):
         return learner.to(next(iter(checkpoint["state_dict"].values())).device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)``."""
+        """Map images `(B, C, H, W)` to unit embeddings `(B, D)`."""
         return self.model(images)
 
     # ------------------------------------------------------------------ training
@@ -232,56 +236,48 @@ class MetricLearner(LightningModule):
         """Return the loss, and what the memory callback stores."""
         images, labels, indices = _unpack(batch)
         embeddings = self(images)
-        loss = _apply(self.loss, embeddings, labels, indices=indices)
-        memory = self._memory()
+        loss = batch_term(self.loss, embeddings, labels, indices)
+        memory: Memory | None = getattr(self, "memory", None)  # attached by `MemoryCallback` for the time of the fit
         if memory is not None:
             self.log("train/batch_loss", loss)
-            memory_loss = self._weight_now() * self._against(memory, embeddings, labels, indices)
+            memory_loss = self._memory_loss(memory, embeddings, labels, indices)
             self.log("train/memory_loss", memory_loss)
             loss = loss + memory_loss
+        elif self.memory_loss is not None or self.memory_includes_batch:
+            raise ValueError(
+                "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none. Pass "
+                "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
+            )
         self.log("train/loss", loss, prog_bar=True)
         outputs = {"loss": loss, "embeddings": embeddings, "labels": labels}
         return outputs if indices is None else {**outputs, "indices": indices}
 
-    def _weight_now(self) -> float:
-        """Return the weight of the memory term in this step."""
-        if not callable(self.memory_weight):
-            return self.memory_weight
-        weight = float(self.memory_weight(self.global_step))
+    def _memory_loss(self, memory: Memory, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
+        """Return the weighted loss against the memory; a differentiable 0 while it has no rows."""
+        weight = self._scheduled(self.memory_weight) if callable(self.memory_weight) else self.memory_weight
+        loss = self.loss if self.memory_loss is None else self.memory_loss
+        if not self.memory_excludes_own_image:
+            indices = None  # unknown: an image's own row is like any other of its class
+        rows = memory.read()
+        if self.memory_includes_batch and len(memory):
+            # Without indices, numbers of the rows in the batch are enough to leave each image's own row out.
+            indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+            rows = memory.read_with(embeddings.detach(), labels, indices)
+        return weight * memory_term(loss, embeddings, labels, rows, indices)
+
+    def _scheduled(self, schedule: Callable[[int], float]) -> float:
+        """Return the weight of the memory term in this step, and log it."""
+        weight = float(schedule(self.global_step))
         if not 0 <= weight < float("inf"):
             raise ValueError(
-                f"Expected `memory_weight` to give a weight of at least 0 but got {weight} at step {self.global_step}."
+                f"Expected `memory_weight` to return a finite weight of at least 0 but got {weight} at step "
+                f"{self.global_step}. Correct the function."
             )
         self.log("train/memory_weight", weight)
         return weight
 
-    def _memory(self) -> Any:
-        """Return what `MemoryCallback` put here for the time of the fit, or nothing."""
-        memory = getattr(self, "memory", None)
-        if memory is None and (self.memory_loss is not None or self.memory_includes_batch):
-            raise ValueError(
-                "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none; pass "
-                "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
-            )
-        return memory
-
-    def _against(self, memory: Any, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
-        """Return the loss against the memory; a differentiable 0 while it has no rows."""
-        references = memory.read()
-        if len(memory) == 0:
-            return embeddings[:0].sum()
-        options = memory.loss_options(len(labels))
-        if not self.memory_excludes_own_image:
-            indices = None  # unknown: the row is like any other of its class
-        if self.memory_includes_batch:
-            # Without indices, numbering the rows of the batch is enough to tell each from itself.
-            indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
-            references, options = memory.read_with(embeddings.detach(), labels, indices), {}
-        loss = self.loss if self.memory_loss is None else self.memory_loss
-        return _apply(loss, embeddings, labels, *references[:2], indices=indices, ref_indices=references[2], **options)
-
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with a parameter group of its own for the backbone if that has its own rate."""
+        """Return the optimizer, with a separate parameter group for a backbone with its own learning rate."""
         optimizer = self.optimizer(self._parameter_groups())
         if self.lr_scheduler is None:
             return optimizer
@@ -332,12 +328,15 @@ class MetricLearner(LightningModule):
     def _collect(self, metrics: RetrievalMetrics, batch: Batch, loader: int, loaders: int) -> None:
         images, labels, indices = _unpack(batch)
         if loaders > 2:
-            raise ValueError(f"Expected one loader, or one of queries and one of the gallery, but got {loaders}.")
+            raise ValueError(
+                f"Expected one loader, or one of queries and one of the gallery, but got {loaders}. Evaluate other "
+                "sets one after the other."
+            )
         role: Any = "both" if loaders == 1 else ("query", "gallery")[loader]
         metrics.update(self(images), labels, indices, role=role)
 
     def _report(self, stage: str, metrics: RetrievalMetrics) -> None:
-        # All ranks have the same scores; averaging them anyway makes them known to the checkpoint callback of each.
+        # All ranks have the same scores. Averaging them makes them visible to the checkpoint callback of each rank.
         scores = {f"{stage}/{name}": score for name, score in metrics.compute().items()}
         self.log_dict(scores, sync_dist=True)
         metrics.reset()
@@ -353,22 +352,10 @@ def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     if not isinstance(batch, Sequence) or len(batch) not in (2, 3):
         raise ValueError(
             "Expected a batch of (images, labels) or (images, labels, indices) but got a "
-            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sequence) else ''}."
+            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sequence) else ''}. Let the data set "
+            "return these."
         )
     return batch[0], batch[1], batch[2] if len(batch) == 3 else None
-
-
-def _apply(loss: Loss, embeddings: Tensor, labels: Tensor, *references: Tensor, **options: Any) -> Tensor:
-    """Call a loss of this package or, by the keywords it names references with, one of pytorch-metric-learning."""
-    if isinstance(loss, PairLoss):
-        return loss(embeddings, labels, *references, **options)
-    check_needs_no_ranks(loss, options)
-    named = {}
-    if references:
-        named = {"ref_emb": references[0].to(embeddings.dtype), "ref_labels": references[1]}
-    # Similarities in bf16 would be off by up to 4e-3.
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return loss(embeddings, labels, **named)
 
 
 def _names_of_code(arguments: dict[str, Any]) -> list[str]:

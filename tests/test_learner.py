@@ -243,7 +243,9 @@ def test_order_of_the_authors_needs_a_loss_that_can_leave_pairs_out() -> None:
 
 @pytest.mark.parametrize("option", [{"memory_loss": ContrastiveLoss()}, {"memory_includes_batch": True}])
 def test_memory_term_without_a_memory_names_the_callback(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Expected a memory, .* pass `Trainer\(callbacks=\[MemoryCallback\(size=8192"):
+    with pytest.raises(
+        ValueError, match=r"Expected a memory, .* there is none. Pass `Trainer\(callbacks=\[MemoryCallback\(size=8192"
+    ):
         trainer().fit(learner(**option), loader())
 
 
@@ -282,7 +284,9 @@ def test_a_ramp_is_constant_before_and_after_and_refuses_an_empty_way() -> None:
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_a_schedule_that_gives_no_weight_is_stopped_at_that_step(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"`memory_weight` to give a weight of at least 0 but got .* at step 2"):
+    with pytest.raises(
+        ValueError, match=r"`memory_weight` to return a finite weight of at least 0 but got .* at step 2"
+    ):
         memory_terms(learner(memory_weight=lambda step: weight if step == 2 else 1.0), MemoryCallback(size=SIZE))
 
 
@@ -557,8 +561,12 @@ def test_memory_is_no_part_of_the_module() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"loss": "ContrastiveLoss"}, TypeError, r"`loss` to be a loss, such as ContrastiveLoss\(\), but got 'Contr"),
-        ({"memory_loss": 0.7}, TypeError, "`memory_loss` to be a loss, .* but got 0.7"),
+        (
+            {"loss": "ContrastiveLoss"},
+            TypeError,
+            r"`loss` to be a loss but got 'ContrastiveLoss'. Pass ContrastiveLoss\(\)",
+        ),
+        ({"memory_loss": 0.7}, TypeError, "`memory_loss` to be a loss but got 0.7"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=1)}, TypeError, "`optimizer` to be a function .* got SGD"),
         ({"embedding_dim": 0}, ValueError, "`embedding_dim` of at least 1 but got 0"),
     ],

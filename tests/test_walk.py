@@ -28,8 +28,8 @@ def test_a_batch_enters_few_functions_in_few_files() -> None:
 
 def test_the_way_goes_from_the_learner_to_the_loss_and_back_to_the_memory() -> None:
     names = [step.name for step in script.walk()]
-    hops = ["MetricLearner.training_step", "PairLoss.forward", "ContrastiveLoss.negative_terms", "EmbeddingMemory.read",
-            "MemoryCallback.on_train_batch_end", "EmbeddingMemory.enqueue"]  # fmt: skip
+    hops = ["MetricLearner.training_step", "PairLoss.forward", "ContrastiveLoss.negative_terms", "TableMemory.read",
+            "MemoryCallback.on_train_batch_end", "TableMemory.enqueue"]  # fmt: skip
     assert [name for name in names if name in hops] == hops
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.callbacks.memory import MemoryCallback, find_rows
+from lightning_memdml.callbacks.memory import MemoryCallback, step_embeddings
 from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.callbacks.training_images import BATCH_SIZE, embed, find_encoder, find_train_set, load_images
 from lightning_memdml.callbacks.weight_curves import find_pair_losses
@@ -138,7 +138,7 @@ class MemoryReport(Callback):
         if self._found is None or (not outputs and pl_module.automatic_optimization):
             return
         found, self._found = self._found, None
-        batch_rows = as_rows(**find_rows(type(self).__name__, pl_module, outputs))
+        batch_rows = as_rows(**step_embeddings(type(self).__name__, pl_module, outputs))
         report = self._describe(trainer, found)
         report |= self._drift(trainer, pl_module, found)
         report |= self._effect(pl_module, found, *batch_rows)
@@ -194,8 +194,8 @@ class MemoryReport(Callback):
         callback = self._memory_callback(trainer)
         network = find_encoder(pl_module, callback.encoder)
         writers: dict[str, nn.Module | MomentumEncoder] = {"drift": network}
-        if callback.keys is not None:
-            writers = {"drift": callback.keys, "network_drift": network}
+        if callback.momentum_encoder is not None:
+            writers = {"drift": callback.momentum_encoder, "network_drift": network}
         now = _embed_again(trainer, writers, images, found.indices[chosen], callback.encoder_batch_norm)
         if now is None:
             return {}

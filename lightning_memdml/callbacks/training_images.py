@@ -11,7 +11,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, reading
+from lightning_memdml.compat import given_training_data
+from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, frozen_inference
 from lightning_memdml.memory.rows import UNKNOWN_INDEX
 
 BATCH_SIZE = 128
@@ -22,7 +23,7 @@ def find_train_set(trainer: Trainer) -> Any | None:
 
     None if there is no such thing: a stream, or a loader of another kind.
     """
-    source = trainer.fit_loop._data_source.instance
+    source = given_training_data(trainer)
     places = ((_data_module(trainer), "train_set"), (source, "data_set"), (source, "dataset"))
     for holder, name in places:
         found = getattr(holder, name, None)
@@ -109,5 +110,5 @@ def embed(trainer: Trainer, encoder: nn.Module | MomentumEncoder, images: Any, b
     if isinstance(encoder, MomentumEncoder):
         with precision:
             return encoder(images)
-    with precision, reading(encoder, batch_norm):
+    with precision, frozen_inference(encoder, batch_norm):
         return encoder(images)

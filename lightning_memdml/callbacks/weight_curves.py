@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memdml.callbacks.memory import find_rows
+from lightning_memdml.callbacks.memory import step_embeddings
 from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.curves import LossInputs, Reading, read_weights, save_readings
 from lightning_memdml.losses import PairLoss
@@ -79,7 +79,7 @@ class WeightCurveLogger(Callback):
         if not self._due(trainer.global_step) or (not outputs and pl_module.automatic_optimization):
             return
         self._step = trainer.global_step
-        embeddings, labels, indices = as_rows(**find_rows(type(self).__name__, pl_module, outputs))
+        embeddings, labels, indices = as_rows(**step_embeddings(type(self).__name__, pl_module, outputs))
         embeddings, usable = unit_rows(embeddings)  # in fp32 under any precision, as the memory stores them
         batch_rows = (embeddings[usable], labels[usable], indices[usable])
         for term, reading in self._read(pl_module, *batch_rows).items():

@@ -90,16 +90,3 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
         accumulator.merge(states_of_part)
     number = own.negative.sum(dim=1) + numbers.sum(dim=(0, 2)).long()
     return finish(loss, own, accumulators, number)
-
-
-def check_needs_no_ranks(loss: object, options: dict[str, object]) -> None:
-    """Check that a loss without access to the other ranks is not given a share of a memory.
-
-    Raises:
-        ValueError: If `options` has `ranks`.
-    """
-    if "ranks" in options:
-        raise ValueError(
-            f"Expected a PairLoss against a ShardedMemory, which spreads its rows over the ranks, but got {loss}. "
-            "Use a loss of this package, or an EmbeddingMemory."
-        )

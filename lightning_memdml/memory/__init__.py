@@ -1,8 +1,19 @@
-"""What is remembered: plain objects over tensors that know no loss and no Trainer."""
+"""What is remembered: plain objects over tensors, without losses and without a Trainer."""
 
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.instance_memory import InstanceMemory
 from lightning_memdml.memory.momentum_encoder import MomentumEncoder
+from lightning_memdml.memory.protocol import Memory, MemoryRows
+from lightning_memdml.memory.rows import RowTable, TableMemory
 from lightning_memdml.memory.sharded import ShardedMemory
 
-__all__ = ["EmbeddingMemory", "InstanceMemory", "MomentumEncoder", "ShardedMemory"]
+__all__ = [
+    "EmbeddingMemory",
+    "InstanceMemory",
+    "Memory",
+    "MemoryRows",
+    "MomentumEncoder",
+    "RowTable",
+    "ShardedMemory",
+    "TableMemory",
+]

@@ -1,4 +1,4 @@
-"""The rows of all ranks, in rank order, in one collective per step."""
+"""The rows of all ranks, in rank order, with one collective per step."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from torch import Tensor
 
 from lightning_memdml.compat import all_gather_single
 
-# A message is an int32 matrix: a header row, then one row per image: its embedding (the bits of D float32),
-# its label and its index (the bits of one int64 each, two int32 wide).
+# A message is an int32 matrix: a header row, then one row per image: its embedding (the bits of D float32), its label
+# and its index (the bits of one int64 each, two int32 wide).
 _HEADER = 4
+
+
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks: `(0, 1)` outside of distributed training."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class RowGather:
     """Concatenates the batches of all ranks, rank 0 first, for any number of rows on each rank.
 
-    All ranks send a message of the same shape in one `all_gather`: a header (rows, D) and as many slots as
-    any rank ever needed. Only when a header that came back asks for more slots, or for another D, do all
-    ranks gather a second time. Every rank decides from the same headers, so no rank waits in a collective
-    that another does not enter. Steady state: one collective per step of `W * (slots + 1) * (D + 4) * 4`
-    bytes, and on a GPU one wait of the host (for the headers).
+    All ranks send a message of the same shape: a header (rows, D), and as many slots as any rank ever needed. All ranks
+    gather a second time only if a header asks for more slots, or for another D. Every rank decides from the same
+    headers, so none waits in a collective that another does not enter. Usually a step has one collective, of
+    `W * (slots + 1) * (D + 4) * 4` bytes, and on a GPU the host waits once, for the headers.
 
-    Without a process group of more than one rank, the batch comes back as it is.
+    Without a process group of more than one rank, the batch is returned as it is.
 
     Attributes:
         counts: Rows of each rank in the last call.
@@ -52,14 +58,17 @@ class RowGather:
         Raises:
             ValueError: On every rank, if the ranks' `D` differ.
         """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if ranks()[1] == 1:
             self.counts = [len(labels)]
             return embeddings, labels, indices
         received = self._exchange(self._pack(embeddings, labels, indices))
         rows, dims = received[:, 0, :_HEADER].contiguous().view(torch.int64).T.tolist()
         self.counts = rows
         if len(set(dims)) > 1:
-            raise ValueError(f"Expected embeddings of one D on all ranks but rank 0, 1, ... have D={dims}.")
+            raise ValueError(
+                f"Expected embeddings of one D on all ranks but got D={dims} on ranks 0, 1, ... Build the same network "
+                "on every rank."
+            )
         if max(rows) > self._slots or dims[0] != self._dim:
             self._slots, self._dim = max(rows), dims[0]
             received = self._exchange(self._pack(embeddings, labels, indices))
@@ -70,7 +79,7 @@ class RowGather:
         header = torch.tensor([rows, dim], dtype=torch.int64).view(torch.int32)
         message = torch.zeros(1 + self._slots, self._dim + _HEADER, dtype=torch.int32, device=embeddings.device)
         message[0, :_HEADER] = header
-        # If they do not fit, the header alone says so to every rank.
+        # If they do not fit, the header alone is enough for every rank to see it.
         if rows <= self._slots and dim == self._dim:
             message[1 : 1 + rows, :dim] = embeddings.contiguous().view(torch.int32)
             message[1 : 1 + rows, dim:] = torch.stack([labels, indices], dim=1).view(torch.int32)
@@ -83,6 +92,6 @@ class RowGather:
 
     def _unpack(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A copy in any case: an int64 may not start in the middle of one, which a slice of a single row can.
-        facts = rows[:, self._dim :].clone(memory_format=torch.contiguous_format).view(torch.int64)
-        labels, indices = facts.unbind(dim=1)
+        metadata = rows[:, self._dim :].clone(memory_format=torch.contiguous_format).view(torch.int64)
+        labels, indices = metadata.unbind(dim=1)
         return rows[:, : self._dim].contiguous().view(torch.float32), labels, indices

@@ -1,4 +1,4 @@
-"""A slow copy of the encoder, which writes the rows of a memory, so that they age more slowly."""
+"""A slowly moving copy of the encoder, which makes the rows of a memory, so that they stay comparable for longer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_memdml.compat import BATCH_NORMS, move_towards_, restore_forward
+from lightning_memdml.memory.gather import ranks
+
 BatchNorm = Literal["batch", "running"]
 
 
@@ -21,32 +24,32 @@ class MomentumEncoder:
     .. math:: \theta_k \leftarrow m_t \theta_k + (1 - m_t) \theta, \qquad
               m_t = \min\Big(m, \frac{1 + t}{r + t}\Big)
 
-    A memory mixes rows of many steps. Where the network moves fast they no longer fit together; written by its slow
-    copy, they do. The copy is a plain object and no module: held by a LightningModule it is in none of its
-    parameters, checkpoints or DDP buckets.
+    A memory holds rows of many steps. If the network moves fast, rows of different steps no longer fit together; rows
+    made by its slowly moving copy do. The copy is a plain object, not a module: a LightningModule that holds it has
+    none of it among its parameters, checkpoints or DDP buckets.
 
-    **Precision.** The copy is float32 whatever the encoder is: at `momentum=0.999` a bfloat16 average would stand
-    still. It is called with its floating point inputs in float32; under autocast its products are in the lower
-    precision, as those of the encoder.
+    **Precision.** The copy is float32 whatever the encoder is: at `momentum=0.999` a bfloat16 average would not move.
+    Floating-point inputs are converted to float32; under autocast its products are in the lower precision, as those of
+    the encoder.
 
-    **Batch norm.** `"batch"` (as MoCo): where the encoder normalises by the batch, so does the copy, with the
-    statistics of its own activations; batch norms that the encoder keeps in evaluation mode (frozen ones) stay so.
-    `"running"`: by the encoder's running statistics, so that a row does not depend on the other images of its batch;
-    but these are statistics of the newest weights, not of the average. Everything else (dropout, stochastic depth) is
-    in evaluation mode.
+    **Batch norm.** `"batch"` (as in MoCo): the copy normalises with the statistics of its own batch wherever the
+    encoder does; batch norms that the encoder keeps in evaluation mode (frozen ones) stay in evaluation mode.
+    `"running"`: with the encoder's running statistics, so that a row does not depend on the other images of its batch;
+    these are statistics of the newest weights, not of the average. Everything else (dropout, stochastic depth) is in
+    evaluation mode.
 
-    **What it leaves alone.** Calling it changes neither buffers, gradients, nor the state of torch's random numbers.
+    **Side effects.** A call changes no buffers, no gradients and no random state of torch.
 
-    **Ranks.** Updated on every rank with weights that are equal there, it is equal there. Buffers (running statistics)
-    are those of rank 0: one broadcast of all of them per update.
+    **Ranks.** The copies on all ranks stay equal, if the weights they follow are. Buffers (running statistics) are
+    those of rank 0: one broadcast of all of them per update.
 
     Args:
-        encoder: What is averaged. It is copied deeply, with its forward hooks, unless there is a `factory`.
+        encoder: What is averaged. It is copied deeply, with its forward hooks, unless a `factory` is given.
         momentum: The :math:`m` of later updates, in [0, 1). At 0 the copy is the encoder as it was last updated.
-        ramp: The :math:`r` of the formula, at least 1: the first updates average over about the steps there were. 1 is
-            no ramp. With 10, a momentum of 0.99 is reached after 900 updates, one of 0.999 after 9,000.
-        batch_norm: By which statistics the copy normalises.
-        factory: Builds a module with the parameters of `encoder`, where a deep copy cannot be made or is too large.
+        ramp: The :math:`r` of the formula, at least 1: early updates average over about as many steps as there were. 1
+            is no ramp. With 10, a momentum of 0.99 is reached after 900 updates, one of 0.999 after 9,000.
+        batch_norm: With which statistics the copy normalises.
+        factory: Builds a module with the parameters of `encoder`, if a deep copy cannot be made or is too large.
 
     Attributes:
         module: The copy.
@@ -58,12 +61,12 @@ class MomentumEncoder:
 
     Example:
         >>> encoder = nn.Linear(3, 2)
-        >>> keys = MomentumEncoder(encoder, momentum=0.9, ramp=1)
-        >>> before = keys.module.weight.clone()
+        >>> average = MomentumEncoder(encoder, momentum=0.9, ramp=1)
+        >>> before = average.module.weight.clone()
         >>> with torch.no_grad():
         ...     _ = encoder.weight.add_(1)
-        >>> keys.update(encoder)
-        >>> torch.testing.assert_close(keys.module.weight, before + 0.1)
+        >>> average.update(encoder)
+        >>> torch.testing.assert_close(average.module.weight, before + 0.1)
     """
 
     def __init__(
@@ -76,10 +79,11 @@ class MomentumEncoder:
     ) -> None:
         check_momentum("momentum", momentum)
         if ramp < 1:
-            raise ValueError(f"Expected `ramp` of at least 1, which is no ramp, but got {ramp}.")
+            raise ValueError(f"Expected `ramp` of at least 1 but got {ramp}. Pass 1 for no ramp.")
         if batch_norm not in get_args(BatchNorm):
             raise ValueError(
-                f"Expected `batch_norm` to be one of {', '.join(get_args(BatchNorm))} but got {batch_norm!r}."
+                f"Expected `batch_norm` to be one of {', '.join(get_args(BatchNorm))} but got {batch_norm!r}. Pass one "
+                "of these names."
             )
         self.momentum = momentum
         self.ramp = ramp
@@ -91,13 +95,13 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Tensor:
-        """Encode inputs, without gradient."""
+        """Return what the copy computes from these inputs, without gradient."""
         with _own_random_numbers(self.module):
             return self.module(*map(_in_float32, inputs))
 
     @torch.no_grad()
     def update(self, encoder: nn.Module) -> None:
-        """Move towards the weights of `encoder`, and take over its buffers and which batch norms it froze.
+        """Move towards the weights of `encoder`, and copy its buffers and which of its batch norms are frozen.
 
         Args:
             encoder: The network of which this is the copy.
@@ -105,7 +109,7 @@ class MomentumEncoder:
         averaged: list[Tensor] = list(self.module.parameters())
         newest = [new.detach().to(old) for old, new in zip(averaged, encoder.parameters(), strict=True)]
         if averaged:
-            torch._foreach_lerp_(averaged, newest, weight=1 - self.momentum_now)
+            move_towards_(averaged, newest, weight=1 - self.momentum_now)
         buffers = list(self.module.buffers())
         for held, buffer in zip(buffers, encoder.buffers(), strict=True):
             held.copy_(buffer)
@@ -124,12 +128,12 @@ class MomentumEncoder:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights as CPU copies, and the number of updates; only tensors and numbers."""
+        """Return the weights as CPU copies, and the number of updates; only tensors and numbers."""
         weights = {name: value.detach().to("cpu", copy=True) for name, value in self.module.state_dict().items()}
         return {"weights": weights, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over weights and number of updates.
+        """Replace weights and number of updates.
 
         Raises:
             ValueError: If they are of another network.
@@ -138,7 +142,7 @@ class MomentumEncoder:
         own = self.module.state_dict()
         if {name: value.shape for name, value in weights.items()} != {name: own[name].shape for name in own}:
             raise ValueError(
-                "The state of the momentum encoder belongs to another network than the one it is to follow "
+                "Expected the state of a momentum encoder of this network but got that of another network "
                 f"({_first_difference(weights, own)}). Restore the network it was trained with, or start without its "
                 "state."
             )
@@ -147,12 +151,12 @@ class MomentumEncoder:
 
 
 @contextmanager
-def reading(encoder: nn.Module, batch_norm: BatchNorm) -> Iterator[None]:
-    """Let a network be called inside the block without a trace: no gradient, no statistics, no random numbers.
+def frozen_inference(encoder: nn.Module, batch_norm: BatchNorm) -> Iterator[None]:
+    """Call a network inside the block without side effects on gradients, running statistics or random state.
 
     Args:
         encoder: The network; its modules have their modes back after the block.
-        batch_norm: By which statistics it normalises meanwhile; see `MomentumEncoder`.
+        batch_norm: With which statistics it normalises inside the block; see `MomentumEncoder`.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     tracking = [(norm, norm.track_running_stats) for norm in _batch_norms(encoder)]
@@ -170,7 +174,9 @@ def reading(encoder: nn.Module, batch_norm: BatchNorm) -> Iterator[None]:
 def check_momentum(name: str, momentum: float) -> None:
     """Raise a `ValueError` unless `momentum` is in [0, 1)."""
     if not 0 <= momentum < 1:
-        raise ValueError(f"Expected `{name}` in [0, 1), as at 1 nothing would ever change, but got {momentum}.")
+        raise ValueError(
+            f"Expected `{name}` in [0, 1) but got {momentum}. At 1 nothing would ever change; pass 0.99, for example."
+        )
 
 
 def _copied(encoder: nn.Module) -> nn.Module:
@@ -178,22 +184,19 @@ def _copied(encoder: nn.Module) -> nn.Module:
     shared = {id(value): value for part in encoder.modules() for value in vars(part).values() if _is_code(value)}
     try:
         module = copy.deepcopy(encoder, shared)
-    except Exception as error:  # what a part of it raises; all that matters is that there is no copy
+    except Exception as error:  # whatever a part of it raises, there is no copy
         raise TypeError(
-            f"{type(encoder).__name__} cannot be copied deeply ({error}). Pass a function that builds the same one: "
-            "`factory=` here, `encoder_factory=` of MemoryCallback, which can also be told by `encoder=` which part is "
-            "the encoder."
+            f"Expected an encoder that can be copied deeply but {type(encoder).__name__} cannot be copied ({error}). "
+            "Pass a function that builds the same network, `factory=` here or `encoder_factory=` of MemoryCallback, or "
+            "name the part that is the encoder, `MemoryCallback(encoder=...)`."
         ) from error
     for part in module.modules():
-        # `torch.compile` of a LightningModule leaves a forward here that runs the network it was compiled from.
-        compiled = hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        if compiled and not isinstance(part, torch._dynamo.OptimizedModule):
-            del part.__dict__["forward"]
+        restore_forward(part)
     return module
 
 
 def _is_code(value: Any) -> bool:
-    """Whether a value is a partial function that holds no part of the network."""
+    """Return whether a value is a partial function that holds no part of the network."""
     if not isinstance(value, partial):
         return False
     held = (getattr(value.func, "__self__", None), *value.args, *value.keywords.values())
@@ -206,8 +209,8 @@ def _built(factory: Callable[[], nn.Module], encoder: nn.Module) -> nn.Module:
     other = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in other.items()}:
         raise ValueError(
-            f"Expected the factory to build a network with the parameters and buffers of "
-            f"{type(encoder).__name__} but {_first_difference(own, other)}."
+            f"Expected the factory to build a network with the parameters and buffers of {type(encoder).__name__} but "
+            f"got {_first_difference(own, other)}. Build it with the same arguments."
         )
     some = next(encoder.parameters(), None)
     module.to("cpu" if some is None else some.device)
@@ -221,7 +224,7 @@ def _first_difference(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
     for name in (*own, *other):
         shapes = [tuple(side[name].shape) if name in side else "none" for side in (own, other)]
         if shapes[0] != shapes[1]:
-            return f"`{name}` of shape {shapes[0]} where {shapes[1]} was expected"
+            return f"`{name}` of shape {shapes[0]} instead of {shapes[1]}"
     return "nothing differs"
 
 
@@ -237,12 +240,12 @@ def _set_mode(module: nn.Module, encoder: nn.Module, batch_norm: BatchNorm) -> N
 
 
 def _batch_norms(module: nn.Module) -> list[Any]:
-    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [part for part in module.modules() if isinstance(part, BATCH_NORMS)]
 
 
 @contextmanager
 def _own_random_numbers(module: nn.Module) -> Iterator[None]:
-    """Let what is drawn inside the block not move the generators that the training draws from."""
+    """Restore the random state of torch, from which the training draws, after the block."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -254,9 +257,9 @@ def _in_float32(value: Any) -> Any:
 
 
 def _share_buffers(buffers: list[Tensor]) -> None:
-    """Take over the floating point buffers of rank 0, whose statistics are those of its own batches."""
+    """Replace floating-point buffers, statistics of the batches of each rank, by those of rank 0."""
     shared = [buffer for buffer in buffers if buffer.is_floating_point()]
-    if not shared or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not shared or ranks()[1] == 1:
         return
     message = torch.cat([buffer.flatten() for buffer in shared])
     dist.broadcast(message, src=0)

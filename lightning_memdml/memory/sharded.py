@@ -9,28 +9,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_memdml.memory.embedding_memory import STATE, EmbeddingMemory
-from lightning_memdml.memory.gather import RowGather
-from lightning_memdml.memory.rows import as_rows, check_state, unit_rows
+from lightning_memdml.memory.embedding_memory import EmbeddingMemory
+from lightning_memdml.memory.gather import RowGather, ranks
+from lightning_memdml.memory.protocol import Memory, MemoryRows
+from lightning_memdml.memory.rows import COLUMNS, as_rows, unit_rows
+from lightning_memdml.memory.validation import check_state
 
-_ROWS = ("embeddings", "labels", "indices", "steps")
+_TENSORS = ("embeddings", *COLUMNS)
 
 
-class ShardedMemory:
-    """The rows of an `EmbeddingMemory`, dealt out over the ranks: each keeps every W-th.
+class ShardedMemory(Memory):
+    """The rows of an `EmbeddingMemory`, distributed over the ranks: each of the W ranks keeps every W-th row.
 
-    For memories that are too large for one device. The anchors of all ranks visit the shares, and come back with sums
-    that combine to the loss against the whole memory, to rounding. Arithmetic per rank is the same, bytes are `1 / W`,
-    and a step has three more collectives: for the anchors `(W B, D)`, for the few rows of their classes, and for the
-    sums `(W B, D + 4)`. On one rank, and outside of distributed training, it is an `EmbeddingMemory` with that loss.
+    For memories that are too large for one device. The anchors of all ranks are compared with every share, and the
+    partial sums combine to the loss against the whole memory, to rounding. The arithmetic per rank is the same, the
+    bytes are `1 / W`, and a step has three more collectives: for the anchors `(W B, D)`, for the few rows of their
+    classes, and for the sums `(W B, D + 4)`. On one rank, and outside of distributed training, it is an
+    `EmbeddingMemory` with that loss.
 
-    A loss has to be told, so it is called with `ranks`; `MetricLearner` and `against_memory` do it by themselves::
+    The loss has to be called with `ranks`. `MetricLearner` and `against_memory` do it by themselves; otherwise write::
 
-        loss(z, y, *memory.read()[:2], ranks=memory)
+        rows = memory.read()
+        loss(z, y, rows.embeddings, rows.labels, ranks=rows.ranks)
 
     Args:
-        size: Rows kept over all ranks, at least 1; rounded up to a multiple of the ranks.
-        dtype: How embeddings are stored, a floating point dtype.
+        size: Rows kept over all ranks, at least 1; rounded up to a multiple of the number of ranks.
+        dtype: How embeddings are stored, a floating-point dtype.
 
     Attributes:
         share: The rows of this rank.
@@ -39,20 +43,19 @@ class ShardedMemory:
 
     Raises:
         ValueError: If `size` is below 1.
-        TypeError: If `dtype` is not floating point.
+        TypeError: If `size` is not a whole number, or `dtype` not floating point.
 
     Example:
         >>> memory = ShardedMemory(size=3)
         >>> for label in range(5):
         ...     _ = memory.enqueue(torch.randn(1, 8), torch.tensor([label]))
-        >>> memory.read()[1]
+        >>> memory.read().labels
         tensor([2, 3, 4])
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         self.share = EmbeddingMemory(size, dtype)
         self._size = size
-        self.rank, self.world_size = 0, 1
         self._gather = RowGather()
         self.reset()
 
@@ -61,8 +64,9 @@ class ShardedMemory:
         """Forget rows and counters."""
         self._entered = 0
         self.dropped = 0
-        self._untold = False
-        self._deal()
+        self._read_without_ranks = False
+        self.rank, self.world_size = ranks()
+        self.share.size = -(-self._size // self.world_size)
         self.share.reset()
 
     def enqueue(
@@ -73,14 +77,14 @@ class ShardedMemory:
         Args:
             embeddings: `(B, D)` floating point.
             labels: `(B,)` integers.
-            indices: `(B,)` integers, which image each row is of; -1 is unknown.
+            indices: `(B,)` integers, the data-set index of each row's image; -1 is unknown.
             step: The time to note for these rows; by default the number of earlier calls.
 
         Returns:
             How many rows were dropped because they had no direction.
         """
-        if self._untold and len(self):
-            self._untold = False
+        if self._read_without_ranks and len(self):
+            self._read_without_ranks = False
             warnings.warn(
                 "A ShardedMemory was read, but the loss saw this rank's share only. Pass `ranks=memory` to the "
                 "loss, or use `against_memory`.",
@@ -97,29 +101,23 @@ class ShardedMemory:
         self.dropped += dropped
         return dropped
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share, oldest first: `embeddings (m, D)`, `labels (m,)`, `indices (m,)`; no copy."""
-        self._untold = self.world_size > 1
-        return self.share.read()
-
-    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Refuse, with a `ValueError`: a share does not know which rows of a batch would be its own."""
-        raise ValueError("A ShardedMemory is read without the batch: leave `memory_includes_batch` out.")
-
-    def loss_options(self, anchors: int) -> dict[str, Any]:
-        """What to tell a `PairLoss` beside the rows: that there are others."""
-        return {"ranks": self}
+    def read(self) -> MemoryRows:
+        """Return this rank's share, oldest first, with `ranks`: `(m, D)`, `(m,)`, `(m,)`; no copy."""
+        self._read_without_ranks = self.world_size > 1
+        rows = MemoryRows(*self.share.read())
+        rows.ranks = self
+        return rows
 
     def __len__(self) -> int:
-        """The number of valid rows over all ranks."""
+        """Return the number of valid rows over all ranks."""
         return min(self._entered, self.size)
 
     def __repr__(self) -> str:
-        """Size, fill, ranks and the share."""
+        """Return size, fill, ranks and the share."""
         return f"ShardedMemory(size={self.size}, rows={len(self)}, ranks={self.world_size}, share={self.share})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedMemory:
-        """The same object, as for `EmbeddingMemory`."""
+        """Return the same object, as `EmbeddingMemory` does."""
         return self
 
     @property
@@ -142,7 +140,7 @@ class ShardedMemory:
         return self.share.batches
 
     @property
-    def was_read(self) -> bool:
+    def was_read(self) -> bool:  # type: ignore[override]
         """Whether `read` was ever called."""
         return self.share.was_read
 
@@ -174,7 +172,7 @@ class ShardedMemory:
     # ---------------------------------------------------------------- how ranks reach each other, for the losses
     def gather(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Return the rows of all ranks in rank order, and how many are of each rank."""
-        self._untold = False
+        self._read_without_ranks = False
         rows = self._gather(*as_rows(embeddings, labels, indices))
         return (*rows, self._gather.counts)
 
@@ -189,10 +187,10 @@ class ShardedMemory:
 
     # ---------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """The rows of all ranks, as an `EmbeddingMemory` of this size would save them.
+        """Return the rows of all ranks, as an `EmbeddingMemory` of this size would save them.
 
-        All ranks have to call it together; rank 0 has the result, the others get an empty one. Shares travel one after
-        the other, through the CPU of rank 0.
+        All ranks have to call it together; rank 0 has the result, the others return an empty dictionary. Shares are
+        sent one after the other, and copied to the CPU of rank 0.
         """
         shares = [self.share.state_dict()]
         if self.world_size > 1:
@@ -203,30 +201,24 @@ class ShardedMemory:
         numbers = torch.cat([self._numbers(rank) for rank in range(self.world_size)])
         order = numbers.argsort()
         filled = [share for share in shares if len(share["labels"])] or shares[:1]
-        rows = {name: torch.cat([share[name] for share in filled])[order] for name in _ROWS}
+        rows = {name: torch.cat([share[name] for share in filled])[order] for name in _TENSORS}
         offsets = [share["offset"] for share in shares]
         return {**shares[0], **rows, "offset": 0, "offsets": offsets, "entered": self._entered, "dropped": self.dropped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this rank's share of the rows of an `EmbeddingMemory` or of a memory with any number of ranks.
+        """Take this rank's share of the rows of an `EmbeddingMemory`, or of a memory with any number of ranks.
 
         Raises:
-            ValueError: If entries are missing or do not fit each other.
+            ValueError: If entries are missing or do not fit each other, or an embedding is not finite.
         """
-        check_state("EmbeddingMemory", state, STATE)
+        check_state("EmbeddingMemory", state, EmbeddingMemory.state_names)
         self.reset()
         self._entered = state.get("entered", len(state["labels"]))
         own = torch.arange(self._entered - len(state["labels"]), self._entered) % self.world_size == self.rank
         offsets = state.get("offsets", [])
         offset = offsets[self.rank] if len(offsets) == self.world_size else 0
-        self.share.load_state_dict({**state, **{name: state[name][own] for name in _ROWS}, "offset": offset})
+        self.share.load_state_dict({**state, **{name: state[name][own] for name in _TENSORS}, "offset": offset})
         self.dropped = state["dropped"]
-
-    def _deal(self) -> None:
-        """Find out the number of ranks, and with it the length of a share."""
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.share.size = -(-self._size // self.world_size)
 
     def _numbers(self, rank: int) -> Tensor:
         """Return which of all rows that ever entered are in the share of a rank."""
@@ -234,9 +226,10 @@ class ShardedMemory:
         return torch.arange(max(0, end - self.share.size), end) * self.world_size + rank
 
     def _collect_on_rank_0(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the states of all shares on rank 0, nothing on the others."""
         offset = torch.tensor([own["offset"]], device=self.device)
         if self.rank:
-            for part in (offset, *(own[name].to(self.device) for name in _ROWS)):
+            for part in (offset, *(own[name].to(self.device) for name in _TENSORS)):
                 dist.send(part.contiguous(), dst=0)
             return []
         shares = [own]
@@ -244,7 +237,7 @@ class ShardedMemory:
             dist.recv(offset, src=rank)
             rows = len(self._numbers(rank))
             share: dict[str, Any] = {"offset": int(offset)}
-            for name in _ROWS:
+            for name in _TENSORS:
                 part = torch.empty(rows, *own[name].shape[1:], dtype=own[name].dtype, device=self.device)
                 dist.recv(part, src=rank)
                 share[name] = part.cpu()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.memory import find_rows
+from lightning_memdml.callbacks.memory import step_embeddings
 from lightning_memdml.callbacks.memory_report import MemoryReport
 from lightning_memdml.callbacks.weight_curves import find_pair_losses
 from lightning_memdml.curves import LossInputs, Reading, read_weights
@@ -130,7 +130,7 @@ class RunRecorder(Callback):
         losses = find_pair_losses(pl_module, None)
         if not losses or not self._outputs:
             return {}
-        embeddings, labels, indices = as_rows(**find_rows("The study", pl_module, self._outputs))
+        embeddings, labels, indices = as_rows(**step_embeddings("The study", pl_module, self._outputs))
         self._outputs = None
         embeddings, usable = unit_rows(embeddings.detach())
         anchors = (embeddings[usable], labels[usable], indices[usable])

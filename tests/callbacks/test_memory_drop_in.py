@@ -122,7 +122,7 @@ def test_the_readme_shows_the_shorter_way() -> None:
     [
         (
             ",\n                  callbacks=[MemoryCallback(size=8192)]",
-            r"Shoes has no memory: pass `Trainer\(callbacks=\[",
+            r"Shoes has no memory. Pass `Trainer\(callbacks=\[",
         ),
         (" + against_memory(self, self.loss, z, y)", r"add `against_memory\(self, self.loss, z, y\)` to the loss"),
     ],

@@ -210,7 +210,7 @@ def test_momentum_can_be_switched_on_and_off_between_checkpoints(tmp_path: Path)
 
     class Start(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Learner) -> None:
-            self.weights = copy.deepcopy(on.keys.module.net.state_dict())
+            self.weights = copy.deepcopy(on.momentum_encoder.module.net.state_dict())
             self.same = same(dict(self.weights), dict(pl_module.net.state_dict()))
 
     on, off, start = MemoryCallback(size=8, encoder_momentum=0.9), MemoryCallback(size=8), Start()
@@ -226,7 +226,7 @@ def test_the_same_trainer_goes_on_with_the_same_encoder() -> None:
     callback, whole = MemoryCallback(size=8, encoder_momentum=0.9), MemoryCallback(size=8, encoder_momentum=0.9)
     module, other = Learner(), Learner()
     trainer = fit(module, callback, max_epochs=1)
-    assert callback.keys is None, "after the fit the copy takes no accelerator memory"
+    assert callback.momentum_encoder is None, "after the fit the copy takes no accelerator memory"
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader())
     fit(other, whole, max_epochs=2)
@@ -264,7 +264,7 @@ def test_the_average_is_float32_under_bf16(precision: Any) -> None:
 
     class Look(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: Learner) -> None:
-            seen["average"] = {value.dtype for value in callback.keys.module.parameters()}
+            seen["average"] = {value.dtype for value in callback.momentum_encoder.module.parameters()}
             seen["network"] = {value.dtype for value in pl_module.parameters()}
 
     callback = MemoryCallback(size=100, encoder_momentum=0.9)
@@ -321,7 +321,9 @@ def test_images_are_the_first_item_of_the_batch_or_what_the_step_returns_as_inpu
         def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> dict[str, Tensor]:
             return dict(zip(("x", "y", "i"), batch, strict=True))
 
-    with pytest.raises(ValueError, match=r"where they are in a dict.*Named.training_step return them"):
+    with pytest.raises(
+        ValueError, match=r"which the momentum encoder needs, but got a dict\. Let Named.training_step return them"
+    ):
         fit(Named(), MemoryCallback(size=8, encoder_momentum=0.9))
 
 
@@ -388,7 +390,9 @@ def test_instance_memory_needs_indices_and_says_which_line_gives_them() -> None:
 
 def test_a_memory_has_its_own_size_and_dtype() -> None:
     for options in ({"size": 5}, {"dtype": "float16"}):
-        with pytest.raises(ValueError, match="Expected `size` and `dtype` or a `memory`"):
+        with pytest.raises(
+            ValueError, match="Expected `size` and `dtype`, or a `memory`, which has its own, but got both"
+        ):
             MemoryCallback(memory=InstanceMemory(5), **options)
 
 
@@ -397,6 +401,6 @@ def test_weights_kept_in_parts_are_refused() -> None:
     callback = MemoryCallback(size=8, encoder_momentum=0.9)
     trainer = SimpleNamespace(strategy=FSDPStrategy())
     with pytest.raises(
-        ValueError, match="which FSDPStrategy keeps in parts; train with `strategy='ddp'`, or leave it out"
+        ValueError, match=r"keeps whole weights.* but got FSDPStrategy\. Train with `strategy='ddp'`, or leave"
     ):
-        callback._start_keys(trainer, LightningModule(), 0.9)
+        callback._momentum.start(trainer, LightningModule())

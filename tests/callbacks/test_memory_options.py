@@ -231,7 +231,7 @@ def test_instance_memory_is_filled_with_every_image() -> None:
 
 
 def test_images_that_cannot_be_embedded_again_are_told() -> None:
-    with pytest.raises(ValueError, match=r"`prefill` embeds training images, but there is no data module"):
+    with pytest.raises(ValueError, match=r"whose images `prefill` embeds, but there is no data module"):
         fit(Learner(), MemoryCallback(size=5, prefill=True), train=DataLoader(Stream(), batch_size=BATCH))
 
 

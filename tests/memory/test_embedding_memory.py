@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import deque
+from typing import Any
 
 import pytest
 import torch
@@ -160,9 +161,19 @@ def test_a_given_step_is_noted() -> None:
     assert memory.steps.tolist() == [10, 12, 12]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("length", [1e-45, 1e-38, 1e-30, 1e-13, 1e-12, 1e18, 1e20, 1e30, 1e38])
+def test_rows_of_any_length_have_the_right_similarities(length: float) -> None:
+    """The square of most of these is outside of float32: F.normalize would make short rows or zeros of them."""
+    directions = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, -1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, -1.0]])
+    memory = EmbeddingMemory(8)
+    assert memory.enqueue(directions * length, torch.arange(3)) == 0
+    torch.testing.assert_close(
+        memory.read()[0].double(), normalize(directions.double()), rtol=1e-6, atol=1e-6, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_without_a_direction_are_dropped_and_counted(bad: float) -> None:
-    """1e30 is finite, but its square is not: F.normalize would make a zero row of it."""
     memory = EmbeddingMemory(8)
     embeddings, labels, indices = make_batch(4, seed=0)
     embeddings[1, 2] = bad
@@ -183,7 +194,7 @@ def test_rows_without_a_direction_are_dropped_and_counted(bad: float) -> None:
             torch.ones(4, 1).long(),
             None,
             ValueError,
-            r"\(4,\) but got \(4, 1\); pass `labels.squeeze",
+            r"\(4,\) but got \(4, 1\)\. Pass `labels.squeeze",
         ),
         (
             torch.ones(4, 2),
@@ -197,21 +208,21 @@ def test_rows_without_a_direction_are_dropped_and_counted(bad: float) -> None:
             torch.ones(4),
             None,
             TypeError,
-            r"integer dtype but got torch.float32; pass `labels.long",
+            r"integer dtype but got torch.float32\. Pass `labels.long",
         ),
         (torch.ones(4, 2), torch.ones(4).bool(), None, TypeError, "integer dtype but got torch.bool"),
-        (torch.ones(4, 2), [1, 2, 3, 4], None, TypeError, "pass `torch.as_tensor"),
+        (torch.ones(4, 2), [1, 2, 3, 4], None, TypeError, "Pass `torch.as_tensor"),
         (torch.ones(4, 2), torch.ones(4).long(), torch.ones(4), TypeError, "`indices` of an integer dtype"),
         (torch.ones(4, 2), torch.ones(4).long(), torch.ones(2).long(), ValueError, "`indices` of shape"),
         (torch.ones(4), torch.ones(4).long(), None, ValueError, r"`embeddings` of shape \(B, D\)"),
         (torch.ones(4, 2, 2), torch.ones(4).long(), None, ValueError, "flatten"),
-        (torch.ones(4, 0), torch.ones(4).long(), None, ValueError, "D >= 1"),
+        (torch.ones(4, 0), torch.ones(4).long(), None, ValueError, "with D of at least 1 but got"),
         (
             torch.ones(4, 2).long(),
             torch.ones(4).long(),
             None,
             TypeError,
-            "floating point dtype but got torch.int64",
+            "floating-point dtype but got torch.int64",
         ),
         ([[1.0]], torch.ones(1).long(), None, TypeError, "`embeddings` to be a tensor"),
     ],
@@ -227,7 +238,16 @@ def test_a_wrong_batch_says_what_is_wrong_and_changes_nothing(embeddings, labels
     )
 
 
-@pytest.mark.parametrize(("size", "dtype", "error"), [(0, torch.float32, ValueError), (4, torch.int8, TypeError)])
+@pytest.mark.parametrize(
+    ("size", "dtype", "error"),
+    [
+        (0, torch.float32, ValueError),
+        (1.5, torch.float32, TypeError),
+        (True, torch.float32, TypeError),
+        (4, torch.int8, TypeError),
+        (4, "float32", TypeError),
+    ],
+)
 def test_a_memory_of_nothing_is_refused(size: int, dtype: torch.dtype, error: type[Exception]) -> None:
     with pytest.raises(error, match="Expected"):
         EmbeddingMemory(size, dtype)
@@ -276,9 +296,30 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
     state = memory.state_dict()
     with pytest.raises(ValueError, match="labels is missing"):
         memory.load_state_dict({name: value for name, value in state.items() if name != "labels"})
-    with pytest.raises(ValueError, match="damaged"):
-        memory.load_state_dict({**state, "labels": state["labels"][:2]})
-    assert len(memory) == 3
+    damaged: dict[str, Any] = {
+        "labels": state["labels"][:2],
+        "embeddings": state["embeddings"].index_fill(0, torch.tensor([1]), torch.nan),
+        "indices": state["indices"].float(),
+        "steps": [0, 0, 0],
+        "offset": -1,
+        "batches": 1.5,
+        "dropped": torch.tensor(3),
+    }
+    for name, value in damaged.items():
+        with pytest.raises(ValueError, match=r"^Expected .*state of an EmbeddingMemory.*The checkpoint is damaged"):
+            memory.load_state_dict({**state, name: value})
+    assert_same_rows(memory, filled(4, [3]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_do_not_enter_from_a_checkpoint(value: float) -> None:
+    state = filled(4, [3]).state_dict()
+    state["embeddings"][1, 2] = value
+    with pytest.raises(
+        ValueError,
+        match="Expected finite embeddings in the state of an EmbeddingMemory in the checkpoint but 1 of 3 rows",
+    ):
+        EmbeddingMemory(4).load_state_dict(state)
 
 
 def test_a_deep_copy_shares_the_memory() -> None:
@@ -339,11 +380,12 @@ def test_the_bound_of_shared_rows_holds_for_any_batch(labels, anchors, data):
     memory = EmbeddingMemory(30)
     rows = torch.tensor(labels)
     memory.enqueue(torch.ones(len(rows), 2), rows, torch.arange(len(rows)) % 7 - 1)
-    assert memory.loss_options(1) == {}  # on a CPU nothing waits
-    memory._count_shared(anchors)  # as `enqueue` does on a GPU
+    assert memory.read().max_shared(1) is None  # on a CPU nothing waits
+    read = memory.read()
+    read.bound = memory._count_shared(anchors)  # as `enqueue` does on a GPU
     batch = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=anchors, max_size=anchors)))
     images = torch.tensor(data.draw(st.lists(st.integers(-1, 6), min_size=anchors, max_size=anchors)))
-    _, stored, indices = memory.read()
+    _, stored, indices = read
     shared = torch.isin(stored, batch) | (torch.isin(indices, images) & (indices >= 0))
-    assert shared.sum() <= memory.loss_options(anchors)["max_shared"]
-    assert memory.loss_options(anchors + 1) == {}  # counted for fewer anchors
+    assert shared.sum() <= read.max_shared(anchors)
+    assert read.max_shared(anchors + 1) is None  # counted for fewer anchors

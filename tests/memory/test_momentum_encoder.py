@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_memdml.memory.momentum_encoder import MomentumEncoder, reading
+from lightning_memdml.memory.momentum_encoder import MomentumEncoder, frozen_inference
 
 
 def network(dropout: float = 0.0) -> nn.Sequential:
@@ -118,7 +118,7 @@ def test_reading_a_network_in_training_leaves_no_trace(batch_norm: str) -> None:
     net = network(dropout=0.5)
     net[1].eval()
     images, before, state = torch.randn(4, 6), copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    with reading(net, batch_norm):
+    with frozen_inference(net, batch_norm):
         rows = net(images)
     assert torch.equal(torch.get_rng_state(), state)
     assert not rows.requires_grad
@@ -130,7 +130,7 @@ def test_reading_a_network_in_training_leaves_no_trace(batch_norm: str) -> None:
 
 def test_a_broken_forward_leaves_the_network_in_its_mode() -> None:
     net = network()
-    with pytest.raises(RuntimeError), reading(net, "running"):
+    with pytest.raises(RuntimeError), frozen_inference(net, "running"):
         net(torch.randn(4, 7))
     assert all(module.training for module in net.modules())
 
@@ -159,7 +159,7 @@ def test_a_restored_encoder_goes_on_as_if_never_stopped(before: int, after: int)
 
 def test_the_state_of_another_network_is_refused() -> None:
     keys = MomentumEncoder(network())
-    with pytest.raises(ValueError, match=r"another network.*`0.weight` of shape \(3, 6\) where \(8, 6\) was expected"):
+    with pytest.raises(ValueError, match=r"another network.*`0.weight` of shape \(3, 6\) instead of \(8, 6\)"):
         keys.load_state_dict(MomentumEncoder(nn.Sequential(nn.Linear(6, 3))).state_dict())
 
 
@@ -187,7 +187,7 @@ def test_a_network_that_cannot_be_copied_is_built_by_a_factory() -> None:
 
     keys = MomentumEncoder(net, 0, factory=other)
     assert torch.equal(keys(images), net(images))
-    with pytest.raises(ValueError, match=r"Expected the factory to build .* of Cached but `weight` of shape"):
+    with pytest.raises(ValueError, match=r"Expected the factory to build .* of Cached but got `weight` of shape"):
         MomentumEncoder(net, factory=lambda: nn.Linear(6, 4))
 
 

@@ -1,0 +1,55 @@
+"""The memory of a `MemoryCallback` before the first batch: made, sized to the training set, and its place checked."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_memdml.callbacks.training_images import find_train_set
+from lightning_memdml.memory.embedding_memory import EmbeddingMemory
+from lightning_memdml.memory.protocol import Memory
+
+
+def make_memory(size: int | float, dtype: str) -> tuple[EmbeddingMemory, float | None]:
+    """Return a memory, and the share of the training images that its size is to be, or None."""
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}. Pass one of these names.')
+    if isinstance(size, float) and size > 1 and size.is_integer():
+        size = int(size)  # Python 3.10 can cache `int | float` as `float | int`, and jsonargparse then reads 40.0
+    if not isinstance(size, float):
+        return EmbeddingMemory(size, getattr(torch, dtype)), None
+    if not 0 < size <= 1:
+        raise ValueError(
+            f"Expected `size` as a share of the training set in (0, 1] but got {size}. Pass a number of rows as a "
+            "whole number."
+        )
+    return EmbeddingMemory(1, getattr(torch, dtype)), size  # of one row until the training set is known
+
+
+def fit_to_train_set(trainer: Trainer, memory: Memory, share: float) -> None:
+    """Set the size of a memory to a share of the training images; a memory of another size is emptied.
+
+    Raises:
+        ValueError: If the number of training images is not known.
+    """
+    images = find_train_set(trainer)
+    if images is None:
+        raise ValueError(
+            f"Expected a training set with a length, as the memory's size is to be {share:g} of the training images, "
+            "but their number is not known: there is no data module with a `train_set`, nor a loader with such a "
+            "`dataset`. Pass `size=`, a number of rows."
+        )
+    size = max(1, round(share * len(images)))
+    if size != memory.size:
+        memory.size = size
+        memory.reset()
+
+
+def check_place(pl_module: LightningModule, memory: Memory) -> None:
+    """Raise a `ValueError` if something else is where the memory is to be attached."""
+    held = getattr(pl_module, "memory", None)
+    if held is not None and held is not memory:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to have no attribute `memory` of its own, where MemoryCallback "
+            f"attaches its memory during the fit, but got a {type(held).__name__}. Rename the attribute."
+        )

@@ -1,0 +1,133 @@
+"""What the callback, the learner and the losses need of a memory, and what reading one returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Rows(NamedTuple):
+    embeddings: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class MemoryRows(_Rows):
+    """The rows of a memory, and what helps a loss to compare a batch with them.
+
+    It unpacks as exactly three tensors, `embeddings, labels, indices = memory.read()`.
+
+    Args:
+        embeddings: `(M, D)`, of unit length.
+        labels: `(M,)` int64.
+        indices: `(M,)` int64, the data-set index of each row's image; -1 is unknown and equals no other index.
+
+    Attributes:
+        ranks: If these rows are only the share of this rank: the object by which ranks exchange rows, whose `len` is
+            the number of rows on all ranks. Otherwise None.
+        bound: Two numbers `(B, S)`: at most S rows share a class or an image with any B anchors. None if not counted.
+
+    Example:
+        >>> rows = MemoryRows(torch.eye(2), torch.tensor([4, 4]), torch.tensor([0, 1]))
+        >>> embeddings, labels, indices = rows
+        >>> rows.bound = (8, 2)
+        >>> rows.max_shared(8), rows.max_shared(9)
+        (2, None)
+    """
+
+    ranks: Any = None
+    bound: tuple[int, int] | None = None
+
+    def max_shared(self, anchors: int) -> int | None:
+        """Return an upper bound of the rows that share a class or an image with a batch.
+
+        With it a loss on a GPU need not wait until the device has counted them.
+
+        Args:
+            anchors: Number of rows B of the batch.
+
+        Returns:
+            The bound, or None if it was not counted for so many anchors.
+        """
+        return self.bound[1] if self.bound is not None and anchors <= self.bound[0] else None
+
+
+class Memory(ABC):
+    """The interface of every memory: what `MemoryCallback`, `MetricLearner` and the losses use, and no more.
+
+    A class that derives from it works in `MemoryCallback(memory=...)`, in Python and by its name in YAML. An abstract
+    class and not a `typing.Protocol`, because the command line accepts a structural type only if all annotations are
+    equal. `TableMemory` has all but the placement of rows; `EmbeddingMemory` and `InstanceMemory` stand on it.
+
+    A memory is a plain object, no module: DDP does not broadcast it, and no checkpoint of the module contains it.
+    Under DDP every rank calls `enqueue` with the same rows in the same order, so equal memories stay equal.
+
+    Attributes:
+        size: Rows kept at most. None: as many as there are training images, which the callback then sets.
+        was_read: Whether `read` was called since `reset`. The callback warns while it is False; True for a memory that
+            does not count.
+    """
+
+    size: int | None
+    was_read: bool = True
+
+    @abstractmethod
+    def enqueue(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, *, step: int | None = None
+    ) -> int:
+        """Store the rows of a batch.
+
+        Args:
+            embeddings: `(B, D)` floating point.
+            labels: `(B,)` integers.
+            indices: `(B,)` integers, the data-set index of each row's image; -1, or None for all, is unknown.
+            step: Optimiser steps that the weights had taken which made these rows.
+
+        Returns:
+            How many rows were dropped because they had no direction (NaN, infinite or zero).
+        """
+
+    @abstractmethod
+    def read(self) -> MemoryRows:
+        """Return the valid rows; before the first, tensors of zero rows."""
+
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
+        """Return what `read` would return if these rows had been enqueued, without enqueueing them.
+
+        Needed for `MetricLearner(memory_includes_batch=True)` only.
+
+        Raises:
+            ValueError: If the memory cannot do that.
+        """
+        raise ValueError(
+            f"Expected a memory that can be read with the batch in it but got {type(self).__name__}. Leave "
+            "`memory_includes_batch` out."
+        )
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of valid rows, over all ranks."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated on this rank."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all rows and counters."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Memory:
+        """Move the rows to a device, and return the memory itself."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows and counters: tensors and numbers only, and never an empty dictionary on rank 0."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace rows and counters by those of `state_dict`."""

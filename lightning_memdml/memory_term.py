@@ -1,0 +1,104 @@
+"""Calls any loss on a batch, and on a batch against the rows of a memory, each kind of loss by its own convention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memdml.losses.pair_loss import PairLoss
+from lightning_memdml.memory.protocol import MemoryRows
+
+Loss = PairLoss | Callable[..., Any]
+
+
+def batch_term(loss: Loss, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
+    """Return the loss of a batch by itself.
+
+    Args:
+        loss: A `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and labels.
+        embeddings: `(B, D)` of unit length.
+        labels: `(B,)`.
+        indices: `(B,)`, the data-set index of each row's image. A `PairLoss` leaves out pairs of equal indices.
+
+    Example:
+        >>> from lightning_memdml.losses import ContrastiveLoss
+        >>> batch_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]))
+        tensor(1.)
+    """
+    if isinstance(loss, PairLoss):
+        return loss(embeddings, labels, indices=indices)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return loss(_at_least_float32(embeddings), labels)
+
+
+def memory_term(
+    loss: Loss, embeddings: Tensor, labels: Tensor, rows: MemoryRows, indices: Tensor | None = None
+) -> Tensor:
+    """Return the loss of a batch against what `memory.read()` returned.
+
+    Three kinds of losses are called in three ways:
+
+    - a `PairLoss` with all that the rows carry: indices, the bound of shared rows, the other ranks;
+    - a loss with a parameter `ref_emb`, as those of pytorch-metric-learning, with `ref_emb=, ref_labels=`;
+    - any other function as `loss(embeddings, labels, ref_embeddings, ref_labels)`, and if it has a parameter
+      `ref_indices`, also with `indices=, ref_indices=`.
+
+    The last two are called in full precision, since similarities in bfloat16 would be off by up to 4e-3.
+
+    Args:
+        loss: The loss.
+        embeddings: `(B, D)` of unit length.
+        labels: `(B,)`.
+        rows: What `memory.read()` returned; three tensors in a plain tuple do as well.
+        indices: `(B,)`, the data-set index of each row's image; None is unknown. Pairs of equal indices are left out.
+
+    Returns:
+        A scalar, the mean over the B anchors for a `PairLoss`; a differentiable 0 while the memory has no rows.
+
+    Raises:
+        ValueError: If the rows are only this rank's share of a memory and the loss is not a `PairLoss`.
+
+    Example:
+        >>> from lightning_memdml.losses import ContrastiveLoss
+        >>> rows = MemoryRows(torch.eye(2), torch.tensor([0, 1]), torch.tensor([-1, -1]))
+        >>> memory_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]), rows)
+        tensor(1.)
+    """
+    if not isinstance(rows, MemoryRows):
+        rows = MemoryRows(*rows)
+    ref_embeddings, ref_labels, ref_indices = rows
+    if (ref_labels.shape[0] if rows.ranks is None else len(rows.ranks)) == 0:
+        return embeddings[:0].sum()
+    options: dict[str, Any] = {} if indices is None else {"indices": indices, "ref_indices": ref_indices}
+    if isinstance(loss, PairLoss):
+        if rows.ranks is not None:
+            options["ranks"] = rows.ranks
+        if rows.bound is not None:
+            options["max_shared"] = rows.max_shared(labels.shape[0])
+        return loss(embeddings, labels, ref_embeddings, ref_labels, **options)
+    if rows.ranks is not None:
+        raise ValueError(
+            f"Expected a PairLoss against a ShardedMemory, whose rows are spread over the ranks, but got {loss}. Pass "
+            "a PairLoss, or use an EmbeddingMemory."
+        )
+    embeddings = _at_least_float32(embeddings)
+    ref_embeddings = ref_embeddings.to(embeddings.dtype)
+    parameters = _parameters(loss)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if "ref_emb" in parameters:
+            return loss(embeddings, labels, ref_emb=ref_embeddings, ref_labels=ref_labels)
+        return loss(embeddings, labels, ref_embeddings, ref_labels, **(options if "ref_indices" in parameters else {}))
+
+
+def _parameters(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the parameters of a loss; of a module those of its `forward`."""
+    called = loss.forward if isinstance(loss, torch.nn.Module) else loss
+    return tuple(inspect.signature(called).parameters)
+
+
+def _at_least_float32(embeddings: Tensor) -> Tensor:
+    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

@@ -364,7 +364,7 @@ def choose_embeddings(
     missing = [f"`{name}`" for name in ("embeddings", "labels") if name not in rows]
     if missing:
         raise ValueError(
-            f"Expected the embeddings and labels of each training batch, which {owner} needs, but found no "
+            f"Expected the embeddings and labels of each training batch, which {owner} needs, but got no "
             f"{' and no '.join(missing)} in what {type(pl_module).__name__}.training_step returned "
             f"({', '.join(map(str, returned)) or 'nothing'}). End it with "
             '`return {"loss": loss, "embeddings": z, "labels": y}`, or add `against_memory(self, self.loss, z, y)` to '

@@ -370,9 +370,9 @@ def returns(what: Any) -> type[Plain]:
         (
             lambda loss, z, y: {"loss": loss, "embeddings": z},
             ValueError,
-            r"found no `labels`.*\(loss, embeddings\)",
+            r"got no `labels`.*\(loss, embeddings\)",
         ),
-        (lambda loss, z, y: {"loss": loss, "labels": y}, ValueError, r"found no `embeddings` in .*Returns"),
+        (lambda loss, z, y: {"loss": loss, "labels": y}, ValueError, r"got no `embeddings` in .*Returns"),
         (
             lambda loss, z, y: {"loss": loss, "embeddings": z, "labels": y[:, None]},
             ValueError,

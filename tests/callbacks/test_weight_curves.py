@@ -206,5 +206,5 @@ def test_errors_name_the_way_out(tmp_path: Path) -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx)["loss"]
 
-    with pytest.raises(ValueError, match=r"WeightCurveLogger needs the embeddings .* no `embeddings` and no `labels`"):
+    with pytest.raises(ValueError, match=r"which WeightCurveLogger needs, but got no `embeddings` and no `labels`"):
         fit(Silent(), vectors(), WeightCurveLogger(1, str(tmp_path), ContrastiveLoss()))

@@ -1,4 +1,4 @@
-"""What a pair costs: the losses, their weight functions, and the streamed evaluation."""
+"""Pair losses, weight functions, and their evaluation against a memory of any size. Pure torch."""
 
 from lightning_memdml.losses.binomial_deviance import BinomialDevianceLoss
 from lightning_memdml.losses.circle import CircleLoss

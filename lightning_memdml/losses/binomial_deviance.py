@@ -11,7 +11,7 @@ from lightning_memdml.losses.row_ops import softplus
 
 
 class BinomialDevianceLoss(PairLoss):
-    r"""Soft contrastive loss: every pair pays the logarithm of how far it is on the wrong side.
+    r"""A soft contrastive loss: a logistic loss of each pair's similarity against a base.
 
     $$
     l_i = \frac{1}{|P_i|} \sum_{j \in P_i} \log(1 + e^{\alpha (\lambda - s_{ij})})
@@ -29,6 +29,9 @@ class BinomialDevianceLoss(PairLoss):
         alpha: Scale of the positives, above 0.
         beta: Scale of the negatives, above 0.
         base: The similarity $\lambda$ that separates the sides.
+
+    Raises:
+        ValueError: If `alpha` or `beta` is not above 0.
 
     References:
         Yi et al. 2014, arXiv 1407.4979.
@@ -48,15 +51,15 @@ class BinomialDevianceLoss(PairLoss):
         self.base = base
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Return logistic weights and their integral."""
+        """Return logistic weights and the values they are derivatives of."""
         logits = similarity.sub_(self.base).mul_(self.beta)
         share = torch.sigmoid(logits)
-        # log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), to rounding of 1
+        # log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), exact to rounding of numbers near 1
         values = logits.clamp_min_(0).sub_(torch.maximum(share, 1 - share).log_())
         return NegativeTerms(share.mul_(self.beta), values)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Add the positives and take both means."""
+        """Add the positives, and divide each side by its number of pairs."""
         logits = self.alpha * (self.base - similarity)
         per_positive = 1 / mask.sum(dim=1, keepdim=True).clamp_min(1).to(similarity.dtype)
         per_negative = 1 / negatives.number.clamp_min(1).to(similarity.dtype)

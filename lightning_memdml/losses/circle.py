@@ -24,14 +24,17 @@ class CircleLoss(PairLoss):
     w^- = \sigma(Z_i)\, \gamma\, a^-\, \mathrm{softmax}_{N_i}
     $$
 
-    with $Z_i$ the logarithm of the product of the two sums. The bar holds $a$ constant, as the paper's
-    derivation does; an anchor that lacks one side gives 0.
+    with $Z_i$ the logarithm of the product of the two sums. The bar holds $a$ constant, as in the paper. An anchor
+    without positives or without negatives gives 0.
 
     Denominator: averaged over the B anchors.
 
     Args:
         margin: The relaxation $m$.
         scale: The factor $\gamma$, above 0.
+
+    Raises:
+        ValueError: If `scale` is not above 0.
 
     References:
         Sun et al. 2020, arXiv 2002.10857.
@@ -55,7 +58,7 @@ class CircleLoss(PairLoss):
         return NegativeTerms(similarity.sub_(self.margin).mul_(factor), factor)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Couple both sides."""
+        """Combine both sides in one logarithm."""
         factor = self.scale * (1 + self.margin - similarity).clamp_min(0)
         logits = -factor * (similarity - 1 + self.margin)
         both = masked_logsumexp(logits, mask) + negatives.total

@@ -1,4 +1,4 @@
-"""Direct weight assignment: the paper's tool. The weights are given outright."""
+"""Direct weight assignment: the weights of pairs are given as functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Weight = WeightFunction | Callable[[Tensor], Any]
 
 
 class DirectWeightLoss(PairLoss):
-    r"""Weighs positives and negatives by functions of their similarity, given outright.
+    r"""Weighs positives and negatives by given functions of their similarity.
 
     $$
     l_i = \sum_{j \in P_i} \bar f(s_{ij}) (1 - s_{ij}) + \sum_{j \in N_i} \bar g(s_{ij}) s_{ij}, \qquad
@@ -27,22 +27,22 @@ class DirectWeightLoss(PairLoss):
     contrastive loss with margin 0.5.
 
     Denominator: summed over pairs, averaged over the B anchors. With `normalize="sum"` the weights of each side
-    sum to 1 for every anchor that has any. `hardest_positives` and `hardest_negatives` keep so many pairs of each
-    anchor and side, before the weights are summed.
+    sum to 1 for every anchor with a weight above 0 there; their sum before has to be within the range of the dtype.
 
     Args:
         positive: Weight of a positive as a function of its similarity: a `WeightFunction`, or any function
             that maps a tensor of similarities to weights of the same shape (numbers, or truth values such as
-            `s > 0.5`), or to one number for all. Default: all 1.
-        negative: The same for negatives. Default: 1 above 0.5.
+            `s > 0.5`), or to one number for all. Default: 1.
+        negative: The same for negatives. Default: 1 above 0.5, and 0 elsewhere.
         normalize: `None`, or `"sum"` to divide each side's weights by their sum over the anchor's row.
-        hardest_positives: Keep the least similar positives of each anchor, at most so many. Default: all.
-        hardest_negatives: Keep the most similar negatives of each anchor, at most so many. Default: all.
+        hardest_positives: How many of the least similar positives of each anchor to keep. Default: all.
+        hardest_negatives: How many of the most similar negatives of each anchor to keep. Default: all.
 
     Raises:
-        ValueError: If `normalize` is something else, or a number of pairs is below 1; when called, if a function
-            gives weights of another shape.
-        TypeError: If `positive` or `negative` is no function; when called, if it gives neither tensor nor number.
+        ValueError: If `normalize` is something else, or a number of pairs is below 1. When called, if a function
+            returns weights of another shape.
+        TypeError: If `positive` or `negative` is not a function. When called, if it returns neither a tensor nor a
+            number.
 
     References:
         Zhang et al. 2021, arXiv 2103.14003 (direct weight assignment).
@@ -68,7 +68,7 @@ class DirectWeightLoss(PairLoss):
     ) -> None:
         super().__init__()
         if normalize not in (None, "sum"):
-            raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}.')
+            raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}. Leave it out.')
         self.positive = Constant() if positive is None else _check_function("positive", positive)
         self.negative = Threshold(0.5) if negative is None else _check_function("negative", negative)
         self.normalize = normalize
@@ -99,7 +99,9 @@ class DirectWeightLoss(PairLoss):
 
 def _check_function(name: str, weight: Weight) -> Weight:
     if not callable(weight):
-        raise TypeError(f"Expected `{name}` to be a function of similarities, such as Constant(1), but got {weight!r}.")
+        raise TypeError(
+            f"Expected `{name}` to be a function of similarities but got {weight!r}. Pass one such as Constant(1)."
+        )
     return weight
 
 
@@ -108,21 +110,24 @@ def _weigh(function: Weight, similarity: Tensor) -> Tensor:
     weights = function(similarity)
     if isinstance(weights, int | float):
         return torch.full_like(similarity, weights)
-    if not isinstance(weights, type(similarity)):  # what stands for a tensor is taken as one
-        raise TypeError(f"Expected {function} to return a tensor of weights but got {type(weights).__name__}.")
+    if not isinstance(weights, type(similarity)):  # or a symbol, when a kernel is generated
+        raise TypeError(
+            f"Expected {function} to return a tensor of weights but got {type(weights).__name__}. "
+            "Compute them with torch."
+        )
     if isinstance(weights, Tensor) and weights.shape != similarity.shape:
         raise ValueError(
             f"Expected {function} to return weights of shape {tuple(similarity.shape)}, one for each similarity, "
-            f"but got {tuple(weights.shape)}."
+            f"but got {tuple(weights.shape)}. Use element-wise operations."
         )
     return weights.to(similarity.dtype)
 
 
 def _check_number(name: str, number: int | None) -> int | None:
     if number is not None and number < 1:
-        raise ValueError(f"Expected `{name}` of at least 1 pair, or None for all, but got {number}.")
+        raise ValueError(f"Expected `{name}` of at least 1 pair, or None for all, but got {number}. Pass 1 or more.")
     return number
 
 
 def _inverse_or_zero(total: Tensor) -> Tensor:
-    return torch.where(total > 0, 1 / total, 0.0)
+    return torch.where(total > 0, 1 / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)  # never infinite

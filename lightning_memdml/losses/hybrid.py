@@ -1,4 +1,4 @@
-"""Positive weights of one loss with the negative weights of another."""
+"""The weights of positives of one loss with the weights of negatives of another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class HybridLoss(PairLoss):
     l_i = \sum_{j \in P_i} \bar w^+_{ij} (1 - s_{ij}) + \sum_{j \in N_i} \bar w^-_{ij} s_{ij}
     $$
 
-    The bar holds the weights constant. The gradient is the assigned weights; the value is that of
+    The bar holds the weights constant, so the gradient is exactly the assigned weights. The value is that of
     `DirectWeightLoss`, since one side of a loss has no value of its own.
 
     Denominator: summed over pairs, averaged over the B anchors.
@@ -23,6 +23,9 @@ class HybridLoss(PairLoss):
     Args:
         positive: The loss that weighs the positives.
         negative: The loss that weighs the negatives.
+
+    Raises:
+        TypeError: If one of them is not a `PairLoss`, or is a hybrid itself.
 
     References:
         Zhang et al. 2021, arXiv 2103.14003 (decomposition of pair losses).
@@ -57,7 +60,7 @@ class HybridLoss(PairLoss):
     def combine_parts(
         self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
     ) -> AnchorTerms:
-        """Join the two halves."""
+        """Combine the positives of one loss with the negatives of the other."""
         negative = self.negative.combine(similarity, mask, contexts[0], totals[0])
         # A loss whose positive weights do not depend on negatives may get the totals of the other one.
         context = contexts[1] if self.positive.needs_negatives else self.positive.context(similarity, mask)

@@ -20,13 +20,13 @@ class LiftedStructureLoss(PairLoss):
     w^- = \mathbb{1}[l_i > 0]\, \mathrm{softmax}_{N_i}(s)
     $$
 
-    This is the similarity form in which the multi-similarity paper writes it (its $\lambda$ cancels); an anchor
-    that lacks one side gives 0.
+    This is the form of the multi-similarity paper, whose $\lambda$ cancels. An anchor without positives or without
+    negatives gives 0.
 
     Denominator: averaged over the B anchors. The weights of each side sum to at most 1.
 
     Args:
-        margin: Added inside the hinge.
+        margin: Number added inside the hinge.
 
     References:
         Song et al. 2016, arXiv 1511.06452; similarity form of Wang et al. 2019, arXiv 1904.06627.
@@ -50,7 +50,7 @@ class LiftedStructureLoss(PairLoss):
         return NegativeTerms(similarity)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Close the hinge over both sides."""
+        """Combine both sides in one hinge."""
         value = (self.margin + masked_logsumexp(-similarity, mask) + negatives.total).clamp_min(0)
         active = (value > 0).to(similarity.dtype)
         return AnchorTerms(value, active[:, None] * masked_softmax(-similarity, mask), active)

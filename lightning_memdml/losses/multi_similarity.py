@@ -23,18 +23,21 @@ class MultiSimilarityLoss(PairLoss):
     w^-_{ij} = \frac{e^{\beta (s_{ij} - \lambda)}}{1 + \sum_{N_i} e^{\beta (s - \lambda)}}
     $$
 
-    With mining ($\epsilon$ given) both sums keep only pairs that are hard relative to the other side:
-    negatives with $s + \epsilon > \min_{P_i} s$, positives with $s - \epsilon < \max_{N_i} s$; an anchor
-    without positives then mines no negatives, and the reverse.
+    With mining ($\epsilon$ given) both sums keep only pairs that are hard relative to the other side: negatives with
+    $s + \epsilon > \min_{P_i} s$, and positives with $s - \epsilon < \max_{N_i} s$. An anchor without positives then
+    keeps no negatives, and an anchor without negatives no positives.
 
     Denominator: averaged over the B anchors, those without mined pairs included. The weights of each side sum to less
-    than 1 however large the memory.
+    than 1, for a memory of any size.
 
     Args:
         alpha: Scale of the positives, above 0.
         beta: Scale of the negatives, above 0.
         base: The similarity $\lambda$ that separates the sides.
-        epsilon: Width of the mining; `None` takes all pairs.
+        epsilon: Width of the mining, a difference of similarities. `None` keeps all pairs.
+
+    Raises:
+        ValueError: If `alpha` or `beta` is not above 0.
 
     References:
         Wang et al. 2019, arXiv 1904.06627.
@@ -56,7 +59,7 @@ class MultiSimilarityLoss(PairLoss):
         self.needs_negatives = epsilon is not None
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """State the similarity that a negative must exceed to be mined, `(B,)`."""
+        """Return the similarity that a negative must exceed to be mined, `(B,)`."""
         if self.epsilon is None:
             return ()
         least = -row_max((-similarity).masked_fill(~mask, -torch.inf))
@@ -70,12 +73,12 @@ class MultiSimilarityLoss(PairLoss):
         """Return the logits of the negatives, `-inf` where not mined."""
         if not context:
             return NegativeTerms(similarity.sub_(self.base).mul_(self.beta))
-        cut = context[0][:, None]
-        above = torch.threshold_(similarity.sub_(cut), 0.0, -torch.inf)
-        return NegativeTerms(above.add_(cut - self.base).mul_(self.beta))
+        threshold = context[0][:, None]
+        above = torch.threshold_(similarity.sub_(threshold), 0.0, -torch.inf)
+        return NegativeTerms(above.add_(threshold - self.base).mul_(self.beta))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Mine and weigh the positives, and bound both sides."""
+        """Mine and weigh the positives, and divide both sides by one plus their sums."""
         if self.epsilon is not None:
             mask = mask & (similarity - self.epsilon < negatives.hardest[:, None])
         logits = -self.alpha * (similarity - self.base)

@@ -1,4 +1,4 @@
-r"""Sums over all pairs of two sets of similarities, at the price of sums over each set.
+r"""Sums over all pairs of two sets of similarities, at the cost of sums over each set.
 
 Between similarities, a smooth function of their difference is a polynomial of both up to rounding,
 $f(x - y) = \sum_{ik} c_{ik} x^i y^k$. Its sum over all pairs then needs only the sums of the powers of either
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from lightning_memdml.checks import UNIT_TOLERANCE
 
-REACH = (1 + UNIT_TOLERANCE) ** 2  # the largest similarity of embeddings that pass as unit length
-# With its nearest poles at +-i pi, the error of a function falls by 6 with every degree, here to that of the type.
+REACH = (1 + UNIT_TOLERANCE) ** 2  # the largest similarity of embeddings that are accepted as of unit length
+# The error falls by a factor of 6 with each degree, as the nearest poles are at +-i pi; here to rounding of the type.
 DEGREES = {torch.float32: 8, torch.float64: 20}
 
 
 class DifferencePolynomial:
-    r"""The polynomial in two similarities that stands for a function of their difference.
+    r"""A polynomial in two similarities that equals a function of their difference up to rounding.
 
-    Its coefficients fall with the degree and similarities are at most 1: nothing large cancels, in float32 either.
+    Its coefficients fall with the degree and similarities are at most 1, so no large terms cancel, in float32 too.
 
     Args:
         function: A function that is analytic within $\pi$ of the real line.

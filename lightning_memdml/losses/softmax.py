@@ -1,4 +1,4 @@
-"""The softmax family: InfoNCE, SupCon and NCA differ in how they treat several positives."""
+"""The softmax losses. InfoNCE, SupCon and NCA differ in what they do with several positives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, so
 
 
 class _SoftmaxLoss(PairLoss):
-    """What the three share: the negatives enter as a softmax at one temperature."""
+    """The common part of the three: the weights of negatives are a softmax with one temperature."""
 
     exponential = True
 
@@ -25,7 +25,7 @@ class _SoftmaxLoss(PairLoss):
 
 
 class InfoNCELoss(_SoftmaxLoss):
-    r"""Picks each positive out of all negatives, one cross-entropy per positive.
+    r"""Classifies each positive against all negatives, with one cross-entropy per positive.
 
     $$
     l_i = \sum_{p \in P_i} -\log q_p, \qquad
@@ -42,6 +42,9 @@ class InfoNCELoss(_SoftmaxLoss):
     Args:
         temperature: The temperature $t$, above 0.
 
+    Raises:
+        ValueError: If `temperature` is not above 0.
+
     References:
         van den Oord et al. 2018, arXiv 1807.03748; Sohn 2016 (N-pair).
 
@@ -57,14 +60,14 @@ class InfoNCELoss(_SoftmaxLoss):
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Sum one cross-entropy per positive."""
-        behind = negatives.total[:, None] - similarity / self.temperature
-        miss = torch.where(mask, torch.sigmoid(behind), 0.0) / self.temperature  # (1 - q) / t
-        value = torch.where(mask, softplus(behind), 0.0).sum(dim=1)
-        return AnchorTerms(value, miss, miss.sum(dim=1))
+        excess = negatives.total[:, None] - similarity / self.temperature
+        weights = torch.where(mask, torch.sigmoid(excess), 0.0) / self.temperature  # (1 - q) / t
+        value = torch.where(mask, softplus(excess), 0.0).sum(dim=1)
+        return AnchorTerms(value, weights, weights.sum(dim=1))
 
 
 class SupConLoss(_SoftmaxLoss):
-    r"""Spreads the softmax over all references evenly over the positives.
+    r"""Asks for a softmax over all references that is spread evenly over the positives.
 
     $$
     l_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \log \pi_p, \qquad
@@ -82,6 +85,9 @@ class SupConLoss(_SoftmaxLoss):
     Args:
         temperature: The temperature $t$, above 0.
 
+    Raises:
+        ValueError: If `temperature` is not above 0.
+
     References:
         Khosla et al. 2020, arXiv 2004.11362 (the form with the sum outside the logarithm).
 
@@ -98,18 +104,18 @@ class SupConLoss(_SoftmaxLoss):
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Compare the softmax with an even spread over the positives."""
         logits = similarity / self.temperature
-        everyone = torch.logaddexp(masked_logsumexp(logits, mask), negatives.total)
+        log_sum = torch.logaddexp(masked_logsumexp(logits, mask), negatives.total)
         positives = mask.sum(dim=1).to(logits.dtype)
         spread = torch.where(mask, 1 / positives.clamp_min(1)[:, None], 0.0)
         has_positive = positives > 0
-        value = torch.where(has_positive, everyone - (spread * logits).sum(dim=1), 0.0)
-        probability = torch.where(mask, torch.exp(logits - everyone[:, None]), 0.0)
-        scale = torch.where(has_positive, torch.exp(negatives.total - everyone), 0.0) / self.temperature
+        value = torch.where(has_positive, log_sum - (spread * logits).sum(dim=1), 0.0)
+        probability = torch.where(mask, torch.exp(logits - log_sum[:, None]), 0.0)
+        scale = torch.where(has_positive, torch.exp(negatives.total - log_sum), 0.0) / self.temperature
         return AnchorTerms(value, (spread - probability) / self.temperature, scale)
 
 
 class NCALoss(_SoftmaxLoss):
-    r"""Maximises the softmax mass that falls on the positives together.
+    r"""Maximises the probability of the positives together, under a softmax over all references.
 
     $$
     l_i = -\log \frac{\sum_{p \in P_i} e^{s_{ip}/t}}{\sum_{k \in P_i \cup N_i} e^{s_{ik}/t}}
@@ -120,12 +126,15 @@ class NCALoss(_SoftmaxLoss):
     w^-_{in} = \frac{\pi_N}{t}\, \mathrm{softmax}_{N_i}(s/t)
     $$
 
-    with $\pi_N$ the mass on the negatives. An anchor without positives gives 0.
+    with $\pi_N$ the probability of the negatives together. An anchor without positives gives 0.
 
     Denominator: averaged over the B anchors.
 
     Args:
         temperature: The temperature $t$, above 0.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
 
     References:
         Goldberger et al. 2004; with temperature and cosine similarity, Wu et al. 2018, arXiv 1808.04699.
@@ -141,8 +150,8 @@ class NCALoss(_SoftmaxLoss):
         super().__init__(temperature)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Compare the mass of the two sides."""
+        """Compare the probabilities of the two sides."""
         logits = similarity / self.temperature
-        behind = torch.where(mask.any(dim=1), negatives.total - masked_logsumexp(logits, mask), -torch.inf)
-        scale = torch.sigmoid(behind) / self.temperature
-        return AnchorTerms(softplus(behind), scale[:, None] * masked_softmax(logits, mask), scale)
+        excess = torch.where(mask.any(dim=1), negatives.total - masked_logsumexp(logits, mask), -torch.inf)
+        scale = torch.sigmoid(excess) / self.temperature
+        return AnchorTerms(softplus(excess), scale[:, None] * masked_softmax(logits, mask), scale)

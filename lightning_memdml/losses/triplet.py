@@ -9,15 +9,15 @@ from torch import Tensor
 from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums
 
-# Up to so many positives per anchor, comparing block and positive in three plain passes beats bisection.
+# Up to this number of positives per anchor, comparing a block with each of them is faster than bisection.
 FEW_POSITIVES = 24
-# The soft form's terms of a triplet and their derivative, in the powers of s_in and of s_ip.
+# The value of a triplet in the soft form and its derivative, as polynomials of s_in and s_ip.
 SOFTPLUS = DifferencePolynomial(lambda difference: np.logaddexp(0, difference))
 SIGMOID = DifferencePolynomial(lambda difference: 1 / (1 + np.exp(-difference)))
 
 
 class TripletLoss(PairLoss):
-    r"""Asks every positive to be closer than every negative, over all triplets of an anchor.
+    r"""Asks each positive to be more similar than each negative, over all triplets of an anchor.
 
     $$
     l_i = \sum_{p \in P_i} \sum_{n \in N_i} [s_{in} - s_{ip} + m]_+ \quad\text{(hinge)}, \qquad
@@ -28,16 +28,17 @@ class TripletLoss(PairLoss):
     w^+_{ip} = |\{n : s_{in} > s_{ip} - m\}|, \qquad w^-_{in} = |\{p : s_{ip} < s_{in} + m\}|
     $$
 
-    (soft: counts become sums of $\sigma(s_{in} - s_{ip})$). No triplet is ever stored.
-    The hinge form compares the positives of an anchor with its negatives one after the other, so their number has a
-    price; for it the host waits for a GPU. The soft form costs the same for any number: its terms are taken as
-    polynomials of the two similarities, exact up to rounding for embeddings of unit length and for no others.
+    In the soft form the counts become sums of $\sigma(s_{in} - s_{ip})$. No triplet is ever stored.
 
-    Denominator: summed over triplets, averaged over the B anchors; it grows with the memory.
+    The hinge form compares the positives of an anchor with its negatives one after the other, so its cost grows with
+    their number, and the host waits for a GPU to learn it. The cost of the soft form does not: its terms are computed
+    as polynomials of the two similarities, which are exact up to rounding for embeddings of unit length only.
+
+    Denominator: summed over triplets, averaged over the B anchors. The value grows with the memory.
 
     Args:
-        margin: Distance in similarity that a positive must be ahead, hinge only.
-        soft: Take the soft form; `margin` is then not used.
+        margin: By how much a positive must be more similar than a negative. Hinge form only.
+        soft: Use the soft form, which ignores `margin`.
 
     References:
         Schroff et al. 2015, arXiv 1503.03832; batch-all and soft form of Hermans et al. 2017, arXiv 1703.07737.
@@ -52,12 +53,12 @@ class TripletLoss(PairLoss):
     def __init__(self, margin: float = 0.1, soft: bool = False) -> None:
         super().__init__()
         self.margin, self.soft = margin, soft
-        self.fill_value = 0.0 if soft else -torch.inf  # adds nothing to the sums of powers, or to the counts
+        self.fill_value = 0.0 if soft else -torch.inf  # adds 0 to the sums of powers, or to the counts
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """State the positives' similarities, ascending and padded with `inf`, and where they stood, `(B, K)`.
+        """Return the positives' similarities, ascending and padded with `inf`, and their columns, `(B, K)`.
 
-        The soft form states the sums of their powers, and the coefficients of the negatives' weights, both of shape
+        In the soft form, return the sums of their powers and the coefficients of the negatives' weights, both of shape
         `(B, degree + 1)`.
         """
         if self.soft:
@@ -68,33 +69,33 @@ class TripletLoss(PairLoss):
         return ordered[:, :most].contiguous(), order[:, :most]
 
     def negative_threshold(self, context: Context) -> Tensor | float:
-        """Return the similarity below which a negative trails every positive by the margin."""
+        """Return the similarity at or below which every positive is ahead of a negative by the margin."""
         if self.soft:
             return -torch.inf
         positives = context[0]
         return positives[:, 0] - self.margin if positives.shape[1] else torch.inf
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Return how many positives each negative offends, and how many negatives each positive."""
+        """Return the number of violated triplets of each negative, and as further sums those of each positive."""
         if self.soft:
             return NegativeTerms(polynomial(similarity, context[1]), sums=power_sums(similarity))
         edges = context[0] - self.margin
         if edges.shape[1] <= FEW_POSITIVES:
-            return _counted_one_by_one(similarity, edges)
-        return _counted_by_bisection(similarity, edges)
+            return _count_one_by_one(similarity, edges)
+        return _count_by_bisection(similarity, edges)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Give each positive the number of negatives that offend it."""
+        """Weigh each positive by the number of its violated triplets."""
         if self.soft:
             sums = _with_number(negatives.number, negatives.sums)
             weights = polynomial(similarity, sums @ SIGMOID.like(sums))
             value = (sums @ SOFTPLUS.like(sums) * context[0]).sum(dim=1)
         else:
             positives, columns = context
-            offences = negatives.sums[:, : positives.shape[1]]
-            weights = torch.zeros_like(similarity).scatter(1, columns, offences)
+            violations = negatives.sums[:, : positives.shape[1]]
+            weights = torch.zeros_like(similarity).scatter(1, columns, violations)
             edges = (positives - self.margin).masked_fill(positives.isinf(), 0.0)
-            value = negatives.weighted - (offences * edges).sum(dim=1)  # sum of (s - edge) over the offences
+            value = negatives.weighted - (violations * edges).sum(dim=1)  # sum of (s - edge) over the violated triplets
         return AnchorTerms(value, weights, torch.ones_like(value))
 
 
@@ -103,15 +104,15 @@ def _with_number(number: Tensor, sums: Tensor) -> Tensor:
 
 
 def _rows_with_positive(positives: Tensor) -> list[int]:
-    """Return for each place in the sorted rows the number of leading rows that reach so far.
+    """Return for each column the number of leading rows up to the last one that has a positive there.
 
-    The streamed evaluation orders anchors by their number of positives: the padding of the shorter rows costs nothing.
+    The streamed evaluation orders anchors by their number of positives, so the padding of shorter rows is skipped.
     """
     row_number = torch.arange(1, positives.shape[0] + 1, device=positives.device)
     return ((positives < torch.inf) * row_number[:, None]).amax(dim=0).tolist()
 
 
-def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+def _count_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     weights, scratch = torch.zeros_like(similarity), torch.empty_like(similarity)
     counts = torch.zeros_like(edges.T)
     for k, rows in enumerate(_rows_with_positive(edges)):
@@ -122,11 +123,11 @@ def _counted_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     return NegativeTerms(weights, sums=counts.T)
 
 
-def _counted_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
-    offended = torch.searchsorted(edges, similarity.contiguous())  # of the ascending edges, those below s
+def _count_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+    violated = torch.searchsorted(edges, similarity.contiguous())  # of the ascending edges, those below s
     bins = edges.shape[1] + 1
     rows = torch.arange(edges.shape[0], device=edges.device)[:, None] * bins
-    histogram = torch.bincount((offended + rows).flatten(), minlength=edges.shape[0] * bins)
-    at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives that offend at most so many positives
+    histogram = torch.bincount((violated + rows).flatten(), minlength=edges.shape[0] * bins)
+    at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives with at most k violated triplets
     counts = at_most[:, -1:] - at_most[:, :-1]
-    return NegativeTerms(offended.to(similarity.dtype), sums=counts.to(similarity.dtype))
+    return NegativeTerms(violated.to(similarity.dtype), sums=counts.to(similarity.dtype))

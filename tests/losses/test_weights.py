@@ -91,14 +91,14 @@ def test_a_function_may_return_truth_values_or_one_number(function, same, side):
 
 
 @pytest.mark.parametrize("side", ["positive", "negative"])
-def test_a_function_that_is_none_or_gives_no_weights_is_named(side):
+def test_an_argument_that_is_not_a_weight_function_is_named(side):
     x = torch.eye(4)
     for wrong in (1.0, "Threshold"):
-        with pytest.raises(TypeError, match=f"`{side}` to be a function of similarities.* but got {wrong!r}"):
+        with pytest.raises(TypeError, match=f"`{side}` to be a function of similarities but got {wrong!r}. Pass one such as Constant"):
             ml.DirectWeightLoss(**{side: wrong})
     with pytest.raises(ValueError, match=r"weights of shape \(4, \d\), one for each similarity, but got \(\)"):
         ml.DirectWeightLoss(**{side: torch.sum})(x, torch.tensor([0, 0, 1, 1]))
-    with pytest.raises(TypeError, match="to return a tensor of weights but got ndarray"):
+    with pytest.raises(TypeError, match="to return a tensor of weights but got ndarray. Compute them with torch"):
         ml.DirectWeightLoss(**{side: lambda s: s.numpy()})(x, torch.tensor([0, 0, 1, 1]))
 
 
@@ -106,3 +106,15 @@ def test_a_hybrid_of_hybrids_is_refused():
     hybrid = ml.HybridLoss(ml.ContrastiveLoss(), ml.ContrastiveLoss())
     with pytest.raises(TypeError, match="PairLoss other than HybridLoss"):
         ml.HybridLoss(hybrid, ml.ContrastiveLoss())
+
+
+@pytest.mark.parametrize("center", [2.07, 2.2])
+def test_normalised_weights_below_the_smallest_float_stay_finite(center):
+    """Weights of about 1e-38 to 1e-44: the reciprocal of their sum is beyond the range of float32."""
+    loss = ml.DirectWeightLoss(negative=ml.Exponential(80, center), normalize="sum")
+    x = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    x.requires_grad_()
+    value = loss(x, torch.arange(8) // 2, x.detach().clone(), torch.arange(8) // 2)
+    value.backward()
+    assert value.isfinite()
+    assert x.grad.isfinite().all()

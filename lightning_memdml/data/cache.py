@@ -117,28 +117,31 @@ class PixelCache:
 
     def _read(self, row: int, source: bytes) -> Tensor | None:
         # Read, not mapped: if the file is cut or the disk fails, a map would kill the process.
-        header = self._bytes(row * HEADER.size, HEADER.size)
-        if len(header) < HEADER.size:
+        header = bytearray(HEADER.size)
+        if not self._fill(header, row * HEADER.size):
             return None
         written, checksum, height, width = HEADER.unpack(header)
         size = 3 * height * width
         if written != source or not 0 < size <= self.slot:
             return None
-        pixels = bytearray(self._bytes(self.start + row * self.slot, size))
+        pixels, after = bytearray(size), bytearray(HEADER.size)
         # The checksum, taken once by each process, finds what a crash of the machine left unwritten. The header, which
         # is erased first and written last, finds what was written while it was read.
-        if len(pixels) < size or (not self._sound[row] and zlib.crc32(pixels) != checksum):
+        if not self._fill(pixels, self.start + row * self.slot):
             return None
-        if self._bytes(row * HEADER.size, HEADER.size) != header:
+        if not self._sound[row] and zlib.crc32(pixels) != checksum:
+            return None
+        if not self._fill(after, row * HEADER.size) or after != header:
             return None
         self._sound[row] = 1
         return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
-    def _bytes(self, start: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, start)
-        self._file.seek(start)  # Windows
-        return self._file.read(size)
+    def _fill(self, buffer: bytearray, start: int) -> bool:
+        """Fill `buffer` from the file, and return whether the file was long enough."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], start) == len(buffer)
+        self._file.seek(start)
+        return self._file.readinto(buffer) == len(buffer)
 
     def _write(self, row: int, source: bytes, image: Tensor) -> None:
         channels, height, width = image.shape

@@ -236,3 +236,53 @@ def test_workers_are_the_cores_of_each_rank_unless_said(tmp_path, monkeypatch):
         assert module._workers() == workers
     assert Photographs(tmp_path / "images", num_workers=3)._workers() == 3
     assert torch.utils.data.DataLoader is type(Photographs(tmp_path / "images", num_workers=0).test_dataloader())
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "broken link", "hard link", "pipe", "folder"])
+def test_a_planted_file_is_neither_followed_nor_overwritten(tmp_path, kind):
+    records = photographs(tmp_path)
+    kept, _ = cache(tmp_path, records)
+    kept.path.unlink()
+    mine = tmp_path / "mine.txt"
+    mine.write_text("precious")
+    if kind == "symbolic link":
+        kept.path.symlink_to(mine)
+    elif kind == "broken link":
+        kept.path.symlink_to(tmp_path / "new.txt")
+    elif kind == "hard link":
+        os.link(mine, kept.path)
+    elif kind == "pipe":
+        os.mkfifo(kept.path)
+    else:
+        kept.path.mkdir()
+    with pytest.raises(OSError, match=r"pixel cache .*[0-9a-f]{32}\.pixels.*pass another `pixel_cache`|Pass another"):
+        cache(tmp_path, records)
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "new.txt").exists()
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_a_cache_that_is_cut_while_it_is_open_harms_nothing(tmp_path, length):
+    records = photographs(tmp_path)
+    kept, _ = cache(tmp_path, records)
+    images = [kept(row).clone() for row in range(24)]
+    os.truncate(kept.path, length)
+    assert all(kept(row).equal(images[row]) for row in range(24))
+
+
+def test_a_full_disk_is_a_sentence_and_the_images_are_opened(tmp_path, monkeypatch):
+    records = photographs(tmp_path)
+    kept, _ = cache(tmp_path, records)
+    expected = Shrink(32)(OpenFiles(records)(0))
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.warns(UserWarning, match=r"Cannot keep opened images in .*No space left.*free some disk"):
+        assert kept(0).equal(expected)
+    assert kept(0).equal(expected)
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    other, _ = cache(tmp_path, records)
+    with pytest.warns(UserWarning, match="the disk is full"):
+        assert other(0).equal(expected)

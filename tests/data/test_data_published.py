@@ -165,3 +165,48 @@ def test_everything_works_from_the_command_line_alone(tmp_path, monkeypatch, cap
     assert "test/recall_at_1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: CUB200 looked for .*images\.txt.*CUB_200_2011\.tgz"):
         main([*arguments.replace("StanfordOnlineProducts", "CUB200").split()])
+
+
+# ---------------------------------------------------------------------------- contracts, by what is exported
+
+
+EXPORTED = [
+    value
+    for value in map(data.__dict__.get, data.__all__)
+    if isinstance(value, type) and issubclass(value, data.published.PublishedDataModule)
+]
+
+
+@pytest.mark.parametrize("exported", EXPORTED, ids=lambda exported: exported.__name__)
+def test_every_data_set_has_a_test_tree_and_a_configuration(exported):
+    name = exported.__name__
+    assert name in trees.TREES, f"write a tree in the format of {name}, and add it to TREES in tests/data/trees.py"
+    assert exported.source.count("root=") == 1
+    assert exported.recall_levels
+    experiments = Path(__file__).parents[2] / "experiments"
+    assert [file for file in experiments.glob("*.yaml") if f"class_path: {name}\n" in file.read_text()], (
+        f"write a configuration of {name} into {experiments}"
+    )
+
+
+def test_a_data_set_of_another_package_works_without_a_change_here(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shoes.py").write_text(
+        "from lightning_memdml.data import Record\n"
+        "from lightning_memdml.data.published import PublishedDataModule, checked, read_list\n"
+        "from lightning_memdml.data.roles import Count\n"
+        "class Shoes(PublishedDataModule):\n"
+        "    source = 'Make it, and pass `root=`.'\n"
+        "    recall_levels = (1,)\n"
+        "    published_counts = {'train': Count(4, 2), 'test': Count(4, 2)}\n"
+        "    def records(self):\n"
+        "        rows = read_list(self.folder_with('list.txt', '') / 'list.txt', ('path', 'label', 'role'))\n"
+        "        return checked((Record(str(self.root / p), c, r) for _, (p, c, r) in rows), 'Shoes')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [f"{i}.png {'abcd'[i // 2]} {'train' if i < 4 else 'test'}" for i in range(8)]
+    for i in range(8):
+        trees.draw(tmp_path / f"{i}.png", i // 2, i)
+    trees.lines(tmp_path / "list.txt", *rows)
+    main(["data", "check", "--data", "shoes.Shoes", "--data.root", ".", "--data.val_fraction", "0"])
+    assert "no problems" in capsys.readouterr().out

@@ -52,11 +52,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def named_if_full(path: Path) -> Iterator[None]:
+def named_if_full(path: Path, *, replaces: bool = True) -> Iterator[None]:
     """Name the file or folder that was to be written if the disk is full; other errors pass unchanged.
 
     Args:
         path: What is written in the block.
+        replaces: Whether the block writes beside `path`, so that what was there is unchanged after an error.
 
     Raises:
         OSError: If the block found no space on the disk.
@@ -66,7 +67,7 @@ def named_if_full(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        kept = " What was there before is unchanged." if path.exists() else ""
+        kept = " What was there before is unchanged." if replaces and path.exists() else ""
         named = OSError(f"Expected space on the disk for {path} but there is no space left.{kept} Free some space.")
         named.errno = error.errno
         raise named from error

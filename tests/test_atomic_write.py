@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,18 +66,6 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(old: str | None, tmp_p
     assert ("What was there before is unchanged" in str(raised.value)) == (old is not None)
     assert (path.read_text() if path.exists() else None) == old
     assert raised.value.errno == errno.ENOSPC
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_is_really_full_keeps_the_old_file(small_disk: Path) -> None:

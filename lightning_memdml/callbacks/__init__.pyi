@@ -1,6 +1,6 @@
 """When it is remembered: Trainer hooks around the plain objects, for any LightningModule."""
 
-from lightning_memdml.callbacks.gallery import GalleryLogger as GalleryLogger
+from lightning_memdml.callbacks.gallery_logger import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks.memory import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks.memory import against_memory as against_memory
 from lightning_memdml.callbacks.memory_report import MemoryReport as MemoryReport

@@ -65,7 +65,7 @@ def embed(
     model = model.to(device)
     bar = tqdm(total=len(images), initial=done, desc="embedding", unit="image")
     path = folder / EMBEDDINGS
-    with bar, named_if_full(path), path.open("r+b" if done else "w+b") as file:
+    with bar, named_if_full(path, replaces=False), path.open("r+b" if done else "w+b") as file:
         if done:
             file.seek(write_header(file, (len(images), dim)) + 4 * dim * done)
         try:

@@ -1,7 +1,8 @@
-"""``memdml export``: a trained network without this package, as an ONNX file and as a program of ``torch.export``."""
+"""`memdml export`: a trained network for use without this package, as ONNX and as a program of `torch.export`."""
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,21 +22,22 @@ from lightning_memdml.deploy.sources import FromFile, input_transform, tensor_sh
 from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
 
 DESCRIPTION = """\
-Export a trained network: from images, prepared as the file beside it says, to unit embeddings, any number at a time.
+Export a trained network, which maps a batch of prepared images to unit embeddings.
 
   memdml export --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt --output runs/export
   memdml export --ckpt_path last.ckpt --formats [onnx]
 
 `model.onnx` runs in ONNX Runtime and elsewhere, `model.pt2` with `torch.export.load(...).module()`;
-`preprocessing.json` says how an image becomes their input. Each is compared with the network before it is kept."""
+`preprocessing.json` describes how an image becomes their input. Each file is compared with the network before it is
+kept."""
 Format = Literal["onnx", "torch"]
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 PREPROCESSING = "preprocessing.json"
-CLOSE = 1e-4  # largest difference of an embedding's entries that is let pass
+CLOSE = 1e-4  # largest accepted difference of an embedding's entries
 
 
 def export(arguments: list[str]) -> None:
-    """Run ``memdml export`` with what follows it on the command line."""
+    """Run `memdml export` with what follows it on the command line."""
     call(export_model, arguments, prog="memdml export", description=DESCRIPTION)
 
 
@@ -45,12 +47,12 @@ def export_model(
     formats: Sequence[Format] = ("onnx", "torch"),
     trust: bool = False,
 ) -> dict[str, float]:
-    """Export a trained network, with what prepares its images written beside it.
+    """Export a trained network, and describe beside it how its images are prepared.
 
     Args:
-        ckpt_path: A checkpoint of ``memdml fit``.
+        ckpt_path: A checkpoint of `memdml fit`.
         output: Folder of the files.
-        formats: What to write: ``onnx`` (extra ``export``), ``torch``.
+        formats: What to write: `onnx` (extra `export`), `torch`.
         trust: Let the checkpoint build whatever it names, also what is not on the closed list.
 
     Returns:
@@ -58,11 +60,12 @@ def export_model(
 
     Raises:
         ImportError: If the extra is missing.
-        ValueError: If the checkpoint cannot be used, its transform cannot be written down, or an exported model
-            does not compute what the network does.
+        OSError: If the disk is full. The message names the file.
+        ValueError: If the checkpoint cannot be used, its transform cannot be described, or an exported model computes
+            something else than the network.
     """
     if not formats:
-        raise ValueError("Expected at least one of `formats`: onnx, torch.")
+        raise ValueError("Expected at least one of `formats` but got none. Pass onnx, torch or both.")
     data = data_of(configuration_of(ckpt_path, trust=trust)["data"], ckpt_path, trust=trust)
     transform = FromFile(input_transform(data), tensor_shape(data))
     sample = transform(Image.new("RGB", (64, 48)))
@@ -77,14 +80,17 @@ def export_model(
     for name in formats:
         file = folder / FILES[name]
         write, read = WRITERS[name]
-        with atomic_write(file) as unfinished:
-            write(model, sample.shape, unfinished)
-            differences[file.name] = difference = _difference(model, read(unfinished), sample.shape)
+        with atomic_write(file) as temporary:
+            write(model, sample.shape, temporary)
+            differences[file.name] = difference = _difference(model, read(temporary), sample.shape)
             if not difference <= CLOSE:
-                raise ValueError(f"{file.name} differs from the network by {difference:.1e}, more than {CLOSE:.0e}.")
+                raise ValueError(
+                    f"Expected {file.name} to equal the network to {CLOSE:.0e} but it differs by {difference:.1e}. It "
+                    "was not kept; try the other format."
+                )
         print(f"    {file}: embeddings differ from the network's by at most {difference:.1e}")
-    with atomic_write(folder / PREPROCESSING) as unfinished:
-        unfinished.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    with atomic_write(folder / PREPROCESSING) as temporary:
+        temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(f"    {folder / PREPROCESSING}: {', '.join(step['do'] for step in described['steps'])}")
     return differences
 
@@ -93,7 +99,10 @@ def export_model(
 
 
 def _write_program(model: nn.Module, shape: Sequence[int], path: Path) -> None:
-    torch.export.save(_program(model, shape), path)
+    # By way of memory: on a full disk the file writer of torch ends the process.
+    buffer = io.BytesIO()
+    torch.export.save(_program(model, shape), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _program(model: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
@@ -137,7 +146,7 @@ def _require(*modules: str) -> None:
             import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"To export ONNX, {name} is needed, and it is missing: pip install 'lightning-memdml[export]', or pass "
+            f'Expected {name} for ONNX but it is not installed. `pip install "lightning-memdml[export]"`, or pass '
             "`--formats [torch]`."
         ) from error
 
@@ -150,7 +159,7 @@ WRITERS: dict[str, tuple[Callable[..., None], Callable[[Path], Callable[[Tensor]
 
 @torch.inference_mode()
 def _difference(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
-    """Largest difference in an entry of an embedding, for noise in batches of 1 and 5."""
+    """Return the largest difference in an entry of an embedding, for noise in batches of 1 and 5."""
     generator = torch.Generator().manual_seed(0)
     differences = []
     for size in (1, 5):
@@ -163,10 +172,10 @@ def _difference(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: S
 
 
 def steps_of(transform: FromFile) -> list[dict[str, Any]]:
-    """Describe, step by step, what turns an image file into the network's input.
+    """Return the steps that turn an image file into the network's input.
 
     Raises:
-        ValueError: If a step is not one of those that can be written down.
+        ValueError: If a step is not one of those that can be described.
 
     Example:
         >>> from lightning_memdml.data.transforms import EvaluationTransform
@@ -184,7 +193,7 @@ def steps_of(transform: FromFile) -> list[dict[str, Any]]:
 
 
 def _described(part: Any) -> list[dict[str, Any]]:
-    # Another class made of parts may do more than they do.
+    # Another class that consists of parts may do more than its parts.
     if isinstance(part, PhotographTransform | Shrink) or type(part) is v2.Compose:
         steps = [step for inner in part.transforms for step in _described(inner)]
         if isinstance(part, PhotographTransform):
@@ -204,8 +213,8 @@ def _described(part: Any) -> list[dict[str, Any]]:
     if isinstance(part, v2.Normalize):
         return [{"do": "normalize", "mean": list(part.mean), "std": list(part.std)}]
     if isinstance(part, v2.ToImage | v2.PILToTensor):
-        return []  # a matter of torch alone
+        return []  # only changes the type in torch
     raise ValueError(
         f"Expected a test transform of Resize, CenterCrop, ToImage, ToDtype(float32, scale=True) and Normalize, which "
-        f"can be written down for use without this package, but it has {type(part).__name__}."
+        f"can be described for use without this package, but got {type(part).__name__}. Train with such a transform."
     )

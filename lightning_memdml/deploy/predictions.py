@@ -1,4 +1,4 @@
-"""Embeddings in files, with the path, label and class of each image: written by ``memdml predict``, read by others."""
+"""Files of embeddings, with the path, label and class of each image: written by `memdml predict`, read by `score`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.data.labels import label_of, labels_of
 from lightning_memdml.data.table_files import Table, is_parquet, read_csv, read_parquet, read_vectors
+from lightning_memdml.retrieval.index_folder import write_header
+from lightning_memdml.retrieval.retrieval_sets import UNKNOWN
 
 FileFormat = Literal["parquet", "npy"]
-UNKNOWN = -1  # the index of an image that is not known
 Columns = Mapping[str, Sequence[Any]]
 
 
 def write_embeddings(path: Path, embeddings: Tensor, columns: Columns, file_format: FileFormat) -> list[Path]:
-    """Write embeddings with columns about them, all at once.
+    """Write embeddings, with columns about each of them.
 
     Args:
         path: The file, without its ending.
@@ -32,6 +33,9 @@ def write_embeddings(path: Path, embeddings: Tensor, columns: Columns, file_form
 
     Returns:
         The files.
+
+    Raises:
+        OSError: If the disk is full. The message names the file.
     """
     rows = embeddings.detach().float().cpu().numpy()
     if file_format == "parquet":
@@ -49,7 +53,7 @@ def columns_of(
 
     Args:
         labels: `(N,)`.
-        indices: `(N,)` image numbers.
+        indices: `(N,)` index of each image, -1 where unknown.
         images: Data set with the `indices` and `paths` of all images.
         classes: Name of each label.
 
@@ -59,7 +63,7 @@ def columns_of(
     columns: dict[str, list[Any]] = {}
     if images is not None and indices is not None:
         path_of = dict(zip(images.indices.tolist(), images.paths, strict=True))
-        columns["path"] = [path_of[index] for index in indices.tolist()]
+        columns["path"] = ["" if index == UNKNOWN else path_of[index] for index in indices.tolist()]
     columns["label"] = labels.tolist()
     if classes is not None:
         columns["class"] = [str(classes[label]) for label in labels.tolist()]
@@ -69,8 +73,8 @@ def columns_of(
 
 
 def _written(path: Path, write: Callable[[Path], None]) -> Path:
-    with atomic_write(path) as unfinished:
-        write(unfinished)
+    with atomic_write(path) as temporary:
+        write(temporary)
     return path
 
 
@@ -83,8 +87,9 @@ def _write_parquet(path: Path, rows: np.ndarray, columns: Columns) -> None:
 
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, rows)
+    with path.open("wb") as file:  # `numpy.save` does not report a full disk as such
+        write_header(file, rows.shape)
+        file.write(np.ascontiguousarray(rows).data)
 
 
 def _write_csv(path: Path, columns: Columns) -> None:
@@ -99,7 +104,7 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
 
     Args:
         path: A `.parquet` with a column `embedding`, or a `.npy` beside a `.csv` of the same name. With a `*` in the
-            name, all such files are joined, as those of several ranks; of rows with one `index`, the first is taken.
+            name, all such files are joined, such as those of several ranks; of rows of one `index`, the first is kept.
 
     Returns:
         The embeddings `(N, D)` float32, and the other columns; those of a `.csv` are texts. A label or index is an
@@ -107,8 +112,7 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or there is not one row of columns per embedding; if files do not fit
-            together.
+        ValueError: If a file is damaged, has not one row of columns per embedding, or does not fit the other files.
 
     Example:
         >>> import tempfile
@@ -120,14 +124,16 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
     """
     path = Path(path)
     if path.suffix.lower() not in (".parquet", ".npy"):
-        raise ValueError(f"Expected embeddings in a .parquet or .npy file but got {path}.")
+        raise ValueError(
+            f"Expected embeddings in a .parquet or .npy file but got {path}. `memdml predict` writes both."
+        )
     if "*" in path.name:
         return _joined(path)
     for needed in (path,) if is_parquet(path) else (path, _beside(path)):
         if not (needed.is_file() or (is_parquet(path) and needed.is_dir())):
             ranks = path.with_name(f"{path.stem}_rank*{path.suffix}")
-            hint = f"name those of all ranks, '{ranks}'" if _matching(ranks) else "`memdml predict` writes them"
-            raise FileNotFoundError(f"Expected embeddings but there is no file {needed}; {hint}.")
+            hint = f"Pass those of all ranks, '{ranks}'" if _matching(ranks) else "`memdml predict` writes it"
+            raise FileNotFoundError(f"Expected embeddings but there is no file {needed}. {hint}.")
     try:
         rows, table = _read_parquet(path) if is_parquet(path) else _read_npy(path)
         columns = dict(table.columns)
@@ -154,7 +160,9 @@ def _matching(pattern: Path) -> list[Path]:
 def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
     files = _matching(pattern)
     if not files:
-        raise FileNotFoundError(f"Expected embeddings but there is no file {pattern}; `memdml predict` writes them.")
+        raise FileNotFoundError(
+            f"Expected embeddings but there is no file {pattern}. `memdml predict` writes such files."
+        )
     parts = [read_embeddings(file) for file in files]
     kinds = {(rows.shape[1], *facts) for rows, facts in parts}
     if len(kinds) > 1:
@@ -163,7 +171,7 @@ def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
     columns = {name: [value for _, facts in parts for value in facts[name]] for name in parts[0][1]}
     if "index" not in columns:
         return rows, columns
-    # Lightning shows some images to two ranks, so that all have as many.
+    # Lightning gives some images to two ranks, so that all ranks have equally many.
     first = dict(reversed([(index, row) for row, index in enumerate(columns["index"])]))
     kept = [row for row, index in enumerate(columns["index"]) if index == UNKNOWN or first[index] == row]
     return rows[kept], {name: [values[place] for place in kept] for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""``memdml score``: exact retrieval scores of embeddings in files, whoever made them."""
+"""`memdml score`: exact retrieval scores of embeddings in files, from any source."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_memdml.deploy.trained import call
 from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
 
 DESCRIPTION = """\
-Score embeddings in files exactly, as `memdml test` does, whoever made them: without a checkpoint or images.
+Score embeddings in files exactly, as `memdml test` does. For embeddings from any source, without checkpoint or images.
 
   memdml score --embeddings runs/memdml/version_1/embeddings.parquet
   memdml score --embeddings query.parquet --gallery small.parquet --gallery+ large.parquet --groups camera
   memdml score --embeddings embeddings.npy --intervals true --per_class classes.csv --map map.png
 
-A file is what `memdml predict` writes: a .parquet with the columns `embedding` and `label`, or a .npy beside a .csv;
-'embeddings_rank*.parquet' is all files of a run on several ranks, in which an image that two ranks saw counts once.
-With a column `index` in all files, equal numbers are one image, which does not find itself."""
+A file has the layout of `memdml predict`: a .parquet with the columns `embedding` and `label`, or a .npy beside a .csv.
+'embeddings_rank*.parquet' means all files of a run on several ranks; an image in two of them counts once. With a column
+`index` in all files, equal numbers are one image, which does not find itself; -1 means unknown."""
 
 
 def score(arguments: list[str]) -> None:
-    """Run ``memdml score`` with what follows it on the command line."""
+    """Run `memdml score` with what follows it on the command line."""
     call(score_files, arguments, prog="memdml score", description=DESCRIPTION)
 
 
@@ -53,13 +53,13 @@ def score_files(
         gallery: File of a gallery, or several that the same queries search one by one.
         k: Recall levels.
         groups: A column, such as the camera: references of the query's label and group are left out.
-        mean_average_precision: Follow every match to its rank, however deep.
+        mean_average_precision: Also compute the rank of every match, however deep.
         intervals: Add 95 % confidence intervals, from 1,000 bootstrap samples of classes.
         nmi: Add the normalised mutual information of k-means clusters of the queries and their classes.
         per_class: Write the scores of each class to this .csv.
         map: Draw a map of the queries to this .png.
-        map_method: How the map is laid out; ``umap`` needs the extra of this name.
-        seed: Of intervals, clusters and map.
+        map_method: Method of the map; `umap` needs the extra of this name.
+        seed: Seed of intervals, clusters and map.
 
     Returns:
         Scores by gallery; without a gallery, under the name of the file itself.
@@ -94,7 +94,7 @@ Embedded = tuple[Tensor, dict[str, list[Any]]]
 
 
 def _rank(queries: Embedded, gallery: Embedded | None, depth: int, groups: str | None, full: bool) -> QueryRanks:
-    """Count ranks. Equal indices are one image: without a gallery it counts once, in a gallery it is not found."""
+    """Count ranks. Rows of equal index are one image: it counts once as a query, and does not find itself."""
     files = [queries] if gallery is None else [queries, gallery]
     columns: dict[str, Sequence[Tensor | None]] = {
         "embeddings": [rows for rows, _ in files],
@@ -115,17 +115,19 @@ def _labels(embedded: Embedded) -> Tensor:
 
 
 def _common_labels(*files: Embedded) -> list[Tensor]:
-    """Labels of each file; texts are numbered, equal ones alike."""
+    """Return the labels of each file; equal texts get equal numbers."""
     for _, columns in files:
         if "label" not in columns:
-            raise ValueError(f"Expected a column `label` but found {', '.join(columns) or 'none'}.")
+            raise ValueError(f"Expected a column `label` but got {', '.join(columns) or 'none'}. Add or rename one.")
     return _numbered([columns["label"] for _, columns in files])
 
 
 def _group_numbers(files: Sequence[Embedded], column: str) -> list[Tensor]:
     for _, facts in files:
         if column not in facts:
-            raise ValueError(f"Expected a column `{column}`, as `groups` says, but found {', '.join(facts)}.")
+            raise ValueError(
+                f"Expected the column `{column}` of `groups` but got {', '.join(facts)}. Name one of these."
+            )
     return _numbered([facts[column] for _, facts in files])
 
 

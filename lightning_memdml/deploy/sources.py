@@ -1,4 +1,4 @@
-"""The images a command works on: a part of a data module, any folder or table, or files named one by one."""
+"""The images of a command: a part of a data module, a folder or table, or single files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Part = Literal["gallery", "query", "val", "train"]
 
 
 class NamedImages:
-    """Images ready to be embedded, with the name of each one's class.
+    """Images to embed, with the class name of each.
 
     Attributes:
         images: Map-style data set with the test transform.
@@ -35,7 +35,7 @@ class NamedImages:
 
 
 def part_of(data: RetrievalDataModule, part: Part) -> NamedImages:
-    """Return a set of a data module; the training set too with the test transform.
+    """Return a set of a data module, with the test transform.
 
     Raises:
         ValueError: If the set is empty.
@@ -43,7 +43,9 @@ def part_of(data: RetrievalDataModule, part: Part) -> NamedImages:
     data.setup()
     images: ImageDataset = getattr(data, f"{part}_set")
     if not len(images):
-        raise ValueError(f"{type(data).__name__} has no {part} images; `--images` takes gallery, query, val or train.")
+        raise ValueError(
+            f"Expected {part} images but {type(data).__name__} has none. Pass `--images` gallery, query, val or train."
+        )
     images = images.part(torch.arange(len(images)), data.query_set.transform)
     return NamedImages(images, [data.classes[label] for label in images.labels.tolist()])
 
@@ -70,7 +72,7 @@ def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImage
         there = "" if source.exists() else ", which does not exist"
         raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}{there}.")
     if not records:
-        raise ValueError(f"There is no image in {source}; images end in {', '.join(sorted(SUFFIXES))}.")
+        raise ValueError(f"Expected images in {source} but got none. Images end in {', '.join(sorted(SUFFIXES))}.")
     if opened is None or isinstance(opened, OpenFiles):
         records = [records[row] for row in dict.fromkeys(first_rows(records))]
         opened = OpenFiles(records)
@@ -81,14 +83,14 @@ def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImage
 
 
 def image_files(paths: Sequence[str], transform: Callable[[Any], Any]) -> ImageDataset:
-    """Return image files as a data set; nobody knows their classes.
+    """Return image files as a data set of unknown classes.
 
     Raises:
         FileNotFoundError: If one of them does not exist.
     """
     for path in paths:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"Expected an image file but there is no {path}.")
+            raise FileNotFoundError(f"Expected an image file but there is no {path}. Check the path.")
     records = [Record(path, 0, "query") for path in paths]
     return ImageDataset(OpenFiles(records), list(paths), torch.zeros(len(paths), dtype=torch.long), transform)
 
@@ -111,11 +113,10 @@ def input_transform(data: RetrievalDataModule) -> Callable[[Any], Any]:
 
 
 def tensor_shape(data: RetrievalDataModule) -> list[int] | None:
-    """Return the shape `[C, H, W]` of images that a data module holds as a tensor, None where it opens pictures.
+    """Return the shape `[C, H, W]` of images, or `[V, F]` of features, that a data module holds as a tensor.
 
-    That of features is what they have, `[V, F]`.
-
-    Modules of files are not set up, so that a network can be used where its training images are not.
+    It is None for a data module of image files. These are not set up, so that a network can be used on a machine
+    without its training images.
     """
     if type(data).images in (RetrievalDataModule.images, TableDataModule.images):
         return None
@@ -124,23 +125,23 @@ def tensor_shape(data: RetrievalDataModule) -> list[int] | None:
 
 
 class FromFile:
-    """Prepares image files for a network that was trained on tensors: to their channels, size and uint8.
+    """Prepares image files for a network: brings them to the channels, size and type of its training images.
 
     Args:
         transform: The test transform of the data module.
-        shape: `[C, H, W]` of its images; None if it opens pictures itself, which need nothing.
+        shape: `[C, H, W]` of images that are held as a tensor; None for a data module of image files.
 
     Raises:
-        ValueError: If the network was trained on features, of which no image file has any.
+        ValueError: If the network was trained on features, which image files do not have.
     """
 
     def __init__(self, transform: Callable[[Any], Any], shape: Sequence[int] | None) -> None:
         if shape is not None and len(shape) != 3:
             raise ValueError(
-                "Expected a network that was trained on images, to be given image files, but this one was trained on "
-                "features of them. Make features of the images as those were made (experiments/freeze.py), and pass "
-                "`memdml index --data FeatureDataModule --data.path FILE`; to search that index, embed the features of "
-                "the queries in a program: `load_index(folder).search(embeddings)`."
+                "Expected a network that was trained on images but this one was trained on features of them. Compute "
+                "features of these images in the same way (experiments/freeze.py), and pass `memdml index --data "
+                "FeatureDataModule --data.path FILE`. To search that index, embed the features of the queries in a "
+                "program: `load_index(folder).search(embeddings)`."
             )
         self.transform, self.shape = transform, shape
 

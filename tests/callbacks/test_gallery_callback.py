@@ -185,7 +185,10 @@ def test_any_module_with_the_metrics_and_any_data_set_of_tensors_will_do(tmp_pat
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"with_metrics": False}, "needs a RetrievalMetrics in Plain"), ({"with_indices": False}, "pass their indices")],
+    [
+        ({"with_metrics": False}, "Expected a RetrievalMetrics in Plain"),
+        ({"with_indices": False}, "but got unknown ones"),
+    ],
 )
 def test_what_is_missing_is_named(options: dict[str, bool], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -228,6 +231,6 @@ def test_of_features_there_is_the_map_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     head = MetricLearner(nn.Identity(), ContrastiveLoss(), num_features=6, embedding_dim=4)
     trainer = Trainer(callbacks=[GalleryLogger(dirpath=f"{tmp_path}/gallery")], **QUIET)
-    with pytest.warns(UserWarning, match="GalleryLogger shows no neighbours: the data set has features"):
+    with pytest.warns(UserWarning, match="GalleryLogger draws no neighbours: the data set has features"):
         trainer.test(head, features)
     assert names(tmp_path / "gallery") == ["test_map_0000000.png"]

@@ -22,6 +22,7 @@ from lightning_memdml.data.transforms import EvaluationTransform
 from lightning_memdml.deploy import embedding
 from lightning_memdml.deploy.trained import load_learner
 from lightning_memdml.retrieval.index import build_index, load_index
+from lightning_memdml.retrieval.index_folder import staged_folder
 from lightning_memdml.retrieval.index_kinds import IVF
 
 pytest.importorskip("faiss", reason="an index is one of faiss")
@@ -291,7 +292,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
     for line, sentence in (
         ("index --ckpt_path none.ckpt", "got none.ckpt: there is no such file"),
         (f"index --ckpt_path {LAST} --source nowhere", "Expected a folder, or a table (.csv, .parquet, .npz), but got"),
-        (f"index --ckpt_path {LAST} --images val", "has no val images"),
+        (f"index --ckpt_path {LAST} --images val", "Expected val images but FolderDataModule has none"),
         (f"index --ckpt_path {LAST} --output pictures", "It was not overwritten"),
         (f"index --ckpt_path {LAST} --kind pq --output {tmp_path}/other", "at least 256 images"),
         (f"index --ckpt_path {LAST} --knd pq", "Did you mean '--kind'?"),
@@ -361,3 +362,48 @@ def test_a_damaged_image_is_named_and_nothing_is_lost(
     said = answer(memdml, f"index --ckpt_path {LAST} --source {tmp_path}/album --output {tmp_path}/index", capsys)
     assert f"Cannot read the image {tmp_path}/album/2.png" in said
     assert not (tmp_path / "index").exists()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_old_index(
+    workshop: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map of a sparse file would end the process with SIGBUS instead."""
+    monkeypatch.chdir(workshop)
+    build_index(torch.eye(4)).save(small_disk / "index")
+    images = ImageDataset(
+        lambda row: torch.zeros(3, 8, 8), [str(row) for row in range(400)], torch.zeros(400, dtype=torch.long)
+    )
+
+    class Wide(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return torch.randn(len(batch), 1024)
+
+    with (
+        pytest.raises(OSError, match="no space left") as raised,
+        staged_folder(small_disk / "index", resume=True) as to,
+    ):
+        embedding.embed(Wide(), images, to, "digest")
+    assert f"for {small_disk}/index but" in str(raised.value)
+    assert len(load_index(small_disk / "index")) == 4
+
+
+def test_two_runs_that_index_to_one_folder_exclude_each_other(
+    memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with staged_folder(tmp_path / "index", resume=True) as staged:
+        said = answer(memdml, f"index --ckpt_path {LAST} --output {tmp_path}/index", capsys)
+        (staged / "index.json").write_text("{}")
+    assert f"only process that writes {tmp_path}/index but another one does" in said
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.json"]
+
+
+def test_a_wrong_type_in_the_description_of_an_index_is_named(
+    memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memdml(f"index --ckpt_path {LAST} --output {tmp_path}/index")
+    file = tmp_path / "index" / "index.json"
+    description = json.loads(file.read_text())
+    for name, value in (("ckpt_path", 5), ("data", None), ("tensor_shape", "3"), ("images", ["gallery"])):
+        file.write_text(json.dumps({**description, "about": {**description["about"], name: value}}))
+        said = answer(memdml, f"search {LAST} --index {tmp_path}/index", capsys)
+        assert f"it is damaged: its {name} is {value!r}" in said

@@ -72,7 +72,7 @@ def test_files_of_several_ranks_are_read_as_one(
         return write_embeddings(tmp_path / name, embeddings[rows], columns, file_format)[0]
 
     whole = write("whole", [*range(40)])
-    with pytest.raises(FileNotFoundError, match=r"no file .*embeddings.*; `memdml predict` writes them"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*embeddings.*. `memdml predict` writes it"):
         read_embeddings(tmp_path / f"embeddings{whole.suffix}")
     write("embeddings_rank0", [*range(20)])
     write("embeddings_rank1", [3, *range(20, 40), 19])
@@ -81,7 +81,7 @@ def test_files_of_several_ranks_are_read_as_one(
     assert torch.equal(read, wanted)
     assert columns == wanted_columns
     assert score_files(str(pattern), k=K)[str(pattern)] == score_files(str(whole), k=K)[str(whole)]
-    with pytest.raises(FileNotFoundError, match=r"name those of all ranks, '.*embeddings_rank\*"):
+    with pytest.raises(FileNotFoundError, match=r"Pass those of all ranks, '.*embeddings_rank\*"):
         read_embeddings(tmp_path / f"embeddings{whole.suffix}")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*other"):
         read_embeddings(tmp_path / f"other*{whole.suffix}")
@@ -210,12 +210,12 @@ def test_what_cannot_be_scored_is_explained(memdml: Callable[[str], None], capsy
     embeddings[2] = torch.nan
     write_embeddings(Path("nan"), embeddings, {"label": labels.tolist()}, "parquet")
     for line, sentence in (
-        ("score --embeddings none.parquet", "`memdml predict` writes them"),
+        ("score --embeddings none.parquet", "`memdml predict` writes"),
         (
             "score --embeddings plain.parquet --groups camera",
-            "Expected a column `camera`, as `groups` says, but found label",
+            "Expected the column `camera` of `groups` but got label",
         ),
-        ("score --embeddings nameless.npy", "Expected a column `label` but found path"),
+        ("score --embeddings nameless.npy", "Expected a column `label` but got path"),
         ("score --embeddings nan.parquet", "NaN or infinity in 1 of 6 rows: 2"),
     ):
         with pytest.raises(SystemExit, match="error: ") as stop:

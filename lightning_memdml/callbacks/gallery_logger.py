@@ -1,4 +1,4 @@
-"""What a training retrieves, to be looked at: queries with their neighbours, and a map of the embeddings."""
+"""Pictures of what a training retrieves: queries with their neighbours, and a map of the embeddings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.retrieval import RetrievalExample, RetrievalMetrics, retrieval_examples, save_gallery, save_map
 from lightning_memdml.retrieval.metrics import Samples
 from lightning_memdml.runs import run_folder
@@ -19,24 +20,23 @@ Stage = Literal["val", "test"]
 
 
 class GalleryLogger(Callback):
-    """Shows what validation and test retrieve: the hardest queries, right and wrong neighbours marked, and a map.
+    """Draws what validation and test retrieve: the hardest queries with right and wrong neighbours, and a map.
 
-    It takes the embeddings that the validation has made already, from the `RetrievalMetrics` of the module, so it costs
-    a second count of ranks and the pictures, a few seconds. The training is not changed by it.
+    It uses the embeddings of the validation, from the `RetrievalMetrics` of the module. So it costs a second count of
+    ranks and the pictures, a few seconds. The training is not changed.
 
-    **Files.** `gallery/val_0000500.png`, `.html` (one page that needs nothing else) and `gallery/val_map_0000500.png`
-    in the run's folder; `test_` after a test. W&B is given all three, if it logs the run.
+    **Files.** `gallery/val_0000500.png`, `.html` (one page with its pictures) and `gallery/val_map_0000500.png` in the
+    run's folder; `test_` after a test. If W&B logs the run, it receives all three.
 
-    The data set of the loader says how a picture looks: `picture(position)` as those of this package have it, otherwise
-    the image of `dataset[position]`, its values stretched to [0, 1]. Of features (`FeatureDataModule`) there is the map
-    alone.
+    A picture is `picture(position)` of the loader's data set, as the data sets of this package have it; otherwise the
+    image of `dataset[position]`, its values stretched to [0, 1]. For features (`FeatureDataModule`) only the map is
+    drawn.
 
     Args:
-        every_n_validations: Validations from one gallery to the next, at least 1; that before the training is not
-            counted.
+        every_n_validations: Validations from one gallery to the next, at least 1, without the sanity check.
         count: Number of queries.
         neighbours: Neighbours of each.
-        order: `hardest`: the deeper the first right neighbour the earlier; `random`: the same draw every time.
+        order: `hardest`: by descending rank of the first right neighbour; `random`: the same draw every time.
         embedding_map: Draw a map as well: `pca`, or `umap` with the extra of this name.
         dirpath: Folder of the files; by default `gallery` in the run's folder.
 
@@ -70,17 +70,17 @@ class GalleryLogger(Callback):
         self._validations = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the rhythm in a checkpoint."""
+        """Return the number of validations, so that a resumed run keeps the interval."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Take the number of validations of a checkpoint."""
         self._validations = int(state_dict["validations"])
 
     # Callbacks come before the module, which resets its metrics at the end of the epoch.
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the validation, if it is time."""
+        """Draw the validation, if the interval has passed."""
         if trainer.sanity_checking:
             return
         self._validations += 1
@@ -88,7 +88,7 @@ class GalleryLogger(Callback):
             self._show(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the test."""
+        """Draw the test."""
         self._show(trainer, pl_module, "test", trainer.test_dataloaders)
 
     def _show(self, trainer: Any, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
@@ -96,14 +96,14 @@ class GalleryLogger(Callback):
         samples = metrics.samples()  # of all ranks: every rank takes part
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        if samples.indices is None:
+        if samples.indices is None or (samples.indices < 0).any():
             raise ValueError(
-                "GalleryLogger needs to know which image each embedding is of; pass their indices to the "
-                "RetrievalMetrics: `update(embeddings, labels, indices)`."
+                "Expected the index of every image, by which GalleryLogger finds its picture, but got unknown ones. "
+                "Pass them to the RetrievalMetrics: `update(embeddings, labels, indices)`."
             )
         examples = self._examples(samples, metrics.shared_indices)
         if not examples:
-            rank_zero_warn(f"GalleryLogger has nothing to show: of {len(samples.query)} queries none has a match.")
+            rank_zero_warn(f"GalleryLogger draws nothing: none of the {len(samples.query)} queries has a match.")
             return
         data_sets = [loader.dataset for loader in (loaders if isinstance(loaders, Sequence) else [loaders])]
         queries, gallery = (
@@ -122,9 +122,7 @@ class GalleryLogger(Callback):
                 file = folder / f"{stage}_{step}{ending}"
                 written[ending] = save_gallery(file, examples, queries, gallery, title=title, **shown)
         else:
-            rank_zero_warn(
-                "GalleryLogger shows no neighbours: the data set has features, of which there is nothing to see."
-            )
+            rank_zero_warn("GalleryLogger draws no neighbours: the data set has features, which are no pictures.")
         if self.embedding_map is not None and len(samples.gallery) >= 3:
             rows = samples.embeddings[samples.gallery], samples.labels[samples.gallery]
             file = folder / f"{stage}_map_{step}.png"
@@ -168,26 +166,25 @@ class Pictures:
 
 
 def _updated_metrics(pl_module: LightningModule) -> RetrievalMetrics:
-    """The metrics of the module that this validation or test has filled."""
+    """Return the metrics of the module that this validation or test has updated."""
     for module in pl_module.modules():
         if isinstance(module, RetrievalMetrics) and module.update_called:
             return module
     raise ValueError(
-        f"GalleryLogger needs a RetrievalMetrics in {type(pl_module).__name__} that its validation_step updates, but "
-        "found none; take `MetricLearner`, or add `self.metrics = RetrievalMetrics()` and "
+        f"Expected a RetrievalMetrics in {type(pl_module).__name__} that its validation_step updates, but there is "
+        "none. Take `MetricLearner`, or add `self.metrics = RetrievalMetrics()` and "
         "`self.metrics.update(embeddings, labels, indices)`."
     )
 
 
 def _log(trainer: Trainer, stage: Stage, written: Mapping[str, Path]) -> None:
-    """Give pictures and page to W&B."""
+    """Give pictures and page to W&B, if it logs the run."""
+    for name, kind in ((stage, ".png"), (f"{stage}_map", "map")):
+        if kind in written:
+            log_picture(trainer, f"gallery/{name}", written[kind])
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger) and ".html" in written:
             import wandb
 
-            for name, kind in ((stage, ".png"), (f"{stage}_map", "map")):
-                if kind in written:
-                    logger.log_image(f"gallery/{name}", [str(written[kind])], step=trainer.global_step)
-            if ".html" in written:
-                html: Any = wandb.Html(written[".html"].read_text(encoding="utf-8"), inject=False)
-                logger.log_metrics({f"gallery/{stage}_page": html}, step=trainer.global_step)
+            html: Any = wandb.Html(written[".html"].read_text(encoding="utf-8"), inject=False)
+            logger.log_metrics({f"gallery/{stage}_page": html}, step=trainer.global_step)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 # What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
-MOST_FUNCTIONS = 52
+MOST_FUNCTIONS = 51
 MOST_FILES = 13
 
 SCRIPT = Path(__file__).with_name("walk.py")

@@ -1,11 +1,13 @@
-"""Times the memory term of one training step, forward and backward, against the two bare matrix products.
+"""Measures the memory term of one training step, forward and backward, against its two matrix products alone.
 
-Every method runs on the same inputs, interleaved, on one thread, in one process; the time is CPU time, or that until
-the GPU is done, the least of the rounds. ``ratio`` is to the floor: similarities ``S = X M^T`` and gradient
-``G = W M``, the better of the whole product and one in blocks. ``trained`` inputs have hard negatives in about 1 of
-2,000 pairs, ``untrained`` ones share a direction, so that nearly all negatives are above the margin. With
-``--checkpoint`` there are inputs of a trained network too: augmented training images, as a memory holds them. Peak
-memory is measured in a process of its own, on a GPU by its allocator.
+All methods run on the same inputs in one process on one thread, interleaved. The time is CPU time, or on a GPU the time
+until it is done, and the least of the rounds counts. `ratio` is relative to the floor: the similarities `S = X M^T` and
+the gradient `G = W M`, the faster of the whole products and of products in blocks.
+
+In `trained` inputs about 1 of 2,000 pairs is a hard negative. In `untrained` inputs all embeddings share a direction,
+so nearly all negatives are above the margin. With `--checkpoint`, the embeddings of a trained network are measured too:
+of augmented training images, as a memory holds them. Peak memory is measured in a process of its own, on a GPU by its
+allocator.
 
     python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
     python experiments/benchmarks/pair_loss.py --regime --checkpoint runs/memdml/version_0/checkpoints/last.ckpt
@@ -25,7 +27,6 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def make_inputs(regime: str, batch: int, memory: int, dim: int) -> Inputs:
 def embed_training_images(checkpoint: str, rows: int) -> tuple[Tensor, Tensor]:
     """Return embeddings and labels of so many augmented training images, batch after batch, by a trained network."""
     config = yaml.safe_load(read_checkpoint(checkpoint)[CONFIG_IN_CHECKPOINT])
-    sys.argv[1:] = []  # those of the benchmark are none of the command line's
+    sys.argv[1:] = []  # the arguments of the benchmark are not for the command line
     cli = MemdmlCLI(run=False, args={key: config[key] for key in ("trainer", "model", "data")})
     model = ml.MetricLearner.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
     cli.datamodule.prepare_data()
@@ -138,39 +139,42 @@ def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step
 
 
 def ours(inputs: Inputs, names: list[str] | None) -> dict[str, Step]:
-    """Return this package's losses; on a GPU, with references in 16 bits, those by the fused kernel too."""
+    """Return this package's losses. On a GPU with references in 16 bits, return them with the Triton kernel too."""
     _, labels, references, ref_labels = inputs
     max_shared = int(torch.isin(ref_labels, labels).sum())
     chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
     steps = {name: step(loss, inputs, max_shared=max_shared) for name, loss in chosen.items()}
 
-    def fused(run: Step) -> Step:
-        def run_fused() -> None:
-            with mock.patch.dict(os.environ, LIGHTNING_MEMDML_FUSED="1"):
+    def with_triton(run: Step) -> Step:
+        def run_with_triton() -> None:
+            os.environ["LIGHTNING_MEMDML_FUSED"] = "1"
+            try:
                 run()
+            finally:
+                del os.environ["LIGHTNING_MEMDML_FUSED"]
 
-        return run_fused
+        return run_with_triton
 
     if references.is_cuda and references.dtype != torch.float32:
-        steps |= {f"{name} (fused)": fused(run) for name, run in steps.items()}
+        steps |= {f"{name} (Triton)": with_triton(run) for name, run in steps.items()}
     return steps
 
 
 def masked_contrastive(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
-    """Compute the contrastive loss as one would write it in a few lines of torch."""
+    """Compute the contrastive loss in the few lines of torch that most users would write."""
     m = m.to(x.dtype)
     s, same = x @ m.T, y[:, None] == my
     return (((1 - s) * same).sum() + (s * (~same & (s > 0.5))).sum()) / len(x)
 
 
 def masked_multi_similarity(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
-    """Compute the mined multi-similarity loss as one would write it in a few lines of torch."""
+    """Compute the mined multi-similarity loss in the few lines of torch that most users would write."""
     m = m.to(x.dtype)
     s, same = x @ m.T, y[:, None] == my
     with torch.no_grad():
         least = s.masked_fill(~same, torch.inf).amin(1, keepdim=True)
-        most = s.masked_fill(same, -torch.inf).amax(1, keepdim=True)
-        positive, negative = same & (s - 0.1 < most), ~same & (s + 0.1 > least)
+        largest = s.masked_fill(same, -torch.inf).amax(1, keepdim=True)
+        positive, negative = same & (s - 0.1 < largest), ~same & (s + 0.1 > least)
     terms = torch.log1p((torch.exp(-2 * (s - 0.5)) * positive).sum(1)) / 2
     return (terms + torch.log1p((torch.exp(50 * (s - 0.5)) * negative).sum(1)) / 50).mean()
 

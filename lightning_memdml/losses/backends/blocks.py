@@ -94,18 +94,17 @@ def columns_above(similarity: Tensor, threshold: Tensor | float, excluded: Tenso
         excluded: Columns to leave out, `(n,)`.
 
     Returns:
-        Ascending numbers of columns; `None` for more than half of them, or of the first 256.
+        Ascending numbers of columns. `None` if more than half of all columns, or of the first 256, are above.
     """
     if not isinstance(threshold, Tensor) and threshold <= -1.0:
         return None
-    if _is_above(similarity[:, :SAMPLE], threshold).sum() > DENSE_SHARE * SAMPLE:
-        return None
-    kept = (_is_above(similarity, threshold) & ~excluded).nonzero().squeeze(1)
-    return None if kept.shape[0] > DENSE_SHARE * similarity.shape[1] else kept
-
-
-def _is_above(similarity: Tensor, threshold: Tensor | float) -> Tensor:
-    # The largest similarity of a column is compared, not each of them: a mask of all pairs costs more.
-    if isinstance(threshold, Tensor):
-        return (similarity - threshold[:, None]).amax(dim=0) > 0
-    return similarity.amax(dim=0) > threshold
+    for width in (min(SAMPLE, similarity.shape[1]), similarity.shape[1]):
+        block = similarity[:, :width]
+        # The largest similarity of a column is compared, not each of them: a mask of all pairs costs more.
+        if isinstance(threshold, Tensor):
+            is_above = (block - threshold[:, None]).amax(dim=0) > 0
+        else:
+            is_above = block.amax(dim=0) > threshold
+        if is_above.sum() > DENSE_SHARE * width:
+            return None
+    return (is_above & ~excluded).nonzero().squeeze(1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.retrieval import retrieval_examples, save_gallery
 
 QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false")

@@ -1,18 +1,16 @@
-"""What the command line says: help that fits a screen, and the nearest right name for a wrong one."""
+"""Messages of the command line: help that fits a screen, and the nearest right name for a wrong one."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pydoc import locate
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,65 +18,56 @@ from lightning.pytorch.cli import LightningArgumentParser
 # What is imported here can be named without its module, on the command line and in YAML.
 from lightning_memdml import callbacks, data, losses, memory
 from lightning_memdml.backbones import SmallConvNet, nearest
+from lightning_memdml.commands import unknown_command
+from lightning_memdml.compat import help_formatter
 
-COMMANDS = {
-    "fit": "Train.",
-    "validate": "Score a checkpoint on the validation classes.",
-    "test": "Score a checkpoint on the test classes.",
-    "predict": "Write the embeddings of the test images.",
-    "data": "Look at a data set (`data check`): counts, damaged images, a contact sheet.",
-    "weight-curves": "Draw the weights of a loss, or of a checkpoint.",
-    "study": "Compare arms over seeds and data sets, with verdicts and a report.",
-    "index": "Make images searchable with a checkpoint.",
-    "search": "Find the indexed images nearest to image files.",
-    "score": "Score embeddings in files, whoever made them.",
-    "export": "Write the network as ONNX and as a torch.export program.",
+CLASSES: dict[str, Any] = {
+    **{name: made for module in (torch.optim, torch.optim.lr_scheduler) for name, made in vars(module).items()},
+    **{
+        name: getattr(module, name)
+        for module in (lightning_loggers, lightning_callbacks, memory, data, callbacks, losses)
+        for name in module.__all__
+    },
+    SmallConvNet.__name__: SmallConvNet,
 }
-ROOMS = (losses, callbacks, data, memory, lightning_callbacks, lightning_loggers)
-for name in callbacks.__all__:
-    getattr(callbacks, name)  # a name of this room is imported when it is first used
-CLASS_NAMES = (
-    SmallConvNet.__name__,
-    *(name for room in ROOMS for name in room.__all__),
-    *(name for module in (torch.optim, torch.optim.lr_scheduler) for name in vars(module) if name[0].isupper()),
-)
+CLASS_NAMES = [name for name in CLASSES if name[0].isupper()]
 MANY_CLASSES = 40
 NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
 )
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the description as it is written, and lists classes only where they fit on a screen."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action)
-        shown, _, names = text.partition(", known subclasses: ")
-        return f"{shown})" if names.count(",") > MANY_CLASSES else text
-
-
 class ArgumentParser(LightningArgumentParser):
-    """Answers a wrong name with the nearest right one."""
+    """Answers a wrong name with the nearest right one.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+    Args:
+        own_options: Further options: name -> keyword arguments of `add_argument`.
+    """
+
+    def __init__(self, *args: Any, own_options: Mapping[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        self.commands: Any = None
+        super().__init__(*args, formatter_class=help_formatter(MANY_CLASSES), **kwargs)
+        for name, option in (own_options or {}).items():
+            self.add_argument(name, **option)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong, cut down to what a person can act on, and exit with 2."""
-        # The parser of a nested class does not exit; what it says is reported by the one around it.
-        super().error(readable(message, list(_options(self))) if self.exit_on_error else message, ex)
+        """Print what is wrong, cut down to what a person can act on, and exit with 2."""
+        # The parser of a nested class does not exit; the one around it reports the message.
+        super().error(readable(message, self._options()) if self.exit_on_error else message, ex)
 
-    def print_usage(self, file: Any = None) -> None:
+    def print_usage(self, *args: Any, **kwargs: Any) -> None:
         """Print nothing: before an error this would be a list of all options."""
 
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Add commands, and keep them for the names of their options."""
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the options of a parser and of its commands, as they are typed."""
-    for action in parser._actions:
-        yield from (option for option in action.option_strings if option.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _options(command)
+    def _options(self) -> list[str]:
+        """Return the options of this parser and of its commands, as they are typed."""
+        parsers = [self, *(self.commands.choices.values() if self.commands is not None else ())]
+        defaults = [parser.get_defaults(skip_validation=True) for parser in parsers]
+        return list(dict.fromkeys(f"--{key}" for namespace in defaults for key, _ in namespace.items()))
 
 
 def readable(message: str, options: Sequence[str] = ()) -> str:
@@ -93,17 +82,13 @@ def readable(message: str, options: Sequence[str] = ()) -> str:
         "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?"
     """
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
-    for find in (_refused, _wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
+    for find in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
         if found := list(dict.fromkeys(find(message))):
             return "\n".join(f"{key}: {sentence}" if key else sentence for sentence in found)
     if found := [*_missing(message, key, options), *_wrong_options(message, options)]:
         return "\n".join(found)
     message = re.sub(r'^Parser key "([\w.]+)":\s+', r"\1: ", message)
     return "\n".join(dict.fromkeys(line for line in message.splitlines() if line.strip() and not NOISE.search(line)))
-
-
-def _refused(message: str) -> Iterator[str]:
-    yield from re.findall(r"Refused to build .*?torch\.nn\.Module\.$", message, re.MULTILINE)
 
 
 def _wrong_classes(message: str) -> Iterator[str]:
@@ -115,8 +100,8 @@ def _wrong_classes(message: str) -> Iterator[str]:
 
 
 def _wrong_parameters(message: str) -> Iterator[str]:
-    classes = [locate(path) for path in re.findall(r"class_path[= ]'([\w.]+)'", message)]
-    names = [name for found in classes if found is not None for name in _parameters(found)]
+    classes = [find_class(path) for path in re.findall(r"class_path[= ]'([\w.]+)'", message)]
+    names = [name for found in classes if found is not None for name in parameters_of(found)]
     owners: dict[str, str] = {}
     for owner, name in re.findall(r"(?:class_path '(?:\w+\.)*(\w+)':\s+)?Option '([\w.]+)' is not accepted", message):
         owners.setdefault(name, owner)
@@ -124,11 +109,18 @@ def _wrong_parameters(message: str) -> Iterator[str]:
         yield f"{f'{owner} has' if owner else 'There is'} no option {name!r}.{nearest(name, names)}"
 
 
-def _parameters(found: Any) -> Iterator[str]:
-    """Yield the parameters of a function, or of a class and those it passes others on to."""
+def find_class(path: str) -> Any:
+    """Return the class or function of a path, or of a name that needs no module; None if there is none."""
+    return locate(path) if "." in path else CLASSES.get(path)
+
+
+def parameters_of(found: Any) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of a class and those it passes others on to."""
+    parameters: dict[str, inspect.Parameter] = {}
     for part in inspect.getmro(found) if inspect.isclass(found) else (found,):
         with suppress(ValueError):  # builtins have no signature
-            yield from inspect.signature(part).parameters
+            parameters = {**inspect.signature(part).parameters, **parameters}
+    return parameters
 
 
 def _wrong_values(message: str) -> Iterator[str]:
@@ -156,14 +148,14 @@ def _missing(message: str, key: str, options: Sequence[str]) -> Iterator[str]:
         checkpoint = ", or a checkpoint of `memdml fit` as --ckpt_path" if evaluated else ""
         yield f"Expected {shown}, on the command line or in a file given with --config{checkpoint}."
     if 'expected "subcommand"' in message:
-        yield f"Expected a command: {', '.join(COMMANDS)}. `memdml --help` tells more."
+        yield unknown_command("")
 
 
 def _wrong_options(message: str, options: Sequence[str]) -> Iterator[str]:
     for name in re.findall(r"(?:not accept option '|ambiguous option: --|unrecognized arguments: --)([\w.]+)", message):
         yield _unknown("option", f"--{name}", options)
     for name in re.findall(r"argument subcommand: invalid choice: '([\w-]*)'", message):
-        yield _unknown("command", name, COMMANDS) + f" There are {', '.join(COMMANDS)}."
+        yield unknown_command(name)
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:

@@ -41,16 +41,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("atomic_write", "csv_table", "picture_style"),
     },
     "learner": {"memory_term", "losses", "memory", "retrieval", "backbones", "runs", "trust"},
-    "cli_messages": {"losses", "callbacks", "data", "memory", "backbones"},
+    "commands": set(),
+    "cli_messages": {"losses", "callbacks", "data", "memory", "backbones", "commands", "compat"},
+    "config_merging": {"cli_messages"},
     "data_check": {"data", "cli_messages", "atomic_write"},
 }
 ROOMS = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "study": ROOMS,
     "deploy": ROOMS,
-    "cli": {*ROOMS, "study", "deploy"},
+    "lightning_cli": {*ROOMS, "study", "deploy"},
+    "cli": {"commands", "cli_messages"},
     "__main__": {"cli"},
-    "__init__": ROOMS - {"cli_messages"},
+    "__init__": ROOMS - {"cli_messages", "config_merging", "commands"},
 }
 MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
 # Triton's decorators need it when the module is imported, so this module is imported where it is used.

@@ -18,9 +18,11 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner, __version__
-from lightning_memdml.cli import MemdmlCLI, main
-from lightning_memdml.cli_messages import COMMANDS, readable
+from lightning_memdml.cli import main
+from lightning_memdml.cli_messages import readable
+from lightning_memdml.commands import COMMANDS
 from lightning_memdml.deploy.predictions import read_embeddings
+from lightning_memdml.lightning_cli import MemdmlCLI
 
 NET = "--model.backbone=SmallConvNet --model.backbone.width=4 --model.embedding_dim=8"
 LOSS = "--model.loss=ContrastiveLoss --model.memory_loss=ContrastiveLoss --model.memory_loss.margin=0.7"
@@ -239,7 +241,11 @@ def test_yaml_names_the_class_and_the_command_line_the_file(build: Callable[[str
         "model: {backbone: SmallConvNet, loss: {class_path: ContrastiveLoss, init_args: {margin: 0.3}}}\n"
     )
     cli = build("--config table.yaml --data.path mine.npz --data.num_workers 3")
-    assert (str(cli.datamodule.path), cli.datamodule.image_size, cli.datamodule.num_workers) == ("mine.npz", 33, 3)
+    assert (Path(cli.datamodule.path).name, cli.datamodule.image_size, cli.datamodule.num_workers) == (
+        "mine.npz",
+        33,
+        3,
+    )
     assert cli.model.loss.margin == 0.3
 
 
@@ -274,20 +280,45 @@ def test_optimizer_and_scheduler_come_from_the_command_line(build: Callable[[str
     assert configured["lr_scheduler"]["interval"] == "epoch"
 
 
-def test_another_class_starts_from_its_own_defaults(build: Callable[[str], MemdmlCLI]) -> None:
-    """By itself jsonargparse would hand on the options that both classes have."""
+def test_another_class_keeps_what_was_set_and_starts_from_its_own_defaults(
+    build: Callable[[str], MemdmlCLI], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By itself jsonargparse would hand on the defaults that both classes have, too."""
     Path("base.yaml").write_text(
         "model: {backbone: SmallConvNet, loss: {class_path: ContrastiveLoss, init_args: {margin: 0.77}},\n"
         "        memory_loss: {class_path: DirectWeightLoss, init_args: {negative: {class_path: Threshold, init_args: "
-        "{threshold: 0.77}}}}}\n"
+        "{threshold: 0.77, above: false}}}}}\n"
+        "data: {class_path: GlyphDataModule, init_args: {num_classes: 50, batch_size: 12, image_size: 28}}\n"
     )
-    cli = build("--config base.yaml --model.loss TripletLoss --model.memory_loss.negative Power --model.optimizer SGD")
-    assert cli.model.loss.margin != 0.77
-    assert cli.model.memory_loss.negative.threshold == 0.0
+    with caplog.at_level("INFO"):
+        cli = build(
+            "--config base.yaml --model.loss TripletLoss --model.memory_loss.negative Power --model.optimizer SGD "
+            "--data FolderDataModule --data.root x"
+        )
+    assert cli.model.loss.margin == 0.77
+    assert cli.model.memory_loss.negative.threshold == 0.77
     assert cli.model.configure_optimizers().defaults["weight_decay"] == 0.0  # AdamW's is 0.01
-    cli = build("--config base.yaml --data FolderDataModule --data.root x --model.loss ContrastiveLoss")
-    assert cli.datamodule.image_size == 224  # that of the glyphs is 28
+    assert cli.datamodule.image_size == 224  # that of the glyphs is 28, and it was only named, not chosen
+    assert cli.datamodule.batch_size == 12
+    assert [record.message for record in caplog.records if " instead of " in record.message] == [
+        "model.loss: TripletLoss instead of ContrastiveLoss keeps margin.",
+        "model.memory_loss.negative: Power instead of Threshold keeps threshold and drops above.",
+        "data: FolderDataModule instead of GlyphDataModule keeps batch_size and drops num_classes.",
+    ]
+    cli = build("--config base.yaml --model.loss ContrastiveLoss")
     assert cli.model.loss.margin == 0.77  # the same class keeps its options
+
+
+def test_later_configurations_win_and_a_class_may_change_between_them(build: Callable[[str], MemdmlCLI]) -> None:
+    Path("one.yaml").write_text("model.backbone: SmallConvNet\nmodel.loss: {class_path: ContrastiveLoss}\n")
+    Path("two.yaml").write_text("model: {optimizer: {class_path: AdamW, init_args: {lr: 1e-2, weight_decay: 0.3}}}\n")
+    Path("three.yaml").write_text("model: {optimizer: SGD, loss: {init_args: {margin: 0.4}}}\n")
+    cli = build("--config one.yaml --config two.yaml --config=three.yaml --model.optimizer.momentum 0.5")
+    assert cli.model.loss.margin == 0.4
+    defaults = cli.model.configure_optimizers().defaults
+    assert {name: defaults[name] for name in ("lr", "weight_decay", "momentum")} == {
+        "lr": 0.01, "weight_decay": 0.3, "momentum": 0.5,
+    }  # fmt: skip
 
 
 def test_losses_of_pytorch_metric_learning_and_short_names_live_together(build: Callable[[str], MemdmlCLI]) -> None:
@@ -440,7 +471,8 @@ def test_a_damaged_image_is_a_sentence_from_a_worker_too(
         f"--data.num_workers={workers}",
         capsys,
     )
-    assert said.startswith("error: Cannot read the image pictures/")
+    assert said.startswith("error: Cannot read the image ")
+    assert "pictures/" in said
     assert said.endswith("`verify()` of the data module names all such images.")
 
 
@@ -485,7 +517,7 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
         assert stop.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     for sentence in (
-        *(COMMANDS[name] for name in ("fit", "validate", "test", "predict")),
+        *(COMMANDS[name].help for name in ("fit", "validate", "test", "predict")),
         "memdml weight-curves",
         "memdml data check --data FolderDataModule",
         __version__,
@@ -493,7 +525,7 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
         "Weight of the memory term, at least 0",  # MetricLearner
         "lightning_memdml.MultiSimilarityLoss",
         "--model.loss.beta BETA",
-        "Which classes train if there are no `train` and `test` folders",  # FolderDataModule
+        "Which classes train if `root` has no folder for each role",  # FolderDataModule
     ):
         assert sentence in said
     assert "torch.nn.Conv2d" not in said  # hundreds of modules would be backbones

@@ -2,9 +2,11 @@
 
 import warnings
 
+import jsonargparse
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
 
 from lightning_memdml import compat
 
@@ -55,3 +57,14 @@ def test_this_torch_has_a_function_that_knows_avx512_bf16():
         assert "avx512_bf16" in capabilities or capabilities["architecture"] != "x86_64"
     else:
         assert torch.cpu._is_avx512_bf16_supported() in (True, False)
+
+
+def test_argparse_asks_the_help_formatter_for_the_help_of_an_option() -> None:
+    """If the name of the private hook changes, hundreds of classes are listed in the help again."""
+    parser = jsonargparse.ArgumentParser(formatter_class=compat.help_formatter(40))
+    parser.add_argument("--net", type=torch.nn.Module, help="A network")
+    parser.add_argument("--trainer", type=Logger, help="A logger")
+    text = " ".join(parser.format_help().split())
+    assert "A network (type: " in text
+    assert "Conv2d" not in text
+    assert "known subclasses: lightning.pytorch.loggers." in text

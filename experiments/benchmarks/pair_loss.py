@@ -34,7 +34,7 @@ import yaml
 from torch import Tensor
 
 import lightning_memdml as ml
-from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
 
 OURS: dict[str, ml.PairLoss] = {

@@ -22,7 +22,7 @@ from lightning_memdml.study.study_file import Study
 
 Stage = Literal["search", "test"]
 Record = dict[str, Any]
-#: Builds learner, data and Trainer: `lightning_memdml.cli.MemdmlCLI`. The caller passes it, as nothing imports the CLI.
+#: Builds learner, data and Trainer: `lightning_memdml.lightning_cli.MemdmlCLI`, which this folder must not import.
 CLI = Callable[..., Any]
 
 # Options that do not change what a run measures. They are left out of its key.

@@ -114,7 +114,7 @@ def run_study(
 
     Args:
         path: The study file.
-        cli: Builds learner, data and Trainer of a run: `lightning_memdml.cli.MemdmlCLI`.
+        cli: Builds learner, data and Trainer of a run: `lightning_memdml.lightning_cli.MemdmlCLI`.
         options: Options of `memdml fit` for all runs.
         output: Folder for runs and report; by default `runs/study/<file name>`.
         processes: Number of runs trained at the same time, each in its own process with its share of the cores.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.children import ChildError, run_python
 
-from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.lightning_cli import MemdmlCLI
 
 REPOSITORY = Path(__file__).parents[2]
 

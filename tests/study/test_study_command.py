@@ -21,7 +21,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from lightning_memdml.cli import MemdmlCLI, main
+from lightning_memdml.cli import main
+from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study import runner
 from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.results import Results

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.study_file import read_study
 from lightning_memdml.study.training import train

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_memdml.cli import MemdmlCLI
+from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study.plan import Plan, Run
 from lightning_memdml.study.report import freedoms_in_words
 from lightning_memdml.study.results import Results

@@ -1,0 +1,159 @@
+"""The table of commands, and answers that need no training library: help, version, and unknown commands.
+
+A new command is one entry here and the module it names.
+"""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+import lightning_memdml
+
+
+class Command(NamedTuple):
+    """A command of `memdml`.
+
+    Attributes:
+        help: One line that describes it.
+        function: `module:function`. The function takes the arguments after the name of the command.
+        example: Arguments for the help of all commands.
+        other_names: Names that other programs give such a command; they are not accepted, but lead to this one.
+    """
+
+    help: str
+    function: str
+    example: str = ""
+    other_names: tuple[str, ...] = ()
+
+
+TRAINER = "lightning_memdml.lightning_cli:run_trainer"
+LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
+COMMANDS: dict[str, Command] = {
+    "fit": Command(
+        "Train.",
+        TRAINER,
+        "--model.backbone SmallConvNet --model.loss ContrastiveLoss --trainer.max_epochs 5",
+        ("train", "run", "start", "resume", "continue"),
+    ),
+    "validate": Command("Score a checkpoint on the validation classes.", TRAINER, other_names=("val", "validation")),
+    "test": Command(
+        "Score a checkpoint on the test classes.", TRAINER, f"--ckpt_path {LAST}", ("eval", "evaluate", "benchmark")
+    ),
+    "predict": Command(
+        "Write the embeddings of the test images.", TRAINER, other_names=("embed", "encode", "extract", "infer")
+    ),
+    "data": Command(
+        "Look at a data set (`data check`): counts, damaged images, a contact sheet.",
+        "lightning_memdml.data_check:data_command",
+        "check --data CUB200 --data.root DIR",
+        ("check", "dataset", "datasets", "inspect"),
+    ),
+    "weight-curves": Command(
+        "Draw the weights of a loss, or of a checkpoint.",
+        "lightning_memdml.study.commands:weight_curves",
+        "--loss ContrastiveLoss",
+        ("curves", "weights", "plot"),
+    ),
+    "study": Command(
+        "Compare arms over seeds and data sets, with verdicts and a report.",
+        "lightning_memdml.lightning_cli:run_study",
+        "STUDY.yaml",
+        ("compare", "sweep", "experiment"),
+    ),
+    "index": Command(
+        "Make images searchable with a checkpoint.",
+        "lightning_memdml.deploy.index_command:index",
+        f"--ckpt_path {LAST}",
+        ("build-index", "add"),
+    ),
+    "search": Command(
+        "Find the indexed images nearest to image files.",
+        "lightning_memdml.deploy.search_command:search",
+        "bird.jpg",
+        ("query", "find", "retrieve"),
+    ),
+    "score": Command(
+        "Score embeddings in files, from any source.",
+        "lightning_memdml.deploy.score:score",
+        "--embeddings runs/memdml/version_1/embeddings.parquet",
+        ("metrics", "recall"),
+    ),
+    "export": Command(
+        "Write the network as ONNX and as a torch.export program.",
+        "lightning_memdml.deploy.export:export",
+        f"--ckpt_path {LAST}",
+        ("onnx", "save", "convert"),
+    ),
+}
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: Its name, or `--help`, `--version`, or whatever else the user typed there.
+        arguments: What follows the name.
+
+    Raises:
+        SystemExit: With 0 after help or version, with 2 if there is no such command.
+    """
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        sys.exit(0)
+    if name in ("--version", "version"):
+        print(f"memdml {lightning_memdml.__version__}")
+        sys.exit(0)
+    # An option before the command, such as --config, is for Lightning's parser.
+    function = TRAINER if name.startswith("-") else COMMANDS[name].function if name in COMMANDS else None
+    if function is None:
+        print(f"error: {unknown_command(name)}", file=sys.stderr)
+        sys.exit(2)
+    module, _, attribute = function.partition(":")
+    # A flag; jsonargparse would want a value.
+    arguments = ["--trust=true" if argument == "--trust" else argument for argument in arguments]
+    getattr(import_module(module), attribute)(arguments)
+
+
+def help_text() -> str:
+    """Return the help of all commands.
+
+    Example:
+        >>> help_text().splitlines()[0]
+        'usage: memdml COMMAND [OPTIONS]'
+    """
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: memdml COMMAND [OPTIONS]",
+        "",
+        "Train an embedding with a memory, and measure how well it retrieves.",
+        "",
+        *(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
+        "",
+        "Examples:",
+        "  memdml fit --config experiments/glyphs_memory.yaml",
+        *(f"  memdml {name} {command.example}" for name, command in COMMANDS.items() if command.example),
+        "",
+        "`memdml COMMAND --help` lists the options of a command, and `memdml --version` prints the version.",
+        "To choose a class, give its name, then its options: `--data FolderDataModule --data.root DIR`.",
+        "`--data.help FolderDataModule` after a command explains the options of one class.",
+    ]
+    return "\n".join(lines)
+
+
+def unknown_command(name: str) -> str:
+    """Return a sentence for a command that does not exist, with the nearest one that does.
+
+    Example:
+        >>> unknown_command("train").partition(" There are ")[0]
+        "There is no command 'train'. Did you mean 'fit'?"
+    """
+    names = ", ".join(COMMANDS)
+    if not name:
+        return f"Expected a command: {names}. `memdml --help` describes them."
+    meant = {other: command for command, entry in COMMANDS.items() for other in (command, *entry.other_names)}
+    close = get_close_matches(name, meant, n=1)
+    hint = f" Did you mean {meant[close[0]]!r}?" if close else ""
+    return f"There is no command {name!r}.{hint} There are {names}."

@@ -1,0 +1,172 @@
+"""Merges the configurations and class options of a command line into one, before they are parsed.
+
+jsonargparse lets a class that replaces another inherit every option that both have, defaults included: SGD instead of
+AdamW would decay weights by 0.01, and folders of photographs would be read at the 28 pixels of glyphs. Here a new class
+keeps the options that a configuration set, starts from its own defaults otherwise, and what is dropped is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_memdml.cli_messages import find_class, parameters_of
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as jsonargparse does and YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[str]:
+    """Return the arguments with one configuration instead of several, and with no option that changes its classes.
+
+    Args:
+        arguments: Options of a command, without its name.
+        defaults: The configuration below all others.
+
+    Example:
+        >>> merge_arguments(["--model.loss", "TripletLoss"], {"model": {"loss": {"class_path": "ContrastiveLoss"}}})
+        ['--config', '{"model": {"loss": {"class_path": "TripletLoss"}}}']
+    """
+    config, others = deepcopy(defaults), []
+    places = iter(range(len(arguments)))
+    for place in places:
+        name, equals, value = arguments[place].partition("=")
+        if not equals and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        taken = False
+        if name in ("--config", "-c"):
+            source = _read(value)
+            if source is None:
+                return list(arguments)  # for the error of the parser
+            config, taken = merge(config, source), True
+        elif name.startswith("--"):
+            config, taken = _with_class(config, name[2:], value)
+        if not taken:
+            others.append(arguments[place])
+        elif not equals:
+            next(places)
+    return ["--config", json.dumps(config), *others]
+
+
+def merge(base: Any, over: Any, where: str = "") -> Any:
+    """Merge one configuration over another: mappings key by key, everything else is replaced.
+
+    A class that replaces another keeps what the other was set to, as far as it has such an option.
+
+    Example:
+        >>> merge({"class_path": "ContrastiveLoss", "init_args": {"margin": 0.7}}, "TripletLoss")
+        {'class_path': 'TripletLoss', 'init_args': {'margin': 0.7}}
+    """
+    if isinstance(base, str) and isinstance(over, dict) and "init_args" in over and "class_path" not in over:
+        base = {"class_path": base}  # a class may be given by its name alone
+    if isinstance(base, dict) and "class_path" in base and (path := _class_path(over)) is not None:
+        over = {"class_path": path} if isinstance(over, str) else over
+        if not _is_same(base["class_path"], path):
+            base = _kept(base, path, where)
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return deepcopy(over)
+    found = deepcopy(base)
+    for key, value in over.items():
+        inner = where if key in ("init_args", "dict_kwargs") else f"{where}.{key}".lstrip(".")
+        found[key] = merge(base.get(key), value, inner)
+    return found
+
+
+def _class_path(value: Any) -> str | None:
+    """Return the path of a class that replaces another: with options, or by its name alone."""
+    if isinstance(value, dict):
+        path = value.get("class_path")
+        return path if isinstance(path, str) else None
+    return value if isinstance(value, str) and find_class(value) is not None else None
+
+
+def _is_same(one: str, other: str) -> bool:
+    return one == other or (find_class(one) is not None and find_class(one) is find_class(other))
+
+
+def _kept(old: dict[str, Any], path: str, where: str) -> dict[str, Any]:
+    """Return the new class with the options of the old one that it has, and print the others."""
+    was, made = find_class(old["class_path"]), find_class(path)
+    options = {**old.get("init_args", {}), **old.get("dict_kwargs", {})}
+    defaults = {} if was is None else {name: item.default for name, item in parameters_of(was).items()}
+    # A saved configuration names defaults too, and nobody chose those.
+    chosen = {
+        name: value for name, value in options.items() if name not in defaults or not _equal(value, defaults[name])
+    }
+    has = {} if made is None else parameters_of(made)
+    kept = {name: value for name, value in chosen.items() if name in has}
+    dropped = [name for name in chosen if name not in has]
+    if chosen:
+        rank_zero_info(
+            f"{where}: {path.rpartition('.')[2]} instead of {old['class_path'].rpartition('.')[2]}"
+            f"{f' keeps {_listed(kept)}' if kept else ''}{' and' if kept and dropped else ''}"
+            f"{f' drops {_listed(dropped)}' if dropped else ''}."
+        )
+    return {"class_path": path, **({"init_args": kept} if kept else {})}
+
+
+def _equal(value: Any, default: Any) -> bool:
+    return value == (list(default) if isinstance(default, tuple) else default)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names)
+
+
+def _with_class(config: Any, name: str, value: str) -> tuple[Any, bool]:
+    """Put a class option into the configuration if it changes a class there; return it and whether it did."""
+    *parents, last = [part for part in name.split(".") if part != "init_args"]
+    copy = deepcopy(config)
+    part = copy
+    for parent in parents:
+        part = _inside(part).get(parent)
+        if not isinstance(part, dict):
+            return config, False
+    inside = _inside(part)
+    old = inside.get(last)
+    if not isinstance(old, dict) or "class_path" not in old:
+        return config, False
+    path = _class_path(value)
+    if path is None or _is_same(old["class_path"], path):
+        return config, False
+    inside[last] = merge(old, path, name)
+    return copy, True
+
+
+def _inside(part: dict[str, Any]) -> dict[str, Any]:
+    return part.setdefault("init_args", {}) if "class_path" in part else part  # of a copy
+
+
+def _read(source: str) -> dict[str, Any] | None:
+    """Return a configuration from a file or a text, with dotted keys as mappings; None if there is none."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        path = Path(source).expanduser()
+        text = path.read_text() if len(source) < 1024 and "\n" not in source and path.is_file() else source
+        found = yaml.load(text, Loader=_Loader)
+        if isinstance(found, dict):
+            return _nested(found)
+    return None
+
+
+def _nested(config: dict[Any, Any]) -> dict[str, Any]:
+    """Write dotted keys as mappings."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        for name in reversed(str(key).split(".")):
+            value = {name: value}
+        found = merge(found, value)
+    return found

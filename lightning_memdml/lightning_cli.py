@@ -1,0 +1,251 @@
+"""Lightning's command line with this package's defaults, and the commands that use it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.config_merging import merge, merge_arguments
+from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
+from lightning_memdml.learner import MetricLearner
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
+from lightning_memdml.study.study_command import study
+from lightning_memdml.trust import find_refused
+from lightning_memdml.trust_table import DEFAULT_LOGGER
+
+KEYWORDS = ("best", "last", "hpc", "registry")  # words that Lightning takes for `--ckpt_path`
+# Below every configuration. As defaults of the parser they would hand their options on to other classes.
+DEFAULTS: dict[str, Any] = {
+    "data": {"class_path": "lightning_memdml.data.GlyphDataModule"},
+    "trainer": {"logger": DEFAULT_LOGGER},
+    "model": {"optimizer": {"class_path": "torch.optim.AdamW"}},
+}
+# Option of one command alone: name of the command -> options for its parser.
+PREDICT = {
+    "--file_format": {
+        "type": FileFormat,
+        "default": "parquet",
+        "help": "Of the embeddings: one table, or an array beside a table (.csv) of paths, labels and classes.",
+    }
+}
+
+
+def run_trainer(arguments: list[str]) -> None:
+    """Run `memdml fit`, `validate`, `test` or `predict` with what `sys.argv` holds."""
+    sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
+    cli = MemdmlCLI()
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of this process would be logged into this one
+
+
+def run_study(arguments: list[str]) -> None:
+    """Run `memdml study` with what follows it on the command line."""
+    study(arguments, MemdmlCLI)
+
+
+def _require_order(arguments: Sequence[str]) -> None:
+    """Refuse an option of a class before the class, which starts from its own defaults and would forget it.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    seen: set[str] = set()
+    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        early = sorted(other for other in seen if other.startswith(f"{name}."))
+        if early and not {name, f"{name}+"} & seen:
+            raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
+        seen.add(name)
+
+
+class MemdmlCLI(LightningCLI):
+    """Lightning's CLI with this package's defaults: glyphs, and a CSV log under ``runs/``.
+
+    Args:
+        **options: Of `LightningCLI`: with ``args=[...], run=False`` it builds what the arguments say, and runs nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._ckpt_path: str | None = None
+        super().__init__(
+            MetricLearner,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # `--model.optimizer` instead, which knows the backbone's rate
+            parser_class=ArgumentParser,
+            parser_kwargs={"predict": {"own_options": PREDICT}},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            **options,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the data a title, and let `DEFAULTS` decide about the optimiser."""
+        groups: Any = parser.groups
+        groups["data"].title = "Where images come from"
+        parser.set_defaults({"model.optimizer": None})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Merge configurations and class options, and parse the result."""
+        if isinstance(args, dict):
+            args = merge(DEFAULTS, args)
+        else:
+            given = list(sys.argv[1:] if args is None else args)
+            _require_order(given)
+            start = 0 if args is not None else min(1, len(given))
+            if not {"-h", "--help"} & set(given):
+                args = [*given[:start], *merge_arguments(given[start:], DEFAULTS)]
+        self.config = parser.parse_args(args) if isinstance(args, list | None) else parser.parse_object(args)
+        # Lightning would put the hyperparameters in a checkpoint over the user's options, unchecked.
+        if "subcommand" in self.config:
+            section = self._section()
+            self._ckpt_path, section["ckpt_path"] = section.get("ckpt_path"), None
+
+    def before_instantiate_classes(self) -> None:
+        """Start from no other weights where a checkpoint holds the trained ones."""
+        if self.subcommand is None:
+            return
+        section = self._section()
+        section["ckpt_path"] = self._ckpt_path
+        if section.get("weights_only") is None:
+            section["weights_only"] = True
+        if self.subcommand == "fit":
+            return
+        if self._ckpt_path is not None:
+            section.model.weights = None
+        else:
+            rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
+
+    def _section(self) -> Any:
+        """Return the part of the configuration that belongs to the command."""
+        return self.config.get(str(self.config.get("subcommand")), self.config)
+
+    def before_fit(self) -> None:
+        """Tell users of classes of their own what opens the checkpoints of this run."""
+        if refused := self._needs_trust():
+            rank_zero_info(f"The checkpoints of this run open with `--trust` only: {', '.join(refused)}.")
+
+    def _needs_trust(self) -> list[str]:
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return find_refused(config.get("fit", config))
+
+    def after_fit(self) -> None:
+        """Save the trained state under a name that can be known beforehand."""
+        if self.trainer.checkpoint_callback is None or self.config.fit.trainer.fast_dev_run:
+            return
+        folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
+        trust = " --trust" if self._needs_trust() else ""
+        rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}{trust}")
+
+    def after_predict(self) -> None:
+        """Write the embeddings with paths, labels and classes: of all test images, or of queries and of the gallery."""
+        loaders: Any = self.trainer.predict_loop.predictions
+        if not loaders:
+            return  # with `--return_predictions false`
+        if isinstance(loaders[0], dict):
+            loaders = [loaders]
+        names = ["embeddings"] if len(loaders) == 1 else ["query_embeddings", "gallery_embeddings"]
+        folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
+        rank = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        for name, batches in zip(names, loaders, strict=True):
+            arrays: Any = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+            images = getattr(self.datamodule, "gallery_set" if name.startswith("gallery") else "query_set", None)
+            columns = columns_of(
+                arrays["labels"], arrays.get("indices"), images, getattr(self.datamodule, "classes", None)
+            )
+            file_format = self.config.predict.file_format
+            for file in write_embeddings(folder / f"{name}{rank}", arrays["embeddings"], columns, file_format):
+                rank_zero_info(f"{len(arrays['labels'])} rows in {file}")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration in the run's own folder, in its checkpoints, and in the log of W&B and the like."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` beside the run's checkpoints; on rank 0 only."""
+        if not trainer.loggers:
+            return  # without a log there is no folder of this run alone
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.config_filename).write_text(self._text())
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
+                logger.log_hyperparams(yaml.safe_load(self._text()))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let no file decide which files are removed."""
+        _without_foreign_files(checkpoint, trainer.ckpt_path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell a training that was interrupted how it goes on."""
+        written = trainer.checkpoint_callback
+        if isinstance(exception, KeyboardInterrupt) and isinstance(written, ModelCheckpoint):
+            last = written.last_model_path or written.best_model_path
+            rank_zero_info(
+                f"Interrupted. {f'To go on: memdml fit --ckpt_path {last}' if last else 'Nothing is saved.'}"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say how to build everything, wherever it is moved."""
+        checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
+
+    def _text(self) -> str:
+        return self.parser.dump(self.config, skip_unset=False)
+
+
+def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
+    """Put the configuration of a checkpoint before the other arguments, if there is no other configuration.
+
+    Raises:
+        ValueError: If the checkpoint is not there, or cannot be read, or names what is not on the closed list.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("-c", "--config")
+    options.add_argument("--ckpt_path")
+    options.add_argument("--trust", action="store_true")
+    given, _ = options.parse_known_args(arguments)
+    arguments = [argument for argument in arguments if argument != "--trust"]
+    if given.ckpt_path in (None, "", "null", *KEYWORDS) or Path(given.ckpt_path).is_dir():
+        return arguments
+    checkpoint = read_checkpoint(given.ckpt_path)
+    if given.config is not None:
+        return arguments
+    config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
+    if config is None or "data" not in config:
+        return arguments
+    return [arguments[0], "--config", yaml.safe_dump(config, sort_keys=False), *arguments[1:]]
+
+
+def _without_foreign_files(checkpoint: dict[str, Any], ckpt_path: str | Path | None) -> None:
+    """Leave in the states of `ModelCheckpoint` only the checkpoints that lie beside the one that is loaded.
+
+    Lightning removes what these states name when a better checkpoint replaces it, folders with all in them.
+    """
+    folder = Path(ckpt_path or ".").resolve().parent
+
+    def is_ours(path: Any) -> bool:
+        file = Path(str(path))
+        return file.suffix == ".ckpt" and file.is_file() and not file.is_symlink() and file.resolve().parent == folder
+
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict) or "best_model_path" not in state:
+            continue
+        for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            state[name] = state[name] if is_ours(state.get(name)) else ""
+        state["best_k_models"] = {
+            path: score for path, score in state.get("best_k_models", {}).items() if is_ours(path)
+        }

@@ -25,9 +25,8 @@ help:
 	@echo "make bench        run the benchmarks"
 	@echo "make clean        remove what the other targets made"
 
-# $(call environment,FOLDER,PYTHON,WHAT TO INSTALL): make a new environment, and mark it as complete.
+# $(call environment,FOLDER,PYTHON,WHAT TO INSTALL): make an environment or bring it up to date, and mark it as complete.
 define environment
-	rm -rf $(1)
 	$(2) -m venv $(1)
 	$(1)/$(SCRIPTS)/python -m pip install --quiet --upgrade pip
 	$(1)/$(SCRIPTS)/python -m pip install --quiet $(3)
@@ -67,6 +66,7 @@ test-oldest: .venv-oldest/.installed
 
 # Made anew each time: what is newest changes.
 test-newest:
+	rm -rf .venv-newest
 	$(call environment,.venv-newest,$(PYTHON),--editable ".[dev]")
 	.venv-newest/$(SCRIPTS)/python -m pip freeze --exclude-editable
 	.venv-newest/$(SCRIPTS)/python -m pytest
@@ -90,6 +90,7 @@ package: .venv-release/.installed
 	.venv-release/$(SCRIPTS)/python -m twine check --strict dist/*
 
 wheel-test: package
+	rm -rf .venv-wheel
 	$(call environment,.venv-wheel,$(PYTHON),--constraint requirements/locked.txt dist/*.whl)
 	.venv-wheel/$(SCRIPTS)/python tests/support/wheel.py
 
@@ -102,7 +103,7 @@ COMPILE = .venv-lock/$(SCRIPTS)/uv pip compile pyproject.toml --all-extras --uni
 	--no-python-downloads --no-config --annotation-style line --custom-compile-command "make lock" --quiet
 
 lock:
-	$(call environment,.venv-lock,$(PYTHON),uv)
+	$(call environment,.venv-lock,$(PYTHON),--upgrade uv)
 	$(COMPILE) --upgrade --constraint requirements/constraints.txt --output-file requirements/locked.txt
 	$(COMPILE) --upgrade --resolution lowest-direct --output-file requirements/oldest.txt
 

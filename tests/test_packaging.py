@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lightning_memdml
-from lightning_memdml import callbacks, data, losses, memory
+from lightning_memdml import callbacks, data, losses
 
 PACKAGE = Path(lightning_memdml.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -127,7 +127,7 @@ def test_star_import_and_attributes_of_the_package() -> None:
     names: dict[str, object] = {}
     exec("from lightning_memdml import *", names)
     assert set(lightning_memdml.__all__) <= set(names)
-    missing = {*losses.__all__, *memory.__all__, *callbacks.__all__, *data.__all__} - {"Record", *names}
+    missing = {*losses.__all__, *callbacks.__all__, *data.__all__} - {"Record", *names}
     assert not missing, f"Expected {missing} in lightning_memdml/__init__.pyi as well."
     assert lightning_memdml.data.GlyphDataModule is names["GlyphDataModule"]
 

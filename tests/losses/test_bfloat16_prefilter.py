@@ -1,4 +1,4 @@
-"""Columns that no anchor reaches are told in bfloat16: what is found is what float32 finds, and the bound holds."""
+"""The bfloat16 prefilter skips no reference that has a weight, and its error bound holds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lightning_memdml.losses.definition import Pairs
 
 LOSSES = {
     "contrastive": ml.ContrastiveLoss(margin=0.6),
-    "multi-similarity": ml.MultiSimilarityLoss(),  # a cut for each anchor
+    "multi-similarity": ml.MultiSimilarityLoss(),  # a threshold for each anchor
     "triplet": ml.TripletLoss(),
     "direct, hardest": ml.DirectWeightLoss(negative=ml.Threshold(0.6), hardest_negatives=3),
-    "hybrid": ml.HybridLoss(ml.MultiSimilarityLoss(), ml.ContrastiveLoss(margin=0.9)),  # two cuts
+    "hybrid": ml.HybridLoss(ml.MultiSimilarityLoss(), ml.ContrastiveLoss(margin=0.9)),  # two thresholds
 }
 
 
 @pytest.fixture
-def sieved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """BFloat16Prefilter on any processor, in blocks of 512 columns; the list has what the sieve said of every block."""
+def filtered(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Use the prefilter on any processor, in blocks of 512 columns. The list collects its result for each block."""
     monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
     reached, found = BFloat16Prefilter.may_be_above, []
@@ -58,13 +58,13 @@ def evaluated(loss: ml.PairLoss, *args: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_sieve_changes_nothing(name: str, scale: float, sieved: list[Tensor]) -> None:
+def test_the_prefilter_changes_no_result(name: str, scale: float, filtered: list[Tensor]) -> None:
     """Half of the negatives with weight are mislabelled, so blocks have few of them but all have some."""
     loss = LOSSES[name]
     (x, y), (r, ry) = rows(12, 128, 0.5, seed=0), rows(3000, 128, 0.5, seed=1)
     ry = torch.where(torch.arange(3000) % 40 == 0, 50, ry)
     value, gradient = evaluated(loss, x, y, scale * r, ry)
-    assert len(sieved) >= 3
+    assert len(filtered) >= 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: False)
         plain = evaluated(loss, x, y, scale * r, ry)
@@ -77,78 +77,78 @@ def test_the_sieve_changes_nothing(name: str, scale: float, sieved: list[Tensor]
     logarithm=st.integers(-12, -3),
     seed=st.integers(0, 5),
     scale=st.sampled_from([0.01, 1.0, 7.0]),
-    other_cuts=st.lists(st.sampled_from([torch.inf, -0.25, 0.0, 0.3]), min_size=3, max_size=3),
+    other_thresholds=st.lists(st.sampled_from([torch.inf, -0.25, 0.0, 0.3]), min_size=3, max_size=3),
     parts=st.sampled_from(["number", "tensor", "both"]),
 )
-def test_no_column_above_a_cut_is_missed(
-    dim: int, logarithm: int, seed: int, scale: float, other_cuts: list[float], parts: str
+def test_no_column_above_a_threshold_is_skipped(
+    dim: int, logarithm: int, seed: int, scale: float, other_thresholds: list[float], parts: str
 ) -> None:
-    """Similarities are packed around a cut, nearer than bfloat16 can tell."""
+    """Similarities are closer to a threshold than bfloat16 can resolve."""
     (x, _), (noise, _) = rows(4, dim, 1.0, seed), rows(600, dim, 1.0, seed + 50)
     noise = F.normalize(noise - (noise @ x[:1].T) * x[:1], dim=1)
     wanted = 0.6 + 2.0**logarithm * torch.linspace(-1, 1, 600)[:, None]
     r = scale * (wanted * x[:1] + (1 - wanted**2).sqrt() * noise)
-    cut = scale * torch.tensor([0.6, *other_cuts])
-    cuts = {"number": [0.6 * scale], "tensor": [cut], "both": [cut, 0.6 * scale]}[parts]
-    lowest = torch.stack([cut.expand(4) for cut in map(torch.as_tensor, cuts)]).amin(dim=0)[:, None]
+    threshold = scale * torch.tensor([0.6, *other_thresholds])
+    thresholds = {"number": [0.6 * scale], "tensor": [threshold], "both": [threshold, 0.6 * scale]}[parts]
+    lowest = torch.stack([threshold.expand(4) for threshold in map(torch.as_tensor, thresholds)]).amin(dim=0)[:, None]
     similarity = x.double() @ r.double().T
-    reached = BFloat16Prefilter(x).may_be_above(r, cuts)
+    reached = BFloat16Prefilter(x).may_be_above(r, thresholds)
     assert (reached | (similarity <= lowest).all(dim=0)).all()
     assert (~reached | (similarity > lowest - 0.025 * scale).any(dim=0)).all()
 
 
 @pytest.mark.parametrize(("rows", "anchors"), [(1, 1), (7, 3), (256, 16), (2048, 64)])
-def test_a_product_is_not_rounded_before_the_cut_is_taken_off(rows: int, anchors: int) -> None:
+def test_a_product_is_not_rounded_before_the_threshold_is_subtracted(rows: int, anchors: int) -> None:
     """The bound relies on it: 257 in bfloat16 is 256."""
     x, r = torch.ones(anchors, 257).bfloat16(), torch.ones(rows, 257).bfloat16()
     assert (F.linear(r, x, torch.full((anchors,), -256.0).bfloat16()) == 1.0).all()
 
 
 @pytest.mark.parametrize("length", [1.0, 2.0**-20, 2.0**20])
-def test_roundings_that_all_go_one_way_hide_nothing(length: float) -> None:
-    """All numbers round down by nearly a share of 2^-8, so every product does by twice as much."""
+def test_roundings_in_one_direction_skip_no_column(length: float) -> None:
+    """All numbers are rounded down by nearly 2^-8 of themselves, so every product is by twice as much."""
     for dim in range(64, 129):
         x = torch.full((1, dim), 2.0**-3 * (1 + 2.0**-8))
         similarity = (x.double() @ x.T.double()).item() * length
-        cuts = [similarity * (1 - 1e-6), torch.tensor([similarity * (1 - 1e-6)])]
-        for cut in cuts:
-            assert BFloat16Prefilter(x).may_be_above(length * x, [cut]).all()
+        thresholds = [similarity * (1 - 1e-6), torch.tensor([similarity * (1 - 1e-6)])]
+        for threshold in thresholds:
+            assert BFloat16Prefilter(x).may_be_above(length * x, [threshold]).all()
         assert not BFloat16Prefilter(x).may_be_above(length * x, [1.03 * similarity]).any()
 
 
-@pytest.mark.parametrize("one_cut", [True, False])
-def test_reached_columns_are_those_above_a_cut(one_cut: bool) -> None:
-    """``None`` stands for more than half: of all columns, or already of the first ones."""
+@pytest.mark.parametrize("one_threshold", [True, False])
+def test_columns_above_are_those_above_a_threshold(one_threshold: bool) -> None:
+    """`None` means more than half of all columns, or of the first ones."""
     similarity = torch.zeros(3, 2000)
-    cut = 0.5 if one_cut else torch.tensor([0.5, 0.7, 0.9])
+    threshold = 0.5 if one_threshold else torch.tensor([0.5, 0.7, 0.9])
     excluded = torch.zeros(2000, dtype=torch.bool)
     hits = torch.tensor([3, 300, 301, 1999])
     similarity[torch.tensor([0, 1, 2, 0]), hits] = 0.95
     excluded[301] = True
-    assert blocks.columns_above(similarity, cut, excluded).tolist() == [3, 300, 1999]
+    assert blocks.columns_above(similarity, threshold, excluded).tolist() == [3, 300, 1999]
     similarity[1, : blocks.SAMPLE] = 0.95
-    assert blocks.columns_above(similarity, cut, excluded) is None
-    assert blocks.columns_above(similarity.flip(1), cut, excluded).shape[0] == blocks.SAMPLE + 3
+    assert blocks.columns_above(similarity, threshold, excluded) is None
+    assert blocks.columns_above(similarity.flip(1), threshold, excluded).shape[0] == blocks.SAMPLE + 3
     similarity[1] = 0.95
     similarity[1, : blocks.SAMPLE] = 0.0
-    assert blocks.columns_above(similarity, cut, excluded) is None
+    assert blocks.columns_above(similarity, threshold, excluded) is None
 
 
-def test_it_is_not_used_where_many_columns_are_reached(sieved: list[Tensor]) -> None:
+def test_it_is_not_used_where_many_columns_are_above_a_threshold(filtered: list[Tensor]) -> None:
     (x, y), (r, ry) = rows(12, 64, 0.2, seed=0), rows(3000, 64, 0.2, seed=1)
     evaluated(ml.ContrastiveLoss(margin=-0.9), x, y, r, ry)
     evaluated(ml.SupConLoss(), x, y, r, ry)
-    assert not sieved
+    assert not filtered
     evaluated(ml.ContrastiveLoss(margin=0.9), x, y, r, ry)
-    assert sieved
+    assert filtered
 
 
-def test_a_row_that_is_not_finite_hides_no_other(sieved: list[Tensor]) -> None:
+def test_a_row_that_is_not_finite_skips_no_other(filtered: list[Tensor]) -> None:
     loss = ml.ContrastiveLoss(margin=0.6)
     (x, y), (r, _) = rows(12, 128, 0.5, seed=0), rows(3000, 128, 0.5, seed=1)
     nowhere = torch.full((3000,), 99)  # all are negatives, the near ones with weight
     r[700] = torch.nan
     value, _ = evaluated(loss, x, y, r, nowhere)
-    assert any(reached.all() for reached in sieved)
+    assert any(reached.all() for reached in filtered)
     finite = torch.arange(3000) != 700
     torch.testing.assert_close(value, evaluated(loss, x, y, r[finite], nowhere[finite])[0])

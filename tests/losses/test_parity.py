@@ -1,6 +1,6 @@
-"""Where definitions meet, the losses are those of pytorch-metric-learning: in the batch and against references.
+"""Where the definitions agree, the losses are those of pytorch-metric-learning: in the batch and against references.
 
-Its margin loss counts a pair once for every triplet it is in, and it has no binomial deviance: these two are left out.
+Its margin loss counts a pair once for each of its triplets, and it has no binomial deviance. These two are left out.
 """
 
 import pytest

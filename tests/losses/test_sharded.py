@@ -1,4 +1,4 @@
-"""References spread over ranks give the loss of the references together, for every loss; ranks are threads here."""
+"""Every loss has the same value and gradient when its references are spread over ranks. Ranks are threads here."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ LOSSES = {name: case[0] for name, case in loss_cases().items()} | {
 
 
 class Threads:
-    """What one rank of several sees; all ranks are threads of this process."""
+    """Ranks that are threads of this process, and exchange messages through a list."""
 
     def __init__(self, world):
         self.barrier = threading.Barrier(world, timeout=60)
@@ -49,7 +49,7 @@ class Rank:
 
 
 def on_ranks(world, run):
-    """Call ``run(rank)`` on every rank at once."""
+    """Call `run(rank)` on every rank at once."""
     threads = Threads(world)
     with ThreadPoolExecutor(world) as pool:
         futures = [pool.submit(run, threads.rank(number), number) for number in range(world)]

@@ -1,4 +1,4 @@
-"""The streamed evaluation as a citizen of autograd, autocast and torch.compile, and what it allocates."""
+"""The streamed evaluation under autograd, autocast and torch.compile, and what it allocates."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     assert largest.elements < 64 * 10_000 / 4
 
 
-def test_evaluating_the_anchors_in_parts_changes_nothing(loss, monkeypatch):
+def test_evaluating_the_anchors_in_chunks_changes_no_result(loss, monkeypatch):
     x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory(classes=4))
     x.requires_grad_()
     whole = loss(x, y, r, ry)
@@ -73,7 +73,7 @@ def test_evaluating_the_anchors_in_parts_changes_nothing(loss, monkeypatch):
     torch.testing.assert_close((parts, *torch.autograd.grad(parts, x)), (whole, wanted))
 
 
-def test_huge_labels_are_told_apart(loss):
+def test_huge_labels_are_distinguished(loss):
     x, y, r, ry = batch_and_memory()
     wanted = loss(x, y, r, ry)
     torch.testing.assert_close(loss(x, 2**63 - 1 - y, r, 2**63 - 1 - ry), wanted)
@@ -157,7 +157,7 @@ def _like_a_gpu():
 
 
 @pytest.mark.parametrize("max_shared", [None, 300, 5000])
-def test_the_way_of_a_gpu_gives_the_same(loss, max_shared, like_a_gpu, monkeypatch):
+def test_the_code_for_a_gpu_gives_the_same_result(loss, max_shared, like_a_gpu, monkeypatch):
     x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory())
     x.requires_grad_()
     monkeypatch.setattr(blocks, "GPU_BLOCK_ELEMENTS", 16 * 600)
@@ -169,7 +169,7 @@ def test_the_way_of_a_gpu_gives_the_same(loss, max_shared, like_a_gpu, monkeypat
     torch.testing.assert_close((value, gradient), (wanted, *torch.autograd.grad(wanted, x)))
 
 
-def test_a_bound_that_is_too_low_is_no_silent_mistake(loss, like_a_gpu):
+def test_a_bound_that_is_too_low_raises(loss, like_a_gpu):
     x, y, r, ry = batch_and_memory(classes=4)
     with pytest.raises(
         RuntimeError, match=r"Expected at most `max_shared=7` references .* but got more. Pass a higher bound"

@@ -1,4 +1,4 @@
-"""What a loss says of its negatives in torch is what its kernel would compute."""
+"""The generated text of a kernel computes what the loss computes in torch."""
 
 from __future__ import annotations
 
@@ -86,17 +86,17 @@ def check(loss: ml.PairLoss) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_kernel_says_what_the_loss_says(name: str) -> None:
+def test_the_text_computes_the_terms_of_the_loss(name: str) -> None:
     check(LOSSES[name])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_plain_function_of_a_user_is_read_too(name: str) -> None:
+def test_a_function_of_a_user_is_translated_too(name: str) -> None:
     check(ml.DirectWeightLoss(negative=FUNCTIONS[name]))
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(FUNCTIONS)), st.floats(0.1, 2)), min_size=1, max_size=4))
-def test_functions_of_functions_are_read(steps: list[tuple[str, float]]) -> None:
+def test_compositions_of_functions_are_translated(steps: list[tuple[str, float]]) -> None:
     def function(similarity: Tensor) -> Tensor:
         for name, factor in steps:
             similarity = torch.sigmoid(FUNCTIONS[name](similarity * factor)) - 0.5
@@ -106,7 +106,7 @@ def test_functions_of_functions_are_read(steps: list[tuple[str, float]]) -> None
 
 
 def test_numbers_are_arguments_of_the_kernel() -> None:
-    """A margin that moves while training compiles nothing anew."""
+    """A margin that moves while training compiles nothing again."""
     loss = ml.ContrastiveLoss(margin=0.5)
     before = generate_terms(loss, (), rows=4)
     loss.margin = 0.7
@@ -115,7 +115,7 @@ def test_numbers_are_arguments_of_the_kernel() -> None:
     assert (before.constants, after.constants) == ((0.5,), (0.7,))
 
 
-def test_a_learned_number_is_read_anew_in_every_step() -> None:
+def test_a_learned_number_is_read_again_in_every_step() -> None:
     threshold = nn.Parameter(torch.tensor(0.5))
     terms = generate_terms(ml.DirectWeightLoss(negative=lambda s: torch.relu(s - threshold.detach())), (), rows=4)
     assert [float(column) for column in terms.columns] == [0.5]
@@ -146,13 +146,13 @@ def test_a_learned_number_is_read_anew_in_every_step() -> None:
         ml.Piecewise([0.0, 1.0], [0.0, 1.0]),
     ],
 )
-def test_what_is_not_element_by_element_is_left_to_torch(function: Callable[[Tensor], Tensor]) -> None:
+def test_an_operation_that_is_not_element_wise_raises(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedOpError):
         generate_terms(ml.DirectWeightLoss(negative=function), (), rows=4)
 
 
 @pytest.mark.parametrize("loss", [ml.TripletLoss(), ml.TripletLoss(soft=True)])
-def test_losses_with_further_sums_are_left_to_torch(loss: ml.PairLoss) -> None:
+def test_a_loss_with_further_sums_raises(loss: ml.PairLoss) -> None:
     context = loss.context(torch.rand(4, 5), torch.ones(4, 5, dtype=torch.bool))
     with pytest.raises(UnsupportedOpError):
         generate_terms(loss, context, rows=4)

@@ -31,6 +31,7 @@ DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.float16,
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.3),
     "direct": ml.DirectWeightLoss(negative=lambda s: torch.relu(s - 0.1), normalize="sum"),
+    "negative weights": ml.DirectWeightLoss(negative=lambda s: 0.2 - s),
     "everywhere": ml.DirectWeightLoss(negative=ml.Exponential(2), normalize="sum"),
     "binomial deviance": ml.BinomialDevianceLoss(),
     "multi-similarity": ml.MultiSimilarityLoss(),
@@ -38,7 +39,7 @@ LOSSES: dict[str, ml.PairLoss] = {
     "SupCon": ml.SupConLoss(),
     "hybrid": ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss()),  # two parts, the second without a gradient
 }
-NOT_FUSED: dict[str, ml.PairLoss] = {
+WITHOUT_KERNEL: dict[str, ml.PairLoss] = {
     "triplet": ml.TripletLoss(),
     "hardest": ml.DirectWeightLoss(hardest_negatives=3),
     "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss(soft=True)),
@@ -53,7 +54,7 @@ def _count(numbers, stop):
 
 @functools.cache
 def loops() -> bool:
-    """Whether the interpreter can loop: older ones of Triton cannot with newer versions of NumPy."""
+    """Whether the interpreter can run a loop: older versions of Triton cannot with newer versions of NumPy."""
     try:
         _count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
     except Exception as error:
@@ -65,7 +66,7 @@ def loops() -> bool:
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Fuse on any device and in any precision; the list has the shape of every launch's result."""
+    """Use the kernel on any device and in any precision. The list collects the shape of each launch's result."""
     shapes: list[tuple] = []
     launch = kernel._launch
 
@@ -84,7 +85,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 def pairs(rows: int, references: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Pairs:
-    """Clustered embeddings; a third of the classes is in both, and a few references are anchors."""
+    """Clustered embeddings. A third of the classes is on both sides, and a few references are anchors."""
     generator = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(30, dim, generator=generator), dim=1)
     labels, ref_labels = (
@@ -106,7 +107,7 @@ def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-1
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_kernel_gives_what_the_blocks_give(name: str, launches: list) -> None:
+def test_the_kernel_computes_what_the_blocks_compute(name: str, launches: list) -> None:
     check(LOSSES[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
     widths = [27, 3] if name == "hybrid" else [27]
     assert [shape[2] for shape in launches] == widths
@@ -114,13 +115,13 @@ def test_the_kernel_gives_what_the_blocks_give(name: str, launches: list) -> Non
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_costs_what_rounding_the_weights_costs(name: str) -> None:
+def test_the_error_in_half_precision_is_that_of_rounding_the_weights(name: str) -> None:
     check(LOSSES[name], pairs(20, 700, 24, torch.float16), 2e-3)
 
 
-@pytest.mark.parametrize("name", NOT_FUSED)
-def test_what_has_no_kernel_takes_the_blocks(name: str, launches: list) -> None:
-    check(NOT_FUSED[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_a_loss_without_a_kernel_takes_the_blocks(name: str, launches: list) -> None:
+    check(WITHOUT_KERNEL[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
     assert len(launches) == (name == "half")
 
 
@@ -150,7 +151,9 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
 
 
 @pytest.mark.parametrize("generation", [7, 10])
-def test_other_generations_take_the_blocks(generation: int, launches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_other_generations_take_the_blocks(
+    generation: int, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel, "_device", lambda device: kernel._Device(generation, 132, 227 << 10))
     check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
     assert launches == []

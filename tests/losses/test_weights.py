@@ -1,4 +1,4 @@
-"""Weight functions: their curves, where they are 0, their refusals."""
+"""The contract of every weight function: its formula, where it is 0, and the arguments it refuses."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_the_curve_is_the_formula(case):
 
 
 def test_weights_are_0_at_and_below_the_similarity_a_function_states(case):
-    """Or, where it states none, there is a weight at the lowest similarity: pairs could not be skipped."""
+    """A function without such a similarity has a weight at the lowest one, so no pair can be skipped."""
     weight, _ = case
     if weight.zero_below == -torch.inf:
         assert weight(GRID[:1]) > 0

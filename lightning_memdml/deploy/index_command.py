@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -49,6 +50,8 @@ def index(arguments: list[str]) -> None:
         required=False,
         help="Where the images come from, if not from the checkpoint's own data.",
     )
+    groups: Any = parser.groups
+    groups["data"].title = "Where the images come from"
     options = _add_kind_arguments(parser)
     given = parser.parse_args(arguments).as_dict()
     given.pop("config", None)
@@ -66,19 +69,24 @@ def _refuse_old_options(arguments: Sequence[str]) -> None:
 def _add_kind_arguments(parser: ArgumentParser) -> list[str]:
     """Add `--kind` and the options of every kind, and return the names of the options."""
     kinds = index_kinds()
-    parser.add_argument(
-        "--kind",
-        default="flat",
-        help="Kind of index. "
-        + " ".join(f"`{name}`: {str(kind.__doc__).splitlines()[0]}" for name, kind in kinds.items()),
-    )
-    owners: dict[str, list[str]] = {}
+    summaries = (f"{name}: {str(kind.__doc__).splitlines()[0]}" for name, kind in kinds.items())
+    parser.add_argument("--kind", default="flat", help=" ".join(summaries))
+    owners: dict[str, dict[str, list[str]]] = {}  # option -> description -> kinds
     for name, kind in kinds.items():
         for field in fields(kind):
-            owners.setdefault(field.name, []).append(f"{name} (default: {field.default})")
-    for option, users in owners.items():
-        parser.add_argument(f"--{option}", type=int, default=None, help=f"Option of {', '.join(users)}.")
+            default = "" if field.default is None else f" Default: {field.default}."
+            described = f"{_description(kind, field.name)}{default}"
+            owners.setdefault(field.name, {}).setdefault(described, []).append(name)
+    for option, descriptions in owners.items():
+        described = " ".join(f"{', '.join(names)}: {text}" for text, names in descriptions.items())
+        parser.add_argument(f"--{option}", type=int | None, default=None, help=described)
     return list(owners)
+
+
+def _description(kind: type[IndexKind], option: str) -> str:
+    """Return what the docstring of a kind says about an option."""
+    found = re.search(rf"^ +{option}: (.+?)(?=^ +\w+: |^\s*$|\Z)", str(kind.__doc__), re.MULTILINE | re.DOTALL)
+    return "" if found is None else " ".join(found[1].split())
 
 
 def index_images(

@@ -37,7 +37,8 @@ def unit_float32(rows: Tensor) -> Tensor:
 def full_precision_products(device: torch.device) -> Iterator[None]:
     """Compute float32 matrix products in float32 inside the block: no autocast, no TF32, no bfloat16 passes."""
     with torch.autocast(device.type, enabled=False):
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        mkldnn: Any = torch.backends.mkldnn
+        backends: list[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
         previous = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"

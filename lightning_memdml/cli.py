@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_memdml.commands import run
+from lightning_memdml.warnings_filter import hide_what_users_cannot_change
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With a sentence, if a name, an option, a file or a value is wrong.
     """
+    hide_what_users_cannot_change()
     # Lightning starts the other ranks with `sys.argv`, so the arguments have to be there.
     if arguments is not None:
         sys.argv[1:] = arguments

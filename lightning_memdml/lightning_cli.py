@@ -83,6 +83,7 @@ class MemdmlCLI(LightningCLI):
             MetricLearner,
             LightningDataModule,
             subclass_mode_data=True,
+            seed_everything_default=0,  # a number, so that two runs of one command are the same
             auto_configure_optimizers=False,  # `--model.optimizer` instead, which knows the backbone's rate
             parser_class=ArgumentParser,
             parser_kwargs={"predict": {"own_options": PREDICT}},

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.children import PATIENCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
@@ -72,7 +73,7 @@ def browse(tmp_path: Path) -> Callable[..., str]:
             browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
             f"--user-data-dir={tmp_path}/profile", "--host-resolver-rules=MAP * ~NOTFOUND", *flags, page.as_uri(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -17,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
+from support.children import run_python
 
 from lightning_memdml import ContrastiveLoss, DirectWeightLoss, GlyphDataModule, MetricLearner, __version__
 from lightning_memdml.cli import main
@@ -441,6 +440,7 @@ def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: p
         ("test --ckpt_path damaged.ckpt", "damaged.ckpt: it is damaged"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
 def test_wrong_value_is_answered_by_the_sentence_alone(
     line: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,6 +458,7 @@ def test_message_that_is_not_understood_is_handed_on() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
 def test_a_damaged_image_is_a_sentence_from_a_worker_too(
     workers: int, memdml: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -543,13 +544,10 @@ def test_two_ranks_from_one_command(tmp_path: Path, glyph_cache: str) -> None:
 
     The callbacks of each rank must know the metric they monitor.
     """
-    env = {**os.environ, "LIGHTNING_MEMDML_CACHE": glyph_cache, "OMP_NUM_THREADS": "1"}
     best = "--trainer.callbacks.monitor=val/map_at_r --trainer.callbacks.mode=max"
     both = f"--trainer.callbacks+=ModelCheckpoint {best} --trainer.callbacks+=EarlyStopping {best}"
     line = f"{TINY} --trainer.devices=2 --trainer.strategy=ddp {both}"
-    command = [sys.executable, "-m", "lightning_memdml", *line.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "lightning_memdml", *line.split(), cwd=tmp_path, env={"LIGHTNING_MEMDML_CACHE": glyph_cache})
     folder = tmp_path / RUN
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",

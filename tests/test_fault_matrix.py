@@ -104,6 +104,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("kind", list(MEMORIES))
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path")
 def test_sigterm_finishes_the_step_and_the_run_resumes_exactly(
     kind: str, accumulate: int, glyphs: GlyphDataModule, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_checkpoint_with_a_damaged_memory_is_refused_before_the_first_step(
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_short_runs_and_validation_in_between_store_each_training_batch_and_nothing_else(
     kind: str, flags: dict[str, Any], batches: int, glyphs: GlyphDataModule
 ) -> None:

@@ -382,6 +382,7 @@ def test_scheduler_that_reads_a_metric_waits_for_the_validation() -> None:
     assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # the first is the best so far
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_frozen_batch_norm_keeps_its_statistics_through_a_fit_with_validation() -> None:
     for freeze in (True, False):
         model = learner(backbone=SmallConvNet(width=4, pool=1), freeze_batch_norm=freeze)

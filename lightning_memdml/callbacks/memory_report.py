@@ -348,4 +348,5 @@ def _draw(axes: Axes, panel: _Panel, reports: Sequence[dict[str, float]]) -> Non
     axes.set_ylim(0, None)
     axes.set_ylabel(panel.title, fontsize="small")
     plain_axes(axes)
-    axes.legend(loc="best", frameon=False, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:  # a panel without a number has no line
+        axes.legend(loc="best", frameon=False, fontsize="small")

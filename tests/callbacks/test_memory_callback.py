@@ -281,6 +281,7 @@ def test_memory_can_be_switched_on_and_off_between_checkpoints(tmp_path: Path) -
         fit(Optional(), ckpt=tmp_path / "with.ckpt", max_epochs=2)
 
 
+@pytest.mark.filterwarnings("ignore:MemoryCallback stores rows")
 def test_resuming_with_another_dimension_says_so(tmp_path: Path) -> None:
     class Wider(Plain):
         def embed(self, images: Tensor) -> Tensor:
@@ -406,6 +407,7 @@ def test_manual_optimisation_that_returns_nothing_is_told_to_return() -> None:
         fit(Silent(), MemoryCallback(size=8))
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_skipped_batch_is_not_stored() -> None:
     class Skips(Plain):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:

@@ -210,6 +210,7 @@ class Counted(MemoryCallback):
         super()._fill(*args)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_the_pass_is_never_repeated_on_resume(tmp_path: Path) -> None:
     """From before it: once, with the same images. From after it: not again."""
     options: dict[str, Any] = {"size": 20, "start_step": 3, "prefill": True}

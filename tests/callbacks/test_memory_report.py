@@ -66,7 +66,7 @@ class Learner(LightningModule):
         self.seen.append(
             {
                 "z": z.detach(), "y": y, "indices": indices, "rows": [column.clone() for column in references],
-                "steps": self.memory.steps.clone(), "share": float(against / (against + in_batch)),
+                "steps": self.memory.steps.clone(), "share": float((against / (against + in_batch)).detach()),
             }
         )  # fmt: skip
         return {"loss": in_batch + against, "embeddings": z, "labels": y, "indices": indices}
@@ -253,6 +253,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, int]) -> None:
         MemoryReport(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_images_of_a_data_module_are_opened_as_for_validation(glyph_cache: str, tmp_path: Path) -> None:
     """The rows were made of shifted glyphs, and are compared with those of the glyphs as they are."""
     glyphs = GlyphDataModule(

@@ -21,6 +21,11 @@ from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.records import Record
 from lightning_memdml.data.transforms import Shrink
 
+# Data sets of tests are small.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Training classes with one image only", "ignore:Test classes that are training classes too"
+)
+
 
 def photographs(folder: Path, count: int = 24) -> list[Record]:
     """Noise of several sizes and modes, three of a class; the last third tests."""

@@ -35,6 +35,7 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, int
     return capsys.readouterr().out, code
 
 
+@pytest.mark.filterwarnings("ignore:.* are no images of a class")
 def test_a_sound_data_set_is_described(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     root = folders(tmp_path / "images")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.children import run_python
 
 from lightning_memdml.cli import main
 from lightning_memdml.data.features import FeatureDataModule, RandomView
@@ -95,7 +94,7 @@ def test_frozen_images_train_a_head_from_the_command_line(tmp_path: Path, monkey
     Path("list.csv").write_text("path,label\n" + "".join(rows))
     script = Path(__file__).parents[2] / "experiments/freeze.py"
     options = ["--backbone", "resnet18", "--image_size", "33", "--views", "2"]
-    subprocess.run([sys.executable, script, "list.csv", "features.npz", *options], check=True, capture_output=True)
+    run_python(script, "list.csv", "features.npz", *options)
     with np.load("features.npz") as made:
         assert made["feature"].shape[:2] == (len(made["label"]), 2)
         assert not np.array_equal(made["feature"][:, 0], made["feature"][:, 1])

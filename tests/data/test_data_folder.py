@@ -9,6 +9,9 @@ from PIL import Image
 
 from lightning_memdml.data.folder import FolderDataModule
 
+# Data sets of tests are small.
+pytestmark = pytest.mark.filterwarnings("ignore:Training classes with one image only")
+
 
 def draw(*paths: Path) -> None:
     for path in paths:

@@ -291,6 +291,7 @@ def test_equal_styles_of_other_pairs_are_other_garments(tmp_path):
     assert names(built, "gallery_set")[:2] == ["validation/9/1", "validation/9/2"]
 
 
+@pytest.mark.filterwarnings("ignore:Training classes with one image only")
 def test_garments_with_an_empty_box_are_counted(tmp_path):
     root = trees.fashion2(tmp_path)
     edit(root / "train/annos/000001.json", "[5, 3, 24, 30]", "[5, 3, 5, 30]")

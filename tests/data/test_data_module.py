@@ -66,6 +66,7 @@ def test_queries_and_gallery_share_labels_and_number_their_images_together():
     assert (len(queries.dataset), len(gallery.dataset)) == (2, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Training classes with one image only")
 def test_training_labels_are_the_first_numbers_and_indices_the_positions():
     module = made(("owl", "test"), ("x", "test"), *TRAIN, (1, "train"), (1, "train"), (10**18, "train"), val_fraction=0)
     assert module.classes == ["cat", "dog", 1, 10**18, "owl", "x"]

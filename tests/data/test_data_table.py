@@ -15,6 +15,9 @@ from PIL import Image
 
 from lightning_memdml.data.table import TableDataModule
 
+# Data sets of tests are small.
+pytestmark = pytest.mark.filterwarnings("ignore:Training classes with one image only")
+
 
 def table(folder: Path, text: str, name: str = "list.csv") -> Path:
     path = folder / name

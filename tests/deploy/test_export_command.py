@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from support.children import run_python
 from torchvision.transforms import v2
 
 from lightning_memdml import ContrastiveLoss, MetricLearner
@@ -129,8 +129,7 @@ def test_the_program_runs_without_this_package(exported: Path) -> None:
         "m = torch.export.load('exported/model.pt2').module(); "
         f"print(m(torch.zeros(3, *{shape})).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=exported)
-    assert done.stdout.strip() == "torch.Size([3, 8])", done.stderr[-2000:]
+    assert run_python("-c", code, cwd=exported).stdout.strip() == "torch.Size([3, 8])"
 
 
 @ONE_NETWORK

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from support.children import PATIENCE
 from support.losses import loss_cases
 
 import lightning_memdml as ml
@@ -20,7 +21,7 @@ class Threads:
     """Ranks that are threads of this process, and exchange messages through a list."""
 
     def __init__(self, world):
-        self.barrier = threading.Barrier(world, timeout=60)
+        self.barrier = threading.Barrier(world, timeout=PATIENCE)
         self.sent = [None] * world
 
     def rank(self, number):
@@ -53,7 +54,7 @@ def on_ranks(world, run):
     threads = Threads(world)
     with ThreadPoolExecutor(world) as pool:
         futures = [pool.submit(run, threads.rank(number), number) for number in range(world)]
-        return [future.result(timeout=60) for future in futures]
+        return [future.result(timeout=PATIENCE) for future in futures]
 
 
 def unit(rows, seed):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.children import run_python
 from torch import Tensor
 
 import lightning_memdml as ml
@@ -218,10 +217,7 @@ for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, h
 @pytest.mark.usefixtures("fake_gpu")
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["LIGHTNING_MEMDML_FUSED"] = "1"
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None, "LIGHTNING_MEMDML_FUSED": "1"})
     grids, used, estimated, warp_group_products = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
     assert grids == ([4, 33], [4, 33], [4, 33], [8, 16]), "one program for nearly every processor"
     assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.children import run_python
 from torch import Tensor
 
 from lightning_memdml.retrieval.index import IndexedImages, build_index, load_index
@@ -248,11 +246,7 @@ if count == 2:  # both renames are done
     count = 3
 build_index(torch.eye(6)).save("index")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", killed, str(renames)], cwd=tmp_path, capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 9, done.stderr[-2000:]
+    run_python("-c", killed, renames, cwd=tmp_path, code=9)
     assert len(load_index(target)) == (6 if renames == 2 else 4)
     build_index(torch.eye(5)).save(target)
     assert len(load_index(target)) == 5
@@ -369,10 +363,7 @@ except ImportError as error:
 
 
 def test_a_flat_index_needs_no_faiss_and_others_name_the_extra(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FAISS], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", WITHOUT_FAISS, cwd=tmp_path)
     found, message = done.stdout.splitlines()
     assert found == "[[2], [3]]"
     assert message == (
@@ -417,9 +408,5 @@ print("done")
 
 @pytest.mark.parametrize("first", ["faiss", "torch"])
 def test_faiss_and_torch_share_a_process_with_threads_and_forked_workers(first: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TOGETHER, first], capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python("-c", TOGETHER, first, env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"})
     assert "done" in done.stdout

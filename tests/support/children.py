@@ -60,21 +60,22 @@ def python_path() -> str:
 
 
 def run_python(
-    *arguments: Any, cwd: Path | None = None, env: Mapping[str, str] | None = None, code: int = 0
+    *arguments: Any, cwd: Path | None = None, env: Mapping[str, str | None] | None = None, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with arguments and return what it printed.
 
     Args:
         *arguments: Of the interpreter, for example `"-c", "print(1)"`.
         cwd: The folder it runs in.
-        env: Variables beside those of this process.
+        env: Variables beside those of this process; None removes one.
         code: The exit status that is expected.
 
     Raises:
         ChildError: If it ends with another status, or hangs.
     """
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **(env or {})}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **(env or {})}
+    environment = {name: value for name, value in variables.items() if value is not None}
     try:
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE

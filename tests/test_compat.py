@@ -1,12 +1,18 @@
 """What `lightning_memdml/compat.py` relies on is there, on every supported version of torch and Lightning."""
 
+import copy
 import warnings
 
 import jsonargparse
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.compile import from_compiled
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import DataLoader
 
 from lightning_memdml import compat
 
@@ -68,3 +74,65 @@ def test_argparse_asks_the_help_formatter_for_the_help_of_an_option() -> None:
     assert "A network (type: " in text
     assert "Conv2d" not in text
     assert "known subclasses: lightning.pytorch.loggers." in text
+
+
+def test_a_dynamic_length_is_not_compiled_again():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda tensor: tensor * 2, backend=counter)
+    for length in (3, 4, 7):
+        tensor = torch.ones(length)
+        compat.mark_dynamic(tensor, 0)
+        compiled(tensor)
+    assert counter.frame_count == 1
+
+
+def test_tensors_move_towards_their_targets_together():
+    tensors, targets = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.zeros(3)]
+    compat.move_towards_(tensors, targets, weight=0.25)
+    torch.testing.assert_close(tensors, [torch.full((2,), 0.25), torch.full((3,), 0.75)])
+
+
+def test_the_forward_of_a_compiled_module_is_found_in_its_copy():
+    """Lightning compiles in place: the copy of such a module would run the network it was copied from."""
+
+    class Net(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    compiled = from_compiled(torch.compile(Net(), backend="eager"))
+    copied = copy.deepcopy(compiled)
+    assert "forward" in vars(copied), "upstream no longer stores the compiled function: `restore_forward` can go"
+    compat.restore_forward(copied)
+    with torch.no_grad():
+        copied.linear.weight.zero_()
+        copied.linear.bias.zero_()
+    assert torch.equal(copied(torch.ones(1, 2)), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("given", ["loader", "module"])
+def test_the_training_data_is_known_before_it_is_loaded(given):
+    found = []
+
+    class Look(Callback):
+        def setup(self, trainer, pl_module, stage):
+            found.append(compat.given_training_data(trainer))
+
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader
+
+    loader, data = DataLoader([torch.ones(32)]), Data()
+    flags = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, callbacks=[Look()], **flags)
+    trainer.fit(BoringModel(), loader if given == "loader" else data)
+    assert found == [loader if given == "loader" else data]
+
+
+def test_every_batch_norm_of_torch_is_known():
+    batch_norms = [getattr(torch.nn, name) for name in dir(torch.nn) if "BatchNorm" in name and "Lazy" not in name]
+    assert set(compat.BATCH_NORMS) == set(batch_norms)

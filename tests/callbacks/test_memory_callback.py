@@ -436,6 +436,20 @@ def test_a_module_with_its_own_memory_is_refused(owned: Any) -> None:
     assert module.memory is owned
 
 
+def test_a_second_memory_callback_is_refused_with_a_sentence() -> None:
+    """By Lightning where both would be saved under one key, else by the callback."""
+
+    class Other(MemoryCallback):
+        state_key = "other"
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `MemoryCallback`"):
+        fit(Plain(), MemoryCallback(size=8), MemoryCallback(size=8))
+    with pytest.raises(
+        ValueError, match=r"Expected one MemoryCallback in the Trainer but got several\. Remove all but"
+    ):
+        fit(Plain(), MemoryCallback(size=8), Other(size=8))
+
+
 def test_memory_without_the_callback_is_told_to_pass_it() -> None:
     class Short(Plain):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -60,11 +60,11 @@ class Batches:
 
 
 class Learner(LightningModule):
-    def __init__(self, in_batch: bool, sick: bool = False) -> None:
+    def __init__(self, in_batch: bool, sick: bool = False, forgetful: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
-        self.in_batch, self.sick = in_batch, sick
+        self.in_batch, self.sick, self.forgetful = in_batch, sick, forgetful
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         x, y, indices = batch
@@ -78,7 +78,10 @@ class Learner(LightningModule):
         stored = z.detach()
         if self.sick and batch_idx in (1, 2) and self.global_rank == 1:
             stored = stored.index_fill(0, torch.tensor([0]), torch.nan)
-        return {"loss": loss, "embeddings": stored, "labels": y, "indices": indices}
+        outputs = {"loss": loss, "embeddings": stored, "labels": y}
+        if self.forgetful and self.global_rank == 1:
+            return outputs
+        return {**outputs, "indices": indices}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -152,8 +155,10 @@ def fit(module: Learner, steps: list[tuple[int, int]], *callbacks: Callback, ckp
         trainer.fit(module, Batches(steps), ckpt_path=ckpt)
 
 
-def train(in_batch: bool, steps: list[tuple[int, int]], sick: bool = False, size: int = SIZE) -> dict[str, Any]:
-    module, callback = Learner(in_batch, sick), Watched(size)
+def train(
+    in_batch: bool, steps: list[tuple[int, int]], sick: bool = False, forgetful: bool = False, size: int = SIZE
+) -> dict[str, Any]:
+    module, callback = Learner(in_batch, sick, forgetful), Watched(size)
     fit(module, steps, callback)
     return {
         "weights": module.state_dict(),
@@ -191,6 +196,7 @@ def all_cases(folder: Path) -> dict[str, Any]:
         "both terms": train(True, even(STEPS)),
         "uneven": train(False, UNEVEN),
         "sick": train(False, UNEVEN, sick=True, size=11),
+        "forgetful": train(False, UNEVEN, forgetful=True),
         "resume": save_and_resume(folder, "two", "one"),
     }
 
@@ -209,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"one": one, 0: first, 1: second}
 
 
-@pytest.mark.parametrize("case", ["memory term", "both terms", "uneven", "sick"])
+@pytest.mark.parametrize("case", ["memory term", "both terms", "uneven", "sick", "forgetful"])
 def test_the_memory_is_the_same_on_both_ranks_after_every_step(runs: dict[str, Any], case: str) -> None:
     hashes = runs[0][case]["hashes"]
     assert hashes == runs[1][case]["hashes"]
@@ -247,6 +253,15 @@ def test_nan_rows_of_one_rank_enter_on_no_rank(runs: dict[str, Any]) -> None:
         assert memory["indices"].tolist() == rows[-11:]
         assert memory["embeddings"].isfinite().all()
         assert memory["dropped"] == 2
+
+
+def test_indices_given_on_one_rank_only_are_unknown_for_the_rows_of_the_other(runs: dict[str, Any]) -> None:
+    expected, start = [], 0
+    for first, second in UNEVEN:
+        expected += [*range(start, start + first), *[-1] * second]
+        start += first + second
+    for rank in range(2):
+        assert runs[rank]["forgetful"]["memory"]["indices"].tolist() == expected
 
 
 def test_a_step_costs_one_collective_and_a_second_one_only_when_a_batch_outgrows_all_before(

@@ -38,8 +38,14 @@ class MemoryRows(_Rows):
         (2, None)
     """
 
-    ranks: Any = None
-    bound: tuple[int, int] | None = None
+    ranks: Any
+    bound: tuple[int, int] | None
+
+    def __new__(cls, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
+        """Make the tuple, and set the attributes: torch 2.10 does not trace those of the class."""
+        rows = super().__new__(cls, embeddings, labels, indices)
+        rows.ranks = rows.bound = None
+        return rows
 
     def max_shared(self, anchors: int) -> int | None:
         """Return an upper bound of the rows that share a class or an image with a batch.

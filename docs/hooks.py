@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "experiments/**/*")  # beside `docs/`
 SUFFIXES = {".md", ".png", ".yaml", ".py", ".csv", ""}
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s#]+)")
-HELP = re.compile(r"<!-- memdml (.*?) --help -->")  # shown in its place
+COMMANDS = "<!-- all commands -->"  # their table and their help take its place
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -48,10 +48,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + posixpath.relpath(_place(target), here or ".")
 
     markdown = LINK.sub(moved, markdown)
-    if commands := HELP.findall(markdown):
-        shown = read_help(commands)
-        markdown = HELP.sub(lambda match: f"```text\n{shown[match[1]]}\n```", markdown)
-    return markdown
+    return markdown.replace(COMMANDS, describe_commands()) if COMMANDS in markdown else markdown
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -63,23 +60,31 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     return FORMULA.sub(drawn, content)
 
 
-def read_help(commands: list[str]) -> dict[str, str]:
-    """Return the help of each command, all from one process, since starting one takes seconds."""
-    script = f"""
-import contextlib, io, json, sys
+def describe_commands() -> str:
+    """Return a table of all commands and the help of each, from one process, since starting one takes seconds."""
+    script = r"""
+import contextlib, io, json
 from lightning_memdml.cli import main
-shown = {{}}
-for command in {commands!r}:
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
-    shown[command] = printed.getvalue().strip().replace(" \\b", "")  # of jsonargparse
+from lightning_memdml.commands import COMMANDS
+
+shown, functions = {}, set()
+for name, command in COMMANDS.items():
+    printed = io.StringIO()
+    if command.function not in functions:  # validate, test and predict take the options of fit
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([name, *(["check"] if name == "data" else []), "--help"])
+    functions.add(command.function)
+    shown[name] = command.help, printed.getvalue().strip().replace(" \b", "")  # a backspace of jsonargparse
 print(json.dumps(shown))
 """
     environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
     printed = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(printed.stdout.splitlines()[-1])
+    shown: dict[str, tuple[str, str]] = json.loads(printed.stdout.splitlines()[-1])
+    rows = [f"| `memdml {name}` | {line} |" for name, (line, _) in shown.items()]
+    helps = [f"## memdml {name}\n\n```text\n{text}\n```" for name, (_, text) in shown.items() if text]
+    return "\n".join(["| command | what it does |", "|---|---|", *rows, "", *helps])
 
 
 def _place(path: Path) -> str:

@@ -63,11 +63,12 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 def describe_commands() -> str:
     """Return a table of all commands and the help of each, from one process, since starting one takes seconds."""
     script = r"""
-import contextlib, io, json
+import contextlib, io, json, sys
 from lightning_memdml.cli import main
 from lightning_memdml.commands import COMMANDS
 
 shown, functions = {}, set()
+sys.argv[0] = "memdml"
 for name, command in COMMANDS.items():
     printed = io.StringIO()
     if command.function not in functions:  # validate, test and predict take the options of fit
@@ -83,8 +84,12 @@ print(json.dumps(shown))
     )
     shown: dict[str, tuple[str, str]] = json.loads(printed.stdout.splitlines()[-1])
     rows = [f"| `memdml {name}` | {line} |" for name, (line, _) in shown.items()]
-    helps = [f"## memdml {name}\n\n```text\n{text}\n```" for name, (_, text) in shown.items() if text]
-    return "\n".join(["| command | what it does |", "|---|---|", *rows, "", *helps])
+    helps = [
+        f'## memdml {name}\n\n<details markdown="1"><summary>Help</summary>\n\n```text\n{text}\n```\n\n</details>'
+        for name, (_, text) in shown.items()
+        if text
+    ]
+    return "\n\n".join(["\n".join(["| command | what it does |", "|---|---|", *rows]), *helps])
 
 
 def _place(path: Path) -> str:

@@ -126,6 +126,11 @@ def test_a_training_set_without_a_length_is_named_with_the_way_out() -> None:
             fit(Learner(), MemoryCallback(**options), train=DataLoader(Stream(), batch_size=BATCH))
 
 
+def test_a_whole_number_of_rows_may_come_as_a_float() -> None:
+    """As jsonargparse can read it on Python 3.10."""
+    assert MemoryCallback(size=40.0).memory.size == 40
+
+
 @pytest.mark.parametrize("size", [0.0, 1.5, -0.5])
 def test_a_share_out_of_range_is_refused(size: float) -> None:
     with pytest.raises(ValueError, match=r"share of the training set in \(0, 1\]"):

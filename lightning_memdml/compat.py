@@ -50,6 +50,19 @@ def has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raise a `RuntimeError` if a condition on a device is false, without waiting for the device.
+
+    torch has no public function for it: reading the condition would make the host wait for a GPU. Tested with torch
+    2.10 and 2.14.
+
+    Args:
+        condition: A scalar truth value.
+        message: The message of the error. On a GPU the error comes with a later operation.
+    """
+    torch._assert_async(condition, message)
+
+
 def move_towards_(tensors: list[Tensor], targets: list[Tensor], weight: float) -> None:
     """Replace each tensor `t` by `t + weight * (target - t)`, all in one call.
 

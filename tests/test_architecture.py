@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bfloat16": {"compat"},
     "checks": set(),
     "lazy": set(),
-    "losses": {"bfloat16", "checks"},
+    "losses": {"bfloat16", "checks", "compat"},
     "memory": {"checks", "compat"},
     "data": set(),
     "atomic_write": set(),

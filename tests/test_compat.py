@@ -136,3 +136,9 @@ def test_the_training_data_is_known_before_it_is_loaded(given):
 def test_every_batch_norm_of_torch_is_known():
     batch_norms = [getattr(torch.nn, name) for name in dir(torch.nn) if "BatchNorm" in name and "Lazy" not in name]
     assert set(compat.BATCH_NORMS) == set(batch_norms)
+
+
+def test_assert_async_raises_with_its_message_for_a_false_condition_only():
+    compat.assert_async(torch.tensor(True), "the reason")
+    with pytest.raises(RuntimeError, match="the reason"):
+        compat.assert_async(torch.tensor(False), "the reason")

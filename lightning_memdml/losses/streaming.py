@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_memdml import bfloat16
+from lightning_memdml import bfloat16, compat
 from lightning_memdml.losses.accumulators import NegativeAccumulator, make_accumulators
 from lightning_memdml.losses.backends import bfloat16_prefilter, blocks
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
@@ -122,7 +122,7 @@ def _is_member(ids: Tensor, members: Tensor) -> Tensor:
 def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
     """Find the columns without asking the device how many there are."""
     number = mask.sum()
-    torch._assert_async(
+    compat.assert_async(
         number <= most,
         f"Expected at most `max_shared={most}` references that share a class or an image with the batch but got more. "
         "Pass a higher bound, or leave `max_shared` out.",

@@ -124,19 +124,20 @@ class PixelCache:
         size = 3 * height * width
         if written != source or not 0 < size <= self.slot:
             return None
-        pixels, after = bytearray(size), bytearray(HEADER.size)
+        pixels, after = torch.empty(height, width, 3, dtype=torch.uint8), bytearray(HEADER.size)
+        content = pixels.numpy().data.cast("B")
         # The checksum, taken once by each process, finds what a crash of the machine left unwritten. The header, which
         # is erased first and written last, finds what was written while it was read.
-        if not self._fill(pixels, self.start + row * self.slot):
+        if not self._fill(content, self.start + row * self.slot):
             return None
-        if not self._sound[row] and zlib.crc32(pixels) != checksum:
+        if not self._sound[row] and zlib.crc32(content) != checksum:
             return None
         if not self._fill(after, row * HEADER.size) or after != header:
             return None
         self._sound[row] = 1
-        return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        return pixels.permute(2, 0, 1)
 
-    def _fill(self, buffer: bytearray, start: int) -> bool:
+    def _fill(self, buffer: bytearray | memoryview, start: int) -> bool:
         """Fill `buffer` from the file, and return whether the file was long enough."""
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [buffer], start) == len(buffer)

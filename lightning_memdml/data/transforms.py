@@ -117,7 +117,7 @@ def cut_length(image: Any) -> Any:
         >>> cut_length(torch.zeros(3, 1, 30_000)).shape
         torch.Size([3, 1, 32])
     """
-    height, width = v2.functional.get_size(image)
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
     longest = MAX_RATIO * min(height, width)
     if max(height, width) <= longest:
         return image

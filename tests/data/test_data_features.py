@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support.children import run_python
 
@@ -83,6 +86,45 @@ def test_missing_and_damaged_files_are_told(tmp_path: Path) -> None:
     for name in ("cut.npz", "single.npz"):
         with pytest.raises(ValueError, match=f"{name} is no readable"):
             module(tmp_path / name).setup()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_damaged_archive_is_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = archive(tmp_path_factory.mktemp("damaged"))
+    with np.load(path) as arrays:
+        np.savez_compressed(path, **arrays)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(bytes(content))
+    try:
+        module(path).setup()
+    except ValueError as error:
+        assert "features.npz" in str(error)  # noqa: PT017
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in ("feature", "label", "train"):
+            with bomb.open(f"{name}.npy", "w") as file:
+                for _ in range(200):
+                    file.write(bytes(1 << 20))
+    with pytest.raises(
+        ValueError, match=r"bomb\.npz: expected an archive that unpacks to at most .* but got 629,145,600"
+    ):
+        module(path).setup()
+
+
+def test_an_array_that_announces_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path)
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 3, 5), }"
+    with zipfile.ZipFile(path, "w") as small:
+        for name in ("feature", "label", "train"):
+            small.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=r"features\.npz is no readable \.npz archive: it needs more memory"):
+        module(path).setup()
 
 
 def test_frozen_images_train_a_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)
 class SmallConvNet(nn.Module):
     """A small convolutional network for images of 28 to 64 pixels: it trains from scratch on a CPU in seconds.
 
-    Four 3 x 3 convolutions with batch norm and ReLU, strides 2, 2, 2, 1; then an average over ``pool x pool``
+    Four 3 x 3 convolutions with batch norm and ReLU, strides 2, 2, 2, 1; then an average over `pool x pool`
     fields.
 
     Args:
@@ -51,7 +51,7 @@ class SmallConvNet(nn.Module):
         self.num_features = channels[-1] * pool**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` to ``(B, num_features)``."""
+        """Map `(B, C, H, W)` to `(B, num_features)`."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"Expected images of shape (B, {self.in_channels}, H, W) for a SmallConvNet with in_channels="
@@ -64,7 +64,7 @@ class Embedder(nn.Module):
     """A backbone, a linear head, and L2 normalisation in fp32 under any precision.
 
     Args:
-        backbone: Maps images to features ``(B, num_features)``.
+        backbone: Maps images to features `(B, num_features)`.
         num_features: Width of the backbone's features.
         embedding_dim: Width of the embedding.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics stay,
@@ -81,7 +81,7 @@ class Embedder(nn.Module):
         self.train()  # Lightning trains in the mode it finds
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``(B, C, H, W)`` to unit embeddings ``(B, D)`` in fp32."""
+        """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in fp32."""
         features = self.backbone(images)
         if features.ndim != 2 or features.shape[1] != self.head.in_features:
             raise ValueError(
@@ -107,14 +107,14 @@ def build_backbone(
     """Return a backbone without its classifier, and the width of its features.
 
     Args:
-        backbone: The name of a torchvision classifier (``"resnet50"``), or any module that returns ``(B, F)``.
-        weights: A file with a state dict, or for a torchvision name one of its enums (``"IMAGENET1K_V2"``,
-            ``"DEFAULT"``).
-        num_features: The width F, for a module without the attribute ``num_features``.
+        backbone: The name of a torchvision classifier (`"resnet50"`), or any module that returns `(B, F)`.
+        weights: A file with a state dict, or for a torchvision name one of its enums (`"IMAGENET1K_V2"`,
+            `"DEFAULT"`).
+        num_features: The width F, for a module without the attribute `num_features`.
 
     Raises:
         ValueError: If the name is unknown, the width is not given, or the weights do not fit.
-        FileNotFoundError: If ``weights`` names a file that is not there.
+        FileNotFoundError: If `weights` names a file that is not there.
         ConnectionError: If torchvision's weights have to be downloaded and cannot be.
 
     Example:
@@ -195,7 +195,7 @@ def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _weights_file(weights: str | None) -> Path | None:
-    """Return the path if ``weights`` names a file, ``None`` if it is a torchvision enum."""
+    """Return the path if `weights` names a file, `None` if it is a torchvision enum."""
     if weights is None:
         return None
     path = Path(weights).expanduser()

@@ -1,4 +1,4 @@
-"""``memdml data check``: what a data set is made of, what is wrong with it, and what it looks like."""
+"""`memdml data check`: what a data set is made of, what is wrong with it, and what it looks like."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ a contact sheet. Exits with 1 if there is a problem.
 
 
 def data_command(arguments: list[str]) -> None:
-    """Run ``memdml data check`` with what follows ``memdml data`` on the command line.
+    """Run `memdml data check` with what follows `memdml data` on the command line.
 
     Raises:
-        ValueError: If that does not begin with ``check``.
+        ValueError: If that does not begin with `check`.
     """
     if arguments in (["--help"], ["-h"]):
         arguments = ["check", "--help"]
@@ -43,7 +43,7 @@ def check_data(data: RetrievalDataModule, output: str = "runs/data_check", open_
     """Print what a data set is made of and what is wrong with it, and draw a contact sheet.
 
     Args:
-        data: The data set: ``--data StanfordOnlineProducts --data.root DIR``.
+        data: The data set: `--data StanfordOnlineProducts --data.root DIR`.
         output: Folder for the contact sheet.
         open_images: Open every image, to find missing and damaged ones: some minutes for 100,000 images. Otherwise only
             the numbers are compared with the published ones.

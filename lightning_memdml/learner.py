@@ -65,7 +65,9 @@ class LinearRamp(Schedule):
 class MetricLearner(LightningModule):
     r"""Trains an embedding with a loss in the batch, and a weighted loss against the memory.
 
-    .. math:: L = L_\text{batch} + \text{memory\_weight} \cdot L_\text{memory}
+    $$
+    L = L_\text{batch} + \text{memory\_weight} \cdot L_\text{memory}
+    $$
 
     Without a `MemoryCallback` it trains on the batch alone. Batches are `(images, labels)` or `(images, labels,
     indices)`; equal indices are the same image. Validation and test report recall at K, MAP@R and R-precision. Two

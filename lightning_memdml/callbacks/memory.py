@@ -24,14 +24,14 @@ from lightning_memdml.memory_term import Loss, memory_term
 class MemoryCallback(Callback):
     """Adds a memory of earlier embeddings to any LightningModule (Wang et al. 2020, arXiv 1912.06798).
 
-    Three lines of an existing module change::
+    Three lines of an existing module change:
 
         from lightning_memdml import MemoryCallback, against_memory
         loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
         trainer = Trainer(callbacks=[MemoryCallback(size=8192)])
 
     During `trainer.fit` the memory is `pl_module.memory`, so `training_step` may also read it directly. Then it returns
-    what is to be stored, with `indices` (the data-set index of each row's image) if they are known::
+    what is to be stored, with `indices` (the data-set index of each row's image) if they are known:
 
         loss = self.loss(z, y) + self.loss(z, y, *self.memory.read()[:2])
         return {"loss": loss, "embeddings": z, "labels": y}
@@ -303,7 +303,7 @@ def against_memory(
 ) -> Tensor:
     """Return the loss of a batch against the memory of `MemoryCallback`, and let it store the batch after the step.
 
-    The shorter way to add a memory: `training_step` need not return embeddings and labels::
+    The shorter way to add a memory: `training_step` need not return embeddings and labels:
 
         loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
 

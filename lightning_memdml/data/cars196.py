@@ -22,7 +22,7 @@ class Cars196(PublishedDataModule):
 
     The 8,054 images of the first 98 classes train; every one of the 8,131 images of the others is query, all the
     others are its gallery. The released split into train and test is one for classification, with all classes on both
-    sides: both parts are read, and cut by class. Either layout of the release will do::
+    sides: both parts are read, and cut by class. Either layout of the release will do:
 
         root/                                    or root/stanford_cars/
             cars_annos.mat                       the old one

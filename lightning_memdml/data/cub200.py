@@ -21,7 +21,7 @@ class CUB200(PublishedDataModule):
 
     The 5,864 images of the first 100 classes train; every one of the 5,924 images of the others is query, all the
     others are its gallery. `train_test_split.txt` of the archive is a split for classification, with all classes on
-    both sides: it is not read. ::
+    both sides: it is not read. The files:
 
         root/                        or root/CUB_200_2011/
             images.txt               image_id path

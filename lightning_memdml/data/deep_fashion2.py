@@ -25,7 +25,7 @@ class DeepFashion2(PublishedDataModule):
     photographs of consumers (`user`) and of the shop. Of `validation`, those on photographs of consumers are queries,
     those of the shop are the gallery (labels of the official test set are not released). Style 0 means that a garment
     has no partner: such a garment of the shop stays in the gallery, where no query should find it; others are not used.
-    Boxes come from the annotations, not from a detector, so scores are not those of the official challenge. ::
+    Boxes come from the annotations, not from a detector, so scores are not those of the official challenge. The files:
 
         root/
             train/image/000001.jpg       train/annos/000001.json

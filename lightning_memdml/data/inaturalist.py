@@ -23,7 +23,7 @@ class INaturalist2018(PublishedDataModule):
 
     325,846 photographs of 5,690 species train; every one of the 136,093 images of the 2,452 others is query, all the
     others are its gallery (Brown et al. 2020, arXiv 2007.12163). The released split into train, val and test is one for
-    classification. ::
+    classification. The files:
 
         root/                                    or root/Inaturalist/
             Inat_dataset_splits/Inaturalist_train_set1.txt     a path per line; or in the root itself

@@ -31,7 +31,7 @@ MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than t
 class RetrievalDataModule(LightningDataModule):
     """Makes data sets and loaders for metric learning out of the records of a data set.
 
-    A new data set is one class with one method, `records`, that yields a `Record` per image::
+    A new data set is one class with one method, `records`, that yields a `Record` per image:
 
         class Shoes(RetrievalDataModule):
             def __init__(self, root: str, **kwargs: Any) -> None:

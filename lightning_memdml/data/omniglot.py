@@ -23,7 +23,7 @@ class Omniglot(PublishedDataModule):
 
     The 19,280 images of the 964 characters of the background set train; every one of the 13,180 images of the 659
     characters of the evaluation set is query, all the others are its gallery. The same number of character in two
-    alphabets is two classes. ::
+    alphabets is two classes. The files:
 
         root/                            or root/python/, root/omniglot-py/ (where torchvision puts it)
             images_background/<alphabet>/character01/0001_01.png

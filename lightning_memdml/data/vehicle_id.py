@@ -28,7 +28,7 @@ class VehicleID(PublishedDataModule):
       queries. Papers average 10 draws: `draw` 0 to 9. `one_image_each` draws from embeddings without running the
       network again.
 
-    Every draw is the same on every machine. ::
+    Every draw is the same on every machine. The files:
 
         root/                        or root/VehicleID_V1.0/
             train_test_split/train_list.txt      image_id vehicle_id
@@ -107,7 +107,7 @@ def one_image_each(labels: list[int], draw: int = 0) -> np.ndarray:
         Whether each image was drawn, `(N,)` bool. It depends on `draw` and the class's own images alone.
 
     Example:
-        The protocol's score, the mean of 10 draws, from embeddings `z` and `labels` of all test images::
+        The protocol's score, the mean of 10 draws, from embeddings `z` and `labels` of all test images:
 
             scores = []
             for draw in range(10):

@@ -15,7 +15,9 @@ from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, TableMemory, unit
 class InstanceMemory(TableMemory):
     r"""One row per image of the data set, updated in place (Wu et al. 2018, arXiv 1805.01978).
 
-    .. math:: r \leftarrow \frac{m r + (1 - m) x}{|m r + (1 - m) x|}
+    $$
+    r \leftarrow \frac{m r + (1 - m) x}{|m r + (1 - m) x|}
+    $$
 
     Here the rows have the momentum; with a `MomentumEncoder` the network that writes them has it. No image has two
     rows, however long the memory. A row is as old as the last visit to its image, about an epoch at most.
@@ -27,7 +29,7 @@ class InstanceMemory(TableMemory):
     Args:
         size: Images of the data set; indices are in `[0, size)`. None: those of the training set, which
             `MemoryCallback` finds out.
-        momentum: The :math:`m` of the formula, in [0, 1). At 0 a row is the image's latest embedding.
+        momentum: The $m$ of the formula, in [0, 1). At 0 a row is the image's latest embedding.
         dtype: How embeddings are stored, a floating-point dtype. They are averaged and normalised in float32.
 
     Attributes:

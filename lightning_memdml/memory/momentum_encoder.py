@@ -21,8 +21,10 @@ BatchNorm = Literal["batch", "running"]
 class MomentumEncoder:
     r"""An exponential moving average of an encoder's weights (He et al. 2020, arXiv 1911.05722).
 
-    .. math:: \theta_k \leftarrow m_t \theta_k + (1 - m_t) \theta, \qquad
-              m_t = \min\Big(m, \frac{1 + t}{r + t}\Big)
+    $$
+    \theta_k \leftarrow m_t \theta_k + (1 - m_t) \theta, \qquad
+    m_t = \min\Big(m, \frac{1 + t}{r + t}\Big)
+    $$
 
     A memory holds rows of many steps. If the network moves fast, rows of different steps no longer fit together; rows
     made by its slowly moving copy do. The copy is a plain object, not a module: a LightningModule that holds it has
@@ -45,8 +47,8 @@ class MomentumEncoder:
 
     Args:
         encoder: What is averaged. It is copied deeply, with its forward hooks, unless a `factory` is given.
-        momentum: The :math:`m` of later updates, in [0, 1). At 0 the copy is the encoder as it was last updated.
-        ramp: The :math:`r` of the formula, at least 1: early updates average over about as many steps as there were. 1
+        momentum: The $m$ of later updates, in [0, 1). At 0 the copy is the encoder as it was last updated.
+        ramp: The $r$ of the formula, at least 1: early updates average over about as many steps as there were. 1
             is no ramp. With 10, a momentum of 0.99 is reached after 900 updates, one of 0.999 after 9,000.
         batch_norm: With which statistics the copy normalises.
         factory: Builds a module with the parameters of `encoder`, if a deep copy cannot be made or is too large.

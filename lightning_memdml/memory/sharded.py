@@ -27,7 +27,7 @@ class ShardedMemory(Memory):
     classes, and for the sums `(W B, D + 4)`. On one rank, and outside of distributed training, it is an
     `EmbeddingMemory` with that loss.
 
-    The loss has to be called with `ranks`. `MetricLearner` and `against_memory` do it by themselves; otherwise write::
+    The loss has to be called with `ranks`. `MetricLearner` and `against_memory` do it by themselves; otherwise write:
 
         rows = memory.read()
         loss(z, y, rows.embeddings, rows.labels, ranks=rows.ranks)

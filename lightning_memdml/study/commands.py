@@ -1,4 +1,4 @@
-"""``memdml weight-curves``: the weights of any loss, or of a trained checkpoint, as a picture and tables."""
+"""`memdml weight-curves`: the weights of any loss, or of a trained checkpoint, as a picture and tables."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def draw_weight_curves(
     by pixel.
 
     Args:
-        loss: A loss, or several that are drawn over each other: ``--loss+ A --loss+ B``, or a list in YAML. By default
+        loss: A loss, or several that are drawn over each other: `--loss+ A --loss+ B`, or a list in YAML. By default
             those of the checkpoint, in the batch and against the memory.
-        ckpt_path: A checkpoint of ``memdml fit``. A training batch of its data is embedded with its network, and
+        ckpt_path: A checkpoint of `memdml fit`. A training batch of its data is embedded with its network, and
             compared with the memory in the checkpoint.
         data: Where the images come from; by default the data of the checkpoint, or glyphs without one.
         output: Folder for the picture and the tables.

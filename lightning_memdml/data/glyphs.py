@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.data import transforms
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import local_path
@@ -149,13 +149,10 @@ def _read(path: Path) -> Glyphs | None:
 
 
 def _write(path: Path, glyphs: Glyphs) -> None:
-    """Put the file into place whole, so that no other process ever reads half of it."""
+    """Write the file atomically, so that no other process reads a part of it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            np.savez(unfinished, images=glyphs.images.numpy(), characters=glyphs.characters, faces=glyphs.faces)
-            os.replace(unfinished, path)
+        with atomic_write(path) as temporary:
+            np.savez(temporary, images=glyphs.images.numpy(), characters=glyphs.characters, faces=glyphs.faces)
     except OSError as error:
         rank_zero_warn(f"Cannot keep the drawn characters in {path} ({error}); pass a writable `cache_dir`.")
 

@@ -32,7 +32,8 @@ CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
 
 def _bare(axes: Axes, *spines: str) -> None:
     plain_axes(axes, grid=False)
-    axes.spines[[*spines]].set_visible(False)
+    for spine in spines:
+        axes.spines[spine].set_visible(False)
 
 
 # ----------------------------------------------------------------------------------------- weight curves beside scores

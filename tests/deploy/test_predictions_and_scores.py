@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_memdml.cli import main
-from lightning_memdml.deploy.predictions import read_embeddings, write_embeddings
+from lightning_memdml.deploy.predictions import columns_of, read_embeddings, write_embeddings
 from lightning_memdml.deploy.score import score_files
 from lightning_memdml.retrieval import normalized_mutual_information, rank_queries, retrieval_scores
 
@@ -221,3 +221,11 @@ def test_what_cannot_be_scored_is_explained(memdml: Callable[[str], None], capsy
         with pytest.raises(SystemExit, match="error: ") as stop:
             memdml(line)
         assert sentence in str(stop.value.code), line
+
+
+def test_an_image_of_unknown_index_has_no_path() -> None:
+    class Images:
+        indices, paths = torch.tensor([4, 7]), ["four.png", "seven.png"]
+
+    columns = columns_of(torch.tensor([0, 0, 1]), torch.tensor([7, -1, 4]), Images())
+    assert columns["path"] == ["seven.png", "", "four.png"]

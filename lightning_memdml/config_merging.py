@@ -7,7 +7,6 @@ keeps the options that a configuration set, starts from its own defaults otherwi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,16 +29,34 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes values out, where PyYAML would write an anchor, which no checkpoint may hold."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write_yaml(config: dict[str, Any]) -> str:
+    """Return a configuration as YAML without anchors.
+
+    Example:
+        >>> values = [1, 2]
+        >>> write_yaml({"a": values, "b": values}).split()
+        ['a:', '-', '1', '-', '2', 'b:', '-', '1', '-', '2']
+    """
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[str]:
-    """Return the arguments with one configuration instead of several, and with no option that changes its classes.
+    r"""Return the arguments with one configuration instead of several, and with no option that changes its classes.
 
     Args:
         arguments: Options of a command, without its name.
         defaults: The configuration below all others.
 
     Example:
-        >>> merge_arguments(["--model.loss", "TripletLoss"], {"model": {"loss": {"class_path": "ContrastiveLoss"}}})
-        ['--config', '{"model": {"loss": {"class_path": "TripletLoss"}}}']
+        >>> merge_arguments(["--loss", "TripletLoss", "--k", "1"], {"loss": {"class_path": "ContrastiveLoss"}})
+        ['--config', 'loss:\n  class_path: TripletLoss\n', '--k', '1']
     """
     config, others = deepcopy(defaults), []
     places = iter(range(len(arguments)))
@@ -59,7 +76,7 @@ def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[
             others.append(arguments[place])
         elif not equals:
             next(places)
-    return ["--config", json.dumps(config), *others]
+    return ["--config", write_yaml(config), *others]
 
 
 def merge(base: Any, over: Any, where: str = "") -> Any:

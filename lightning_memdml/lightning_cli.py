@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_memdml.cli_messages import ArgumentParser
-from lightning_memdml.config_merging import merge, merge_arguments
+from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
@@ -129,6 +129,18 @@ class MemdmlCLI(LightningCLI):
         else:
             rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
 
+    def after_instantiate_classes(self) -> None:
+        """Refuse a log folder that holds other files: Lightning's CSV log removes and overwrites some."""
+        if self.subcommand is None or not self.trainer.is_global_zero:  # other ranks find what the first has begun
+            return
+        for logger in self.trainer.loggers:
+            folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) else None
+            if folder is not None and folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
+                raise ValueError(
+                    f"Expected an empty folder or a run for the log but got {folder}, which holds other files. Pass "
+                    "another --trainer.logger.name or --trainer.logger.version."
+                )
+
     def _section(self) -> Any:
         """Return the part of the configuration that belongs to the command."""
         return self.config.get(str(self.config.get("subcommand")), self.config)
@@ -205,7 +217,7 @@ class SaveRunConfig(SaveConfigCallback):
         checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
 
     def _text(self) -> str:
-        return self.parser.dump(self.config, skip_unset=False)
+        return write_yaml(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
 
 
 def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
@@ -228,7 +240,16 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
     config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
     if config is None or "data" not in config:
         return arguments
-    return [arguments[0], "--config", yaml.safe_dump(config, sort_keys=False), *arguments[1:]]
+    return [arguments[0], "--config", write_yaml(config), *arguments[1:]]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: it has the configuration of one."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and {"trainer", "model"} <= config.keys()
 
 
 def _without_foreign_files(checkpoint: dict[str, Any], ckpt_path: str | Path | None) -> None:

@@ -8,6 +8,7 @@ restrict what users name themselves, in their own `--config` or options.
 
 from __future__ import annotations
 
+import collections.abc
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -29,6 +30,7 @@ from lightning_memdml.trust_table import (
     Plain,
     Rule,
     Text,
+    Texts,
     Words,
 )
 
@@ -210,6 +212,11 @@ class _Walk:
             return self._options(rule, value, where)
         if isinstance(value, str):
             return self._text(rule, value, where, owner)
+        if isinstance(rule, Texts):
+            texts = [*value, *value.values()] if isinstance(value, dict) else value
+            if isinstance(texts, list) and all(isinstance(text, str) and text.isprintable() for text in texts):
+                return value
+            return self._refuse(where, "texts", value)
         most = rule.most if isinstance(rule, Plain) else Plain.most
         if _is_plain(value, most):
             return value
@@ -338,7 +345,9 @@ def _literal_words(owner: str, name: str) -> tuple[str, ...]:
     made = load(owner)
     for part in made.__mro__ if isclass(made) else (made,):
         function = vars(part).get("__init__") if isclass(part) else part
-        hint = get_type_hints(function).get(name) if hasattr(function, "__annotations__") else None
+        # torch imports some names of its annotations for type checkers only.
+        hints = get_type_hints(function, localns=vars(collections.abc)) if hasattr(function, "__annotations__") else {}
+        hint = hints.get(name)
         if hint is not None:
             return tuple(word for word in _literals(hint) if isinstance(word, str))
     return ()

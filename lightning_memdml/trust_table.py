@@ -38,6 +38,11 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A list or mapping of texts that are only compared, such as names of columns."""
+
+
+@dataclass(frozen=True)
 class InputPath:
     """A path on this machine that is read and never written to; no URL."""
 
@@ -92,7 +97,7 @@ class Options:
     others: Plain = Plain()
 
 
-Rule = Plain | Words | Text | InputPath | NetworkName | Fixed | OneOf | Options
+Rule = Plain | Words | Text | Texts | InputPath | NetworkName | Fixed | OneOf | Options
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ MIN_MAX = Words(("min", "max"))
 TRANSFORMS: dict[str, Rule] = {
     "transforms": OneOf("transform", many=True),
     "interpolation": INTERPOLATION,
+    "fill": Plain(),
     "padding_mode": Words(("constant", "edge", "reflect", "symmetric")),
     "dtype": DTYPE,
     "policy": Words(("IMAGENET", "CIFAR10", "SVHN", "imagenet", "cifar10", "svhn")),
@@ -144,6 +150,7 @@ NETWORK: dict[str, Rule] = {
 DATA: dict[str, Rule] = {
     "root": InputPath(),
     "path": InputPath(),
+    "columns": Texts(),
     "download": Fixed(False),
     **dict.fromkeys(("cache_dir", "pixel_cache"), Fixed(None)),
     **dict.fromkeys(("train_transform", "test_transform"), OneOf("transform")),
@@ -334,7 +341,7 @@ TRAINER = Options(
         "precision": Text(r"(16|bf16|32|64|transformer-engine)(-true|-mixed|-float16)?"),
         "logger": OneOf("logger", otherwise=Fixed(DEFAULT_LOGGER)),
         "callbacks": OneOf("callback", many=True),
-        "max_time": Text(r"[0-9:]{1,20}"),
+        **dict.fromkeys(("max_time", "val_check_interval"), Text(r"[0-9:]{1,20}")),
         "gradient_clip_algorithm": Words(("norm", "value")),
         "deterministic": Words(("warn",)),
         **dict.fromkeys(("profiler", "plugins", "default_root_dir", "model_registry"), Fixed(None)),

@@ -48,9 +48,9 @@ def test_a_command_has_a_help_of_its_own(
     assert f" {name} " in printed.splitlines()[0]
 
 
-def test_a_command_is_documented() -> None:
+def test_the_documentation_is_made_from_the_table() -> None:
     page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
-    assert [name for name in COMMANDS if f"memdml {name}" not in page] == []
+    assert "<!-- all commands -->" in page
 
 
 def test_a_command_from_elsewhere_is_one_entry_and_one_function(

@@ -19,8 +19,9 @@ import yaml
 from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.deploy.trained import data_of, load_learner
+from lightning_memdml.lightning_cli import _without_foreign_files
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
-from lightning_memdml.trust import UntrustedFileError, allowed_config, build
+from lightning_memdml.trust import UntrustedFileError
 
 Forge = Callable[[str, Any], None]
 RunIn = Callable[[Path], AbstractContextManager[None]]
@@ -62,27 +63,6 @@ CODE = {
     "init_args": {"body": {"_code": ""}, "import_block": "open('built', 'w').close()"},
 }
 OBJECT = {"class_path": "stranger.Callable_", "init_args": {"name": "built"}}
-# Where a file may name a class.
-PLACES = (
-    "model.backbone", "model.loss", "model.memory_loss", "model.memory_weight", "model.optimizer", "model.lr_scheduler",
-    "data", "data.init_args.train_transform", "data.init_args.test_transform",
-    "trainer.callbacks",
-)  # fmt: skip
-
-
-def nested(place: str, value: Any) -> dict[str, Any]:
-    """A configuration that is otherwise right, with a value at a place."""
-    config: dict[str, Any] = {
-        "model": {"backbone": "SmallConvNet", "loss": "ContrastiveLoss"},
-        "data": {"class_path": "GlyphDataModule", "init_args": {}},
-        "trainer": {},
-    }
-    *inner, last = place.split(".")
-    part = config
-    for name in inner:
-        part = part[name]
-    part[last] = value
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -218,22 +198,6 @@ def test_networks_and_functions_of_the_user_are_built_by_trust(forge: Forge, tra
         assert type(learner.model.backbone).__name__ == "Net"
 
 
-def test_a_network_may_be_made_by_a_function_of_torchvision() -> None:
-    spec = {"class_path": "torchvision.models.resnet18", "init_args": {"num_classes": 3, "weights": "DEFAULT"}}
-    allowed = allowed_config({"model": {"backbone": spec}}, "file")["model"]["backbone"]
-    assert allowed["init_args"] == {"num_classes": 3, "weights": None}, "nothing is downloaded"
-    assert build(torch.nn.Module, allowed).fc.out_features == 3
-
-
-@pytest.mark.parametrize(
-    "name", ["os.system", "torch.load", "torch.hub.load", "torch.jit.load", "subprocess.getoutput"]
-)
-def test_a_function_that_runs_what_it_is_given_is_named_nowhere(name: str) -> None:
-    for place in PLACES:
-        with pytest.raises(UntrustedFileError, match="of the closed list but got"):
-            allowed_config(nested(place, {"class_path": name}), "file")
-
-
 def test_what_the_user_says_is_not_restricted(forge: Forge) -> None:
     forge("model.k", [1])
     config = yaml.safe_load(read_checkpoint("forged.ckpt")[CONFIG_IN_CHECKPOINT])
@@ -264,6 +228,87 @@ def test_two_threads_do_not_open_the_boundary_for_each_other() -> None:
     for thread in threads:
         thread.join()
     assert found == ["refused"] * 100
+
+
+@pytest.mark.parametrize("url", ["http://a.b/c.ckpt", "s3://a/c.ckpt", "file:///tmp/c.ckpt", "memory://c.bin"])
+@pytest.mark.parametrize("command", ["test", "fit", "predict --config mine.yaml", "index", "weight-curves"])
+def test_a_checkpoint_elsewhere_is_refused_before_any_work(
+    command: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    with pytest.raises(SystemExit, match=rf"^error: Expected a checkpoint on this machine but got {url}"):
+        main([*command.split(), "--ckpt_path", url])
+
+
+class Pickled:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("built"),)
+
+
+@pytest.mark.parametrize("name", ["evil.ckpt", "evil.pt", "evil.bin", "evil"])
+def test_pickled_code_never_runs_whatever_the_suffix(name: str, forge: Forge) -> None:
+    forge("model.k", [1])
+    torch.save({**torch.load("forged.ckpt", weights_only=True), "x": Pickled()}, name)
+    Path("mine.yaml").write_text(read_checkpoint("forged.ckpt")[CONFIG_IN_CHECKPOINT])
+    for options in ("", "--config mine.yaml"):
+        with pytest.raises(SystemExit, match="it is damaged, or holds code"):
+            main(["test", *options.split(), "--ckpt_path", name])
+    with pytest.raises(ValueError, match="it is damaged, or holds code"):
+        MetricLearner.load_from_checkpoint(name)
+    assert not Path("built").exists()
+
+
+def test_the_recipe_of_lightning_is_checked_too(forge: Forge) -> None:
+    """A checkpoint of weights alone has no configuration, and an old one may hide its recipe under older keys."""
+    forge("model.memory_loss", OBJECT)
+    checkpoint = torch.load("forged.ckpt", weights_only=True)
+    del checkpoint[CONFIG_IN_CHECKPOINT]
+    torch.save(checkpoint, "weights.ckpt")
+    with pytest.raises(UntrustedFileError, match=r"Expected model.memory_loss in weights.ckpt"):
+        MetricLearner.load_from_checkpoint("weights.ckpt")
+    for key in ("hparams", "module_arguments"):
+        hidden = {**checkpoint, key: checkpoint["hyper_parameters"], "hyper_parameters": {}}
+        torch.save(hidden, "hidden.ckpt")
+        with pytest.raises((TypeError, ValueError)):
+            MetricLearner.load_from_checkpoint("hidden.ckpt")
+    torch.save({**checkpoint, "hyper_parameters": {"embedding_dim": 10**9}}, "huge.ckpt")
+    with pytest.raises(UntrustedFileError, match=r"Expected model.embedding_dim in huge.ckpt"):
+        MetricLearner.load_from_checkpoint("huge.ckpt", backbone="resnet18", loss=torch.nn.Identity())
+    assert not Path("built").exists()
+
+
+def test_a_checkpoint_names_no_files_to_remove_but_those_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "inner").mkdir(parents=True)
+    ours, linked, elsewhere = folder / "ours.ckpt", folder / "linked.ckpt", tmp_path / "mine.ckpt"
+    for file in (ours, elsewhere, folder / "notes.txt"):
+        file.touch()
+    linked.symlink_to(elsewhere)
+    foreign = [
+        str(path) for path in (folder, folder / "inner", linked, elsewhere, folder / "notes.txt", "s3://a/b.ckpt")
+    ]
+    for path in [*foreign, str(ours)]:
+        state = {
+            "best_model_path": path, "last_model_path": path, "kth_best_model_path": path, "best_k_models": {path: 1.0},
+        }  # fmt: skip
+        _without_foreign_files({"callbacks": {"ModelCheckpoint{}": state}}, folder / "last.ckpt")
+        kept = path == str(ours)
+        assert state["best_model_path"] == (path if kept else "")
+        assert state["last_model_path"] == (path if kept else "")
+        assert state["best_k_models"] == ({path: 1.0} if kept else {})
+
+
+def test_a_log_folder_with_other_files_is_not_overwritten(forge: Forge) -> None:
+    forge("model.k", [1])
+    Path("home/mine").mkdir(parents=True)
+    for name in ("config.yaml", "hparams.yaml", "metrics.csv"):
+        Path("home/mine", name).write_text("mine")
+    logger = "--trainer.logger.save_dir home --trainer.logger.name mine --trainer.logger.version"
+    with pytest.raises(SystemExit, match="Expected an empty folder or a run for the log but got home/mine"):
+        main(["test", "--ckpt_path", "forged.ckpt", *logger.split(), ""])
+    assert {path.read_text() for path in Path("home/mine").iterdir()} == {"mine"}
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(2)])

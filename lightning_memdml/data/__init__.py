@@ -1,4 +1,4 @@
-"""Where images come from: a base that makes loaders of records, and one file per data set."""
+"""Data modules: a base that makes sets and loaders of records, and one file per data set."""
 
 from lightning_memdml.data.cars196 import Cars196
 from lightning_memdml.data.cub200 import CUB200

@@ -1,4 +1,4 @@
-"""Read arrays of `.npz` archives that nobody vouches for, and images packed in them."""
+"""Read arrays of untrusted `.npz` archives, and images packed in them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def npz_arrays(path: Path, needed: Sequence[str], further: Sequence[str] = ()) -
             found, arrays = stored.files, {name: stored[name] for name in (*needed, *further) if name in stored}
     except Exception as error:  # on damaged files numpy and zipfile raise nearly every type there is
         reason = "it needs more memory than there is" if isinstance(error, MemoryError) else error
-        raise ValueError(f"{shown(path)} is no readable .npz archive: {reason}. Make it anew.") from error
+        raise ValueError(f"{shown(path)} is no readable .npz archive: {reason}. Create it again.") from error
     if lacking := [name for name in needed if name not in arrays]:
         raise ValueError(
-            f"{shown(path)} has no array {', '.join(lacking)}. Found: {', '.join(found)}. Make the archive anew."
+            f"{shown(path)} has no array {', '.join(lacking)}. Found: {', '.join(found)}. Create the archive again."
         )
     return arrays
 

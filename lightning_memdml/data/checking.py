@@ -1,4 +1,4 @@
-"""Looks at a data set before a training does: what is there, what is wrong, and what it looks like."""
+"""Check a data set before training: its files, its sets, its problems, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def describe(module: RetrievalDataModule) -> Iterator[str]:
 
 
 def in_words(problems: Sequence[Problem]) -> Iterator[str]:
-    """Yield the lines that tell what is wrong."""
+    """Yield the lines of the report on problems."""
     yield f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}" if problems else "no problems"
     yield from (f"  {problem.path}: {problem.reason}" for problem in problems[:PROBLEMS_SHOWN])
     if len(problems) > PROBLEMS_SHOWN:
@@ -123,5 +123,5 @@ def _draw_set(sheet: Image.Image, top: int, title: str, images: ImageDataset, na
 
 
 def _short(name: str) -> str:
-    """Return a name that fits over a column; the end tells classes apart better than the beginning."""
+    """Return a name that fits over a column. Long names keep their end, which differs between classes more often."""
     return name if len(name) <= 18 else f"...{name[-15:]}"

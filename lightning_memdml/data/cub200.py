@@ -79,7 +79,7 @@ class CUB200(PublishedDataModule):
             yield Record(full, label, "train" if label <= TRAIN_CLASSES else "test", box)
 
     def _columns(self, folder: Path, name: str, *columns: str) -> dict[str, tuple[str, list[str]]]:
-        """Return, by the id of the image, what a list file says about it, and where."""
+        """Return the place and the cells of each row of a list file, by the id of the image."""
         self.folder_with(name, str(folder.relative_to(self.root)))
         rows: dict[str, tuple[str, list[str]]] = {}
         for where, (image_id, *cells) in read_list(folder / name, ("image_id", *columns)):

@@ -91,7 +91,7 @@ class DeepFashion2(PublishedDataModule):
 
 
 def read_annotation(file: Path) -> dict[str, Any]:
-    """Return what a file says about its photograph.
+    """Return the annotation of a photograph.
 
     Raises:
         ValueError: If it is damaged, or lacks a valid `source` or `pair_id`.

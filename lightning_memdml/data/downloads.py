@@ -1,4 +1,4 @@
-"""Fetches the archives of a data set: goes on where it was interrupted, checks them, and puts them into place whole."""
+"""Download the archives of a data set: resume, check, and unpack into place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Archive(NamedTuple):
 def fetch(archive: Archive, folder: Path) -> Path:
     """Return the path of an archive in `folder`, downloading what is missing of it.
 
-    An interrupted download leaves `<name>.part`, with which the next one goes on. Only a file with the right checksum
+    An interrupted download leaves `<name>.part`, from which the next one resumes. Only a file with the right checksum
     gets its name.
 
     Raises:

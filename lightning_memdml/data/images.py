@@ -94,7 +94,7 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         open_image: Function of a position that returns its `PIL` image or a tensor `(C, H, W)`.
         paths: Names of the images, one each.
         labels: Classes `(N,)`, int64.
-        transform: What turns an opened image into the network's input; `None` returns the opened image.
+        transform: Turns an opened image into the network's input; `None` returns the opened image.
 
     Raises:
         ValueError: If there is not one label per path.

@@ -1,4 +1,4 @@
-"""The training loader: hands out a sampler's batches in a way that Lightning leaves alone, and resumes exactly."""
+"""The training loader: yields the batches of a sampler that Lightning does not replace, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ClassBalancedLoader:
     Args:
         data_set: Map-style data set of `(image, label, index)`. If it has a method `draw(positions, seeds)` that makes
             a whole batch, as `ImageDataset` has, that is asked.
-        sampler: What draws the batches. Lightning calls its `set_epoch`.
+        sampler: Draws the batches. Lightning calls its `set_epoch`.
         num_workers: Worker processes that open and transform images; 0 does it in the training process.
         pin_memory: Whether batches go to page-locked memory, from where a GPU copies them faster.
 

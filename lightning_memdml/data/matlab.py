@@ -31,13 +31,15 @@ def read_structs(path: Path, variable: str) -> list[dict[str, str]]:
     if find_spec("scipy") is None:
         raise ImportError(f"Expected SciPy to read {shown(path)} but it is not installed: pip install scipy.")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{shown(path)}: expected at most {MAX_BYTES:,} bytes. Get the file anew.")
+        raise ValueError(f"{shown(path)}: expected at most {MAX_BYTES:,} bytes. Download the file again.")
     found = _in_a_process(path, variable)
     if found["count"] is None:
         names = ", ".join(found["variables"]) or "none"
-        raise ValueError(f"{shown(path)} has no array of structs named {variable}. Found: {names}. Get the file anew.")
+        raise ValueError(
+            f"{shown(path)} has no array of structs named {variable}. Found: {names}. Download the file again."
+        )
     if "structs" not in found:
-        raise ValueError(f"{shown(path)}: expected fewer than {found['count']:,} structs. Get the file anew.")
+        raise ValueError(f"{shown(path)}: expected fewer than {found['count']:,} structs. Download the file again.")
     return found["structs"]
 
 
@@ -47,9 +49,11 @@ def _in_a_process(path: Path, variable: str) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{shown(path)} was not read in {MAX_SECONDS} s. Get the file anew.") from error
+        raise ValueError(f"{shown(path)} was not read in {MAX_SECONDS} s. Download the file again.") from error
     if done.returncode == 0:
         return json.loads(done.stdout)
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     reason = lines[-1] if lines else f"SciPy crashed with signal {-done.returncode}"
-    raise ValueError(f"{shown(path)} is damaged, or no MATLAB file of version 4 to 7 ({reason}). Get the file anew.")
+    raise ValueError(
+        f"{shown(path)} is damaged, or no MATLAB file of version 4 to 7 ({reason}). Download the file again."
+    )

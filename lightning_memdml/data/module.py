@@ -48,13 +48,13 @@ class RetrievalDataModule(LightningDataModule):
     - `train_set`: the training classes less the validation classes; labels `0 ... C - 1`, indices `0 ... N - 1`;
     - `val_set`: the validation classes;
     - `query_set` and `gallery_set`: one and the same object if every test image is both. Equal indices are the same
-      image in both sets, so self pairs can be told by index;
+      image in both sets, so an image can be recognised by its index;
     - `classes`: what the data set calls the class of each label; a label is the same class in every set;
     - `counts`: images and classes of each role, before validation classes are held out.
 
     Each is a map-style data set of `(image, label, index)` with `labels` (1-D, int64) and `paths`; one without images
     is empty. Every loader yields `(images, labels, indices)`. Under DDP, Lightning's sampler repeats a few images in
-    evaluation; tell them by their indices.
+    evaluation, which have equal indices.
 
     Args:
         batch_size: Training images per batch on each rank; a multiple of `images_per_class`.
@@ -142,12 +142,12 @@ class RetrievalDataModule(LightningDataModule):
 
     __str__ = __repr__  # Lightning's reads every loader, and fails on one that is not a `DataLoader`
 
-    # What a data set says: `records`, and the others only where it differs from files and photographs.
+    # A data set defines `records`, and the other methods only if its images are not files or not photographs.
 
     def records(self) -> Iterable[Record]:
         """Return one record per image, in the same order at every call and on every rank."""
         raise NotImplementedError(
-            f"{type(self).__name__} does not say which images it has: define `records(self)`, which returns a "
+            f"{type(self).__name__} has no list of images. Define `records(self)`, which returns a "
             "`Record(path, label, role)` for each."
         )
 
@@ -170,7 +170,7 @@ class RetrievalDataModule(LightningDataModule):
         """Return the part that the default transforms begin with, which the pixel cache keeps; `None` for no cache."""
         return transforms.Shrink(self.image_size)
 
-    # What Lightning asks.
+    # The methods that Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
         """Read the records and make the data sets; once, however often it is called."""
@@ -239,7 +239,7 @@ class RetrievalDataModule(LightningDataModule):
             self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
 
     def _warn_of_odd_classes(self) -> None:
-        """Tell in one line each what may surprise in the results."""
+        """Warn of classes that may surprise in the results."""
         classes, sizes = self.train_set.labels.unique(return_counts=True)
         if single := int((sizes == 1).sum()):
             rank_zero_warn(
@@ -301,7 +301,7 @@ class RetrievalDataModule(LightningDataModule):
             raise ValueError(f"{type(self).__name__} has no {role} images, but {found}.")
 
     def _on_gpu(self) -> bool:
-        """Whether batches go to a GPU. Pinning memory for a run on the CPU would start one nobody asked for."""
+        """Return whether batches go to a GPU. For a run on the CPU, pinning memory would start a GPU without need."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def count_problems(self) -> list[Problem]:

@@ -97,7 +97,7 @@ def looks_like_a_picture(path: str) -> bool:
 def upright(image: Image.Image) -> Image.Image:
     """Return `image` in RGB with 8 bits, turned as its EXIF orientation demands.
 
-    A second call changes nothing. What a picture hides where it is transparent is not shown: the background is white.
+    A second call changes nothing. Transparent parts become white, whatever colour they hide.
 
     Raises:
         ValueError: If the brightness of the pixels is not defined (floats beyond [0, 1], 32-bit integers).

@@ -1,4 +1,4 @@
-"""What the benchmarks of the field have in common: released files under a root, list files, and published counts."""
+"""The base of the benchmarks: released files under a root, list files, and published counts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Line = tuple[str, list[str]]  # where it stands, for messages, and its cells
 class PublishedDataModule(RetrievalDataModule):
     """A data set in the files that its authors released, with the split and the roles of its protocol.
 
-    A new one is a class that says `source`, `recall_levels` and `published_counts`, and reads its list files in
-    `records`. What is found is compared with the published counts: `setup` warns, `verify` lists.
+    A new one is a class with `source`, `recall_levels` and `published_counts`, which reads its list files in `records`.
+    The counts are compared with the published ones: `setup` warns of differences, `verify` lists them.
 
     Args:
         root: The folder with the released files, unpacked.
@@ -31,7 +31,7 @@ class PublishedDataModule(RetrievalDataModule):
 
     Attributes:
         archives: What `download` fetches.
-        source: What to fetch, from where, and where to put it: the end of every message about missing files.
+        source: Which files to fetch, from where, and where to put them. It ends every message about missing files.
         recall_levels: The K of the Recall@K that papers report.
         published_counts: Images and classes of each role.
     """
@@ -51,7 +51,7 @@ class PublishedDataModule(RetrievalDataModule):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Fetch what is missing, if `download` says so; once per machine."""
+        """Fetch missing files if `download` is set; once per machine."""
         if not self.download:
             return
         try:
@@ -114,7 +114,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Line]:
         columns: Names of its columns.
 
     Raises:
-        ValueError: If the file is no text, a row has more or fewer columns, or there are not as many rows as it says.
+        ValueError: If the file is no text, a row has more or fewer columns, or the announced number of rows is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -133,7 +133,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Line]:
         if len(cells) != len(columns):
             raise ValueError(f"{where}: expected {len(columns)} columns ({' '.join(columns)}) but got {len(cells)}.")
     if promised not in (None, len(lines)):
-        raise ValueError(f"{path}: expected {promised} rows, as its first line says, but got {len(lines)}.")
+        raise ValueError(f"{path}: expected {promised} rows, as in its first line, but got {len(lines)}.")
     if not lines:
         raise ValueError(f"{path} lists nothing.")
     return lines
@@ -172,7 +172,7 @@ def checked(records: Iterable[Record], data_set: str) -> list[Record]:
             if first != record:
                 raise ValueError(
                     f"{data_set} lists {record.path} as {first.role} image of class {first.label} and again as "
-                    f"{record.role} image of class {record.label}. Get its list files anew."
+                    f"{record.role} image of class {record.label}. Download its list files again."
                 )
             repeats += 1
             continue
@@ -180,7 +180,7 @@ def checked(records: Iterable[Record], data_set: str) -> list[Record]:
         if (other.role == "train") != (record.role == "train"):
             raise ValueError(
                 f"{data_set} lists class {record.label} for training and for test ({other.path}, {record.path}), but "
-                "its protocol tests on other classes than it trains on. Get its list files anew."
+                "its protocol tests on other classes than it trains on. Download its list files again."
             )
         kept.append(record)
     if not kept:

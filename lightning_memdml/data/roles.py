@@ -96,7 +96,7 @@ def validation_classes(labels: Sequence[int | str], fraction: float) -> set[int 
     """
     classes = list(dict.fromkeys(labels))
     if len(classes) < 2 or not fraction:
-        return set()  # of a single class the sampler says that it cannot be trained on
+        return set()  # the sampler refuses a single class
     count = max(2, round(fraction * len(classes)))  # with a single class, every neighbour would be right
     if len(classes) - count < 2:
         raise ValueError(

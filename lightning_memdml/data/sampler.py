@@ -15,7 +15,7 @@ class Draw(NamedTuple):
 
     Attributes:
         position: Its place in the data set.
-        seed: What its augmentation draws from; every draw of a run has its own.
+        seed: Seed of its augmentation; every draw of a run has its own.
     """
 
     position: int
@@ -47,7 +47,7 @@ class ClassBalancedSampler:
         world_size: Number of ranks; goes with `rank`.
 
     Raises:
-        ValueError: If there is only one class, a batch asks for more classes than there are, or `batch_size` is
+        ValueError: If there is only one class, a batch needs more classes than there are, or `batch_size` is
             no multiple of `images_per_class`.
 
     Example:

@@ -115,8 +115,7 @@ class TableDataModule(RetrievalDataModule):
             raise ValueError(f"{where} has no row; expected one for each image, with its `path` and `label`.")
         if "split" not in table.columns and {"is_query", "is_gallery"} & table.columns.keys():
             raise ValueError(
-                f"{where} has the column `is_query` or `is_gallery` but no `split` to say which images they are for. "
-                "Add the column `split`."
+                f"{where} has the column `is_query` or `is_gallery` but no `split`. Add the column `split`."
             )
         return table
 

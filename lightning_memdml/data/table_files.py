@@ -84,7 +84,7 @@ def read_csv(path: Path, wanted: Sequence[str] | None = None) -> Table:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)][skipped:]
     except csv.Error as error:
-        raise ValueError(f"{shown(path)} is no readable CSV file: {error}. Write it anew.") from error
+        raise ValueError(f"{shown(path)} is no readable CSV file: {error}. Write it again.") from error
     header = [name.strip() for name in rows[0][1]] if rows else []
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise ValueError(f"{shown(path)} has more than one column named {', '.join(map(repr, twice))}. Rename one.")
@@ -200,7 +200,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         reason = "it needs more memory than there is" if isinstance(error, MemoryError) else error
-        raise ValueError(f"{shown(path)} is no readable Parquet file: {reason}. Write it anew.") from error
+        raise ValueError(f"{shown(path)} is no readable Parquet file: {reason}. Write it again.") from error
 
 
 def _parquet(path: Path, texts: Sequence[str]) -> tuple[Any, set[str]]:

@@ -124,7 +124,7 @@ def test_in_shop_boxes_and_originals(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("48\n", "49\n", "expected 49 rows, as its first line says, but got 48"),
+        ("48\n", "49\n", "expected 49 rows, as in its first line, but got 48"),
         ("id_00000001 train", "id_00000001 training", "expected the status train, query, gallery but got 'training'"),
         ("id_00000001 train", "id_00000002 train", "of the item id_00000002 but got 'img/MEN/Denim/id_00000001"),
         ("id_00000001 train", "id_00000001 query", "lists class id_00000001 for training and for test"),

@@ -230,5 +230,5 @@ def test_a_data_set_that_does_not_say_its_images_is_told_what_to_define() -> Non
     class Shoes(RetrievalDataModule):
         """Nothing yet."""
 
-    with pytest.raises(NotImplementedError, match=r"Shoes does not say which images it has: define `records\(self\)`"):
+    with pytest.raises(NotImplementedError, match=r"Shoes has no list of images\. Define `records\(self\)`"):
         Shoes().setup()

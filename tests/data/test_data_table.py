@@ -126,7 +126,7 @@ def test_images_are_opened_relative_to_the_table_or_the_root_and_cut_to_their_bo
         ("path,label,split,is_query\n1,a,test,maybe\n", "line 2: expected `is_query` of a test image .* got 'maybe'"),
         ("path,label,split,is_query\n1,a,test,\n", "line 2: expected `is_query` of a test image .* got ''"),
         ("path,label,split,is_query,is_gallery\n1,a,validation,0,0\n", "line 2: the test image is neither"),
-        ("path,label,is_query\n1,a,1\n", "no `split` to say"),
+        ("path,label,is_query\n1,a,1\n", "but no `split`"),
         ("path,label,x_1,y_1,x_2,y_2\n1,a,1,2,3,\n", "line 2: expected four numbers in x_1"),
         ('path,label\n"1,a\n', "no readable CSV file: unexpected end of data"),
     ],

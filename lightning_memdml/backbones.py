@@ -1,4 +1,4 @@
-"""What turns images into features, and features into embeddings."""
+"""Networks that map images to features, and features to embeddings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SmallConvNet(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"Expected images of shape (B, {self.in_channels}, H, W) for a SmallConvNet with in_channels="
-                f"{self.in_channels} but got {tuple(images.shape)}; pass in_channels=1 for grey images, 3 for RGB."
+                f"{self.in_channels} but got {tuple(images.shape)}. Pass in_channels=1 for grey images, 3 for RGB."
             )
         return self.pool(self.layers(images)).flatten(1)
 
@@ -86,9 +86,9 @@ class Embedder(nn.Module):
         if features.ndim != 2 or features.shape[1] != self.head.in_features:
             raise ValueError(
                 f"Expected the backbone to return features of shape (B, {self.head.in_features}) but got "
-                f"{tuple(features.shape)}; pass the width as `num_features`, and pool images to one row each."
+                f"{tuple(features.shape)}. Pass the width as `num_features`, and pool each image to one row."
             )
-        # bf16 leaves norms off by up to 4e-3, enough to move pairs over a margin.
+        # Lengths in bfloat16 are off by up to 4e-3, enough to move pairs over a margin.
         return F.normalize(self.head(features).float(), dim=1)
 
     def train(self, mode: bool = True) -> Embedder:
@@ -129,12 +129,15 @@ def build_backbone(
     if not isinstance(width, int):
         raise ValueError(
             f"Expected the width of the features of {type(backbone).__name__} but it has no attribute "
-            "`num_features`; pass `num_features=`."
+            "`num_features`. Pass `num_features=`."
         )
     if path is not None:
         _load(backbone, path)
     elif weights is not None:
-        raise ValueError(f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}.")
+        raise ValueError(
+            f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}. Pass the path of a "
+            "state dict."
+        )
     return backbone, width
 
 
@@ -145,20 +148,22 @@ def _torchvision_trunk(name: str, weights: str | None, path: Path | None) -> tup
     _check_classifier(name)
     options: dict[str, Any] = {}
     if name in AUXILIARY_HEADS:
-        # The published weights of these two want their input scaled as TensorFlow did.
+        # The published weights of these two need images scaled as in TensorFlow.
         options = {"init_weights": True} if weights is None else {"transform_input": True}
     try:
         model = models.get_model(name, weights=_enum(name, weights, path), **options)
     except URLError as error:
         raise ConnectionError(
-            f"Expected to download the weights {weights} of {name} but {error.reason}; pass a file as `weights`."
+            f"Expected to download the weights {weights} of {name} but {error.reason}. Pass a file as `weights`."
         ) from error
     for auxiliary in AUXILIARY_HEADS.get(name, ()):
         model.aux_logits = False
         setattr(model, auxiliary, None)
     linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"Expected a classifier that ends in a linear layer but torchvision's {name} has none.")
+        raise ValueError(
+            f"Expected a classifier that ends in a linear layer but torchvision's {name} has none. Choose another one."
+        )
     width = model.get_submodule(linear[-1]).in_features
     model.set_submodule(linear[-1], nn.Identity())
     if path is not None:
@@ -175,8 +180,8 @@ def _check_classifier(name: str) -> None:
         return
     if name in models.list_models():
         raise ValueError(
-            f"Expected `backbone` to be one of torchvision's image classifiers but {name!r} is a model for "
-            "another task; its trunk may be among them, for example 'resnet50'."
+            f"Expected `backbone` to be one of torchvision's image classifiers but got {name!r}, a model for another "
+            "task. Its trunk may be among the classifiers, for example 'resnet50'."
         )
     raise ValueError(
         "Expected `backbone` to be the name of a torchvision classifier, or a module (in YAML and on the command "
@@ -189,8 +194,7 @@ def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"Expected RGB images of shape (B, 3, H, W) for torchvision's {type(model).__name__} but got "
-            f"{tuple(images.shape)}; give the images three channels, or take another backbone, for grey images "
-            "`SmallConvNet`."
+            f"{tuple(images.shape)}. Give the images three channels, or use `SmallConvNet` for grey images."
         )
 
 
@@ -202,7 +206,9 @@ def _weights_file(weights: str | None) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
-        raise FileNotFoundError(f"Expected the backbone's weights in the file {weights} but it is not there.")
+        raise FileNotFoundError(
+            f"Expected the backbone's weights in the file {weights} but it is not there. Correct the path."
+        )
     return None
 
 
@@ -217,27 +223,29 @@ def _enum(name: str, weights: str | None, path: Path | None) -> Any:
     chosen = weights.rpartition(".")[2]  # ResNet50_Weights.IMAGENET1K_V2 is the full name
     if chosen not in choices:
         raise ValueError(
-            f"Expected `weights` of {name} to be a file or one of {', '.join(choices)} but got {weights!r}, which "
-            f"is neither.{nearest(chosen, choices)}"
+            f"Expected `weights` of {name} to be a file or one of {', '.join(choices)} but got {weights!r}."
+            f"{nearest(chosen, choices)}"
         )
     return choices[chosen]
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Load a state dict; only a classifier may be left over."""
+    """Load a state dict, in which only the classifier may be additional."""
     state = _read_state(path)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # one line per shape that differs
         first, *others = str(error).splitlines()[1:]
         raise ValueError(
-            f"Expected weights of {type(model).__name__} in {path} but {first.strip()} And {len(others)} more."
+            f"Expected weights of {type(model).__name__} in {path} but got others: {first.strip()} And {len(others)} "
+            "more. Pass the weights of this network."
         ) from error
-    foreign = [key for key in unexpected if not key.startswith(CLASSIFIERS)]
-    if missing or foreign:
+    unknown = [key for key in unexpected if not key.startswith(CLASSIFIERS)]
+    if missing or unknown:
         raise ValueError(
             f"Expected weights of {type(model).__name__} in {path} but {len(missing)} entries are missing "
-            f"({', '.join(missing[:3]) or 'none'}) and {len(foreign)} are foreign ({', '.join(foreign[:3]) or 'none'})."
+            f"({', '.join(missing[:3]) or 'none'}) and {len(unknown)} are unknown "
+            f"({', '.join(unknown[:3]) or 'none'}). Pass the weights of this network."
         )
 
 
@@ -252,12 +260,14 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
-        raise ValueError(f"Expected a state dict in {path} but it holds a {type(state).__name__}.")
+        raise ValueError(
+            f"Expected a state dict in {path} but got a {type(state).__name__}. Save `model.state_dict()`."
+        )
     return state
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence with the nearest right name, or nothing.
+    """Return a sentence with the most similar of some names, or an empty string.
 
     Example:
         >>> nearest("resnet05", ["resnet50", "vit_b_16"])

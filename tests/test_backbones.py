@@ -154,14 +154,14 @@ def test_file_with_code_is_not_executed(tmp_path: Path) -> None:
 
 def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="it holds a list"):
+    with pytest.raises(ValueError, match="but got a list"):
         build_backbone("resnet18", str(tmp_path / "list.pth"))
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     mobilenet_file(tmp_path / "weights.pth")
     with pytest.raises(
-        ValueError, match=r"weights of ResNet in .* entries are missing \(conv1.weight, .* foreign \(feat"
+        ValueError, match=r"weights of ResNet in .* entries are missing \(conv1.weight, .* unknown \(feat"
     ):
         build_backbone("resnet18", str(tmp_path / "weights.pth"))
 
@@ -176,14 +176,14 @@ def test_file_that_lacks_one_layer_is_refused(tmp_path: Path) -> None:
     state = SmallConvNet(width=4).state_dict()
     del state["layers.3.weight"]
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"1 entries are missing \(layers\.3\.weight\) and 0 are foreign"):
+    with pytest.raises(ValueError, match=r"1 entries are missing \(layers\.3\.weight\) and 0 are unknown"):
         build_backbone(SmallConvNet(width=4), str(tmp_path / "weights.pth"))
 
 
 def test_file_with_a_layer_too_many_is_refused(tmp_path: Path) -> None:
     state = {**SmallConvNet(width=4).state_dict(), "layers.12.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"0 entries are missing \(none\) and 1 are foreign \(layers\.12\.weight\)"):
+    with pytest.raises(ValueError, match=r"0 entries are missing \(none\) and 1 are unknown \(layers\.12\.weight\)"):
         build_backbone(SmallConvNet(width=4), str(tmp_path / "weights.pth"))
 
 
@@ -217,22 +217,22 @@ def test_enum_for_a_module_is_refused() -> None:
         build_backbone(SmallConvNet(), "IMAGENET1K_V1")
 
 
-def test_download_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", unreachable)
-    with pytest.raises(ConnectionError, match=r"download the weights DEFAULT of resnet18 but no route .* pass a file"):
+    with pytest.raises(ConnectionError, match=r"download the weights DEFAULT of resnet18 but no route .* Pass a file"):
         build_backbone("resnet18", "DEFAULT")
 
 
 # ------------------------------------------------------------------ modules, and the embedder
 
 
-def test_module_tells_its_width_or_is_told() -> None:
+def test_the_width_of_a_module_is_its_attribute_or_an_argument() -> None:
     assert build_backbone(SmallConvNet(width=4, pool=2))[1] == 4 * 2 * 2 * 2
     assert build_backbone(Flat(), num_features=12)[1] == 12
-    with pytest.raises(ValueError, match="Flat but it has no attribute `num_features`; pass `num_features=`"):
+    with pytest.raises(ValueError, match=r"Flat but it has no attribute `num_features`. Pass `num_features=`"):
         build_backbone(Flat())
 
 
@@ -257,7 +257,7 @@ def test_embeddings_have_unit_length_in_fp32_under_any_precision() -> None:
 
 @pytest.mark.parametrize(("told", "shape"), [(13, r"\(5, 12\)"), (4, r"\(5, 12\)")])
 def test_wrong_width_of_features_is_named(told: int, shape: str) -> None:
-    with pytest.raises(ValueError, match=rf"features of shape \(B, {told}\) but got {shape}; pass the width"):
+    with pytest.raises(ValueError, match=rf"features of shape \(B, {told}\) but got {shape}. Pass the width"):
         Embedder(Flat(), told, 8)(torch.zeros(5, 3, 4, 4))
 
 
@@ -276,7 +276,7 @@ def test_frozen_batch_norms_keep_their_statistics_and_still_learn_scale_and_shif
         assert norm.weight.grad.abs().sum() > 0
 
 
-def test_nearest_says_nothing_where_nothing_is_near() -> None:
+def test_nearest_is_empty_without_a_similar_name() -> None:
     assert nearest("margn", ["margin", "alpha"]) == " Did you mean 'margin'?"
     assert nearest("xyz", ["margin", "alpha"]) == ""
 
@@ -289,6 +289,6 @@ def test_timm_model_is_a_backbone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 28), (1, 28, 28)])
-def test_a_small_network_says_which_images_it_takes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"shape \(B, 1, H, W\) .* pass in_channels=1 for grey images, 3 for RGB"):
+def test_a_small_network_refuses_other_images(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"shape \(B, 1, H, W\) .* Pass in_channels=1 for grey images, 3 for RGB"):
         SmallConvNet()(torch.zeros(shape))

@@ -46,7 +46,7 @@ def make_step(kind: str, batch: int, rows: int, dim: int) -> tuple[Step, MemoryC
     """Return what a training step adds: both hooks of the callback, with this rank's batch."""
     callback = make_callback(kind, rows)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=1, is_global_zero=True, world_size=ranks)
+    trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=1, is_global_zero=True)
     module: Any = SimpleNamespace(automatic_optimization=True)
     generator = torch.Generator().manual_seed(rank)
     embeddings = nn.functional.normalize(torch.randn(batch, dim, generator=generator))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -252,7 +253,7 @@ class MemoryCallback(Callback):
 
     def _store(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Gather the rows of all ranks and enqueue them."""
-        if trainer.world_size > 1:
+        if dist.is_available() and dist.is_initialized():
             embeddings, labels, indices = self._gather(embeddings, labels, indices)
         dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
         if dropped and "dropped" not in self._reported:

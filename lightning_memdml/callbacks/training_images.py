@@ -1,4 +1,4 @@
-"""The images of a training by their position: how many there are, and what the network makes of them now."""
+"""Training images by their position: how many there are, and their embeddings by the current network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_SIZE = 128
 def find_train_set(trainer: Trainer) -> Any | None:
     """Return the map-style training data set, of a data module with a `train_set`, or of the loader given to `fit`.
 
-    None if there is no such thing: a stream, or a loader of another kind.
+    Return None if there is none: for a stream, or a loader of another kind.
     """
     source = given_training_data(trainer)
     places = ((_data_module(trainer), "train_set"), (source, "data_set"), (source, "dataset"))
@@ -37,7 +37,7 @@ def _data_module(trainer: Any) -> Any | None:
 
 
 class _Reproducible(Dataset[Any]):
-    """Draws the random numbers of each image's transform from the image's position, and from no other generator."""
+    """Seeds the random numbers of each image's transform with the image's position."""
 
     def __init__(self, data_set: Any) -> None:
         self.data_set = data_set
@@ -51,11 +51,11 @@ class _Reproducible(Dataset[Any]):
 def load_images(trainer: Trainer, data_set: Any, batches: Sequence[list[int]]) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Yield `(images, labels, indices)` of the images at each batch of positions, on the training's device.
 
-    Opened by as many processes as the data module has `num_workers`. The random numbers of the training are not
-    touched. Indices are -1 if the data set does not give them.
+    As many processes open them as the data module has `num_workers`. The random state of the training does not change.
+    Indices are -1 if the data set does not return them.
 
     Raises:
-        ValueError: If the data set does not give `(image, label)` or `(image, label, index)`.
+        ValueError: If the data set does not return `(image, label)` or `(image, label, index)`.
     """
     loader: DataLoader[Any] = DataLoader(
         _Reproducible(data_set),
@@ -67,7 +67,8 @@ def load_images(trainer: Trainer, data_set: Any, batches: Sequence[list[int]]) -
         if not isinstance(batch, Sequence) or len(batch) not in (2, 3):
             raise ValueError(
                 "Expected a training set of (image, label) or (image, label, index), to embed its images once more, "
-                f"but an item of {type(data_set).__name__} makes a {type(batch).__name__}."
+                f"but got a batch that is a {type(batch).__name__} from {type(data_set).__name__}. Let the data set "
+                "return tuples."
             )
         images, labels, *indices = trainer.strategy.batch_to_device(list(batch))
         known = indices[0] if indices else torch.full_like(labels, UNKNOWN_INDEX)
@@ -77,7 +78,7 @@ def load_images(trainer: Trainer, data_set: Any, batches: Sequence[list[int]]) -
 def find_encoder(pl_module: LightningModule, name: str | None) -> nn.Module:
     """Return what maps images to embeddings: the part `name`, or the module itself by its `forward`.
 
-    A module may say itself which part it is, as its attribute `encoder_name`.
+    A module can name the part in its attribute `encoder_name`.
 
     Raises:
         ValueError: If there is no such part, or no `forward`.
@@ -89,21 +90,22 @@ def find_encoder(pl_module: LightningModule, name: str | None) -> nn.Module:
         except AttributeError as error:
             parts = ", ".join(part for part, _ in pl_module.named_children())
             raise ValueError(
-                f"Expected `encoder` to be a part of {type(pl_module).__name__}, such as {parts}, but got {name!r}."
+                f"Expected `encoder` to be a part of {type(pl_module).__name__}, such as {parts}, but got {name!r}. "
+                "Pass one of these names."
             ) from error
     if type(pl_module).forward in (LightningModule.forward, nn.Module.forward):
         parts = ", ".join(part for part, _ in pl_module.named_children())
         raise ValueError(
-            f"{type(pl_module).__name__} has no `forward` that maps images to embeddings. Name the part that does, "
-            f"`MemoryCallback(encoder=...)`; its parts are {parts}."
+            f"Expected a `forward` that maps images to embeddings but {type(pl_module).__name__} has no `forward`. "
+            f"Name the part that does, `MemoryCallback(encoder=...)`; its parts are {parts}."
         )
     return pl_module
 
 
 def embed(trainer: Trainer, encoder: nn.Module | MomentumEncoder, images: Any, batch_norm: BatchNorm) -> Tensor:
-    """Return the embeddings of images, without a trace in the training; `batch_norm` as for `MomentumEncoder`.
+    """Return the embeddings of images, without side effects; `batch_norm` as for `MomentumEncoder`.
 
-    Under mixed precision in that precision, as in a training step.
+    Under mixed precision they are computed in it, as in a training step.
     """
     mixed = isinstance(trainer.precision_plugin, MixedPrecision)
     precision = trainer.precision_plugin.forward_context() if mixed else torch.no_grad()

@@ -282,7 +282,7 @@ def test_memory_can_be_switched_on_and_off_between_checkpoints(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:MemoryCallback stores rows")
-def test_resuming_with_another_dimension_says_so(tmp_path: Path) -> None:
+def test_resuming_with_another_dimension_is_refused(tmp_path: Path) -> None:
     class Wider(Plain):
         def embed(self, images: Tensor) -> Tensor:
             return normalize(torch.cat([super().embed(images)] * 2, dim=1))
@@ -398,7 +398,7 @@ def test_the_error_comes_in_the_first_step_also_during_warm_up() -> None:
         fit(returns(lambda loss, z, y: loss)(), MemoryCallback(size=8, start_step=1000))
 
 
-def test_manual_optimisation_that_returns_nothing_is_told_to_return() -> None:
+def test_manual_optimisation_that_returns_nothing_is_refused() -> None:
     class Silent(Manual):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
@@ -418,7 +418,7 @@ def test_a_skipped_batch_is_not_stored() -> None:
     assert callback.memory.read()[2].tolist() == [i for i in range(32) if i // 4 % 2 == 0]
 
 
-def test_a_memory_nobody_reads_is_warned_about_once() -> None:
+def test_a_memory_that_is_not_read_gives_one_warning() -> None:
     unread = returns(lambda loss, z, y: {"loss": loss, "embeddings": z, "labels": y})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -450,7 +450,7 @@ def test_a_second_memory_callback_is_refused_with_a_sentence() -> None:
         fit(Plain(), MemoryCallback(size=8), Other(size=8))
 
 
-def test_memory_without_the_callback_is_told_to_pass_it() -> None:
+def test_a_memory_term_without_the_callback_is_refused() -> None:
     class Short(Plain):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return against_memory(self, pair_loss, self.embed(batch[0]), batch[1])
@@ -465,7 +465,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, int]) -> None:
         MemoryCallback(**arguments)
 
 
-def test_it_says_at_the_start_what_it_will_hold(caplog: pytest.LogCaptureFixture) -> None:
+def test_size_and_age_are_reported_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(Plain(), MemoryCallback(size=16, start_step=1), accumulate_grad_batches=2)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Memory:")]

@@ -273,7 +273,7 @@ def test_a_step_costs_one_collective_and_a_second_one_only_when_a_batch_outgrows
     assert not any(runs["one"]["memory term"]["collectives"])
 
 
-def test_ranks_that_disagree_on_the_dimension_are_both_told(runs: dict[str, Any]) -> None:
+def test_another_dimension_on_one_rank_is_an_error_on_every_rank(runs: dict[str, Any]) -> None:
     assert "D=[3, 4]" in runs[0]["disagreeing"]
     assert runs[0]["disagreeing"] == runs[1]["disagreeing"]
 

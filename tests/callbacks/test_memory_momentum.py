@@ -156,7 +156,7 @@ def test_momentum_zero_trains_bit_for_bit_as_no_momentum() -> None:
 def test_the_extra_forward_disturbs_neither_dropout_nor_batch_norm(batch_norm: Any) -> None:
     """A network whose loss reads no memory trains with a momentum encoder bit for bit as without."""
 
-    class Deaf(Learner):
+    class IgnoresMemory(Learner):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             z = self(batch[0])
             self.memory.read()
@@ -164,7 +164,7 @@ def test_the_extra_forward_disturbs_neither_dropout_nor_batch_norm(batch_norm: A
 
     ends = []
     for options in ({}, {"encoder_momentum": 0.9, "encoder_batch_norm": batch_norm}):
-        module = Deaf(dropout=0.5)
+        module = IgnoresMemory(dropout=0.5)
         torch.manual_seed(3)
         fit(module, MemoryCallback(size=10, **options))
         ends.append((dict(module.state_dict()), torch.get_rng_state()))
@@ -286,7 +286,7 @@ class Bare(Learner):
         return self.loss(z, y) + against_memory(self, self.loss, z, y)
 
 
-def test_a_module_without_forward_is_told_to_name_its_encoder() -> None:
+def test_a_module_without_forward_needs_the_name_of_its_encoder() -> None:
     with pytest.raises(ValueError, match=r"Bare has no `forward`.*encoder=.*its parts are net, loss"):
         fit(Bare(), MemoryCallback(size=8, encoder_momentum=0.9))
     with pytest.raises(ValueError, match=r"`encoder` to be a part of Bare, such as net, loss, but got 'trunk'"):
@@ -378,7 +378,7 @@ def test_instance_memory_holds_every_image_once_and_resumes_exactly(tmp_path: Pa
     assert same(through.state_dict(), resumed.state_dict())
 
 
-def test_instance_memory_needs_indices_and_says_which_line_gives_them() -> None:
+def test_instance_memory_needs_indices_and_the_error_shows_the_line() -> None:
     class Nameless(Learner):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             outputs = super().training_step(batch, batch_idx)

@@ -187,7 +187,7 @@ def test_rows_of_the_pass_are_what_the_network_makes_of_the_images() -> None:
 def test_the_pass_leaves_network_and_random_numbers_as_they_were(momentum: Any) -> None:
     """A memory that is not read makes no difference to the training, filled first or not."""
 
-    class Deaf(Learner):
+    class IgnoresMemory(Learner):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             z = self(batch[0])
             self.memory.read()
@@ -195,7 +195,7 @@ def test_the_pass_leaves_network_and_random_numbers_as_they_were(momentum: Any) 
 
     ends = []
     for prefill in (False, True):
-        module = Deaf()
+        module = IgnoresMemory()
         torch.manual_seed(3)
         callback = MemoryCallback(size=20, start_step=2, prefill=prefill, encoder_momentum=momentum)
         fit(module, callback, train=DataLoader(Noisy(), batch_size=BATCH))
@@ -236,7 +236,7 @@ def test_instance_memory_is_filled_with_every_image() -> None:
     assert module.rows == [IMAGES] * 12
 
 
-def test_images_that_cannot_be_embedded_again_are_told() -> None:
+def test_a_stream_cannot_fill_the_memory() -> None:
     with pytest.raises(ValueError, match=r"whose images `prefill` embeds, but there is no data module"):
         fit(Learner(), MemoryCallback(size=5, prefill=True), train=DataLoader(Stream(), batch_size=BATCH))
 
@@ -280,7 +280,7 @@ def test_the_switch_survives_a_resume_and_a_new_fit_is_on_again(tmp_path: Path) 
 # ------------------------------------------------------------------ from YAML
 
 
-def test_everything_can_be_said_in_yaml(tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_can_be_set_in_yaml(tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["memdml"])
     monkeypatch.chdir(tmp_path)
     instance = {"class_path": "InstanceMemory", "init_args": {"momentum": 0.25}}
@@ -318,7 +318,7 @@ def test_everything_can_be_said_in_yaml(tmp_path: Path, glyph_cache: str, monkey
 
 
 @pytest.mark.parametrize(("said", "size"), [("0.5", 0.5), ("12", 12), ("1.0", 1.0)])
-def test_a_size_of_one_image_and_of_all_images_are_told_apart(
+def test_a_size_of_one_image_differs_from_a_size_of_all_images(
     said: str, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["memdml"])

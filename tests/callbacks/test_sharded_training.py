@@ -89,7 +89,7 @@ def _folder(tmp_path_factory):
     return folder
 
 
-def test_two_ranks_train_alike_resume_bit_for_bit_and_are_warned_if_the_loss_is_not_told(folder):
+def test_two_ranks_train_alike_resume_bit_for_bit_and_warn_if_the_loss_has_no_ranks(folder):
     """All of it is asserted in the ranks."""
     assert (folder / "half.ckpt").exists()
     assert (folder / "report/report.png").exists()

@@ -227,7 +227,7 @@ def test_rows_without_a_direction_are_dropped_and_counted(bad: float) -> None:
         ([[1.0]], torch.ones(1).long(), None, TypeError, "`embeddings` to be a tensor"),
     ],
 )
-def test_a_wrong_batch_says_what_is_wrong_and_changes_nothing(embeddings, labels, indices, error, message) -> None:
+def test_a_wrong_batch_is_refused_and_changes_nothing(embeddings, labels, indices, error, message) -> None:
     memory = filled(4, [2])
     before = memory.state_dict()
     with pytest.raises(error, match=message):

@@ -192,7 +192,7 @@ def test_the_state_of_another_kind_of_memory_is_refused_both_ways() -> None:
         (torch.tensor([0.0, 1.0]), "integer dtype"),
     ],
 )
-def test_wrong_indices_say_what_is_wrong_and_change_nothing(indices: Tensor | None, message: str) -> None:
+def test_wrong_indices_are_refused_and_change_nothing(indices: Tensor | None, message: str) -> None:
     memory = filled([[0, 1]])
     with pytest.raises((ValueError, TypeError), match=message):
         memory.enqueue(torch.randn(2, DIM), torch.tensor([0, 1]), indices)
@@ -201,7 +201,7 @@ def test_wrong_indices_say_what_is_wrong_and_change_nothing(indices: Tensor | No
         memory.enqueue(torch.randn(1, 6), torch.tensor([0]), torch.tensor([0]))
 
 
-def test_a_memory_that_does_not_know_its_size_says_so() -> None:
+def test_a_memory_without_a_size_refuses_rows() -> None:
     with pytest.raises(
         ValueError, match=r"to have a `size` but got None.*Pass `size=`, the length of the training set"
     ):

@@ -117,7 +117,7 @@ def index_images(
         OSError: If an image is missing or damaged, the disk is full, or another process writes to `output`.
         ValueError: If the checkpoint or the device cannot be used, or `output` is something other than an index.
     """
-    folder = Path(output)
+    folder = Path(output).expanduser()
     require_replaceable(folder)
     about: dict[str, Any] = {
         "ckpt_path": str(Path(ckpt_path).resolve()),

@@ -9,6 +9,9 @@ PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c "import sys; print(sys.execut
 # One thread per process: with the spin-waiting of OpenMP, two busy processes on two cores starve each other.
 export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
+# Tests run in this many processes.
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help install demo study test test-oldest test-newest check lint types docs package wheel-test format lock bench clean
 
@@ -58,18 +61,19 @@ data/%_features.npz: data/%.npz data/mobilenet_v2.pth | install
 	OMP_NUM_THREADS= $(BIN)/python experiments/freeze.py $< $@ --weights data/mobilenet_v2.pth
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
+# Beside the locked versions a warning of a dependency is shown, and does not fail a test: `-W default`.
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/$(SCRIPTS)/python -m pip freeze --exclude-editable
-	.venv-oldest/$(SCRIPTS)/python -m pytest
+	.venv-oldest/$(SCRIPTS)/python $(PYTEST) -W default
 
 # Made anew each time: what is newest changes.
 test-newest:
 	rm -rf .venv-newest
 	$(call environment,.venv-newest,$(PYTHON),--editable ".[dev]")
 	.venv-newest/$(SCRIPTS)/python -m pip freeze --exclude-editable
-	.venv-newest/$(SCRIPTS)/python -m pytest
+	.venv-newest/$(SCRIPTS)/python $(PYTEST) -W default
 
 check: lint types docs package test
 

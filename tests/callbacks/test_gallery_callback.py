@@ -201,7 +201,7 @@ def test_what_is_missing_is_named(options: dict[str, bool], message: str, tmp_pa
 def test_nothing_to_show_is_a_warning(tmp_path: Path) -> None:
     images = torch.eye(4).view(4, 1, 2, 2)
     alone = DataLoader(TensorDataset(images, torch.arange(4), torch.arange(4)), batch_size=4)
-    with pytest.warns(UserWarning, match="of 4 queries none has a match"):
+    with pytest.warns(UserWarning, match="GalleryLogger draws nothing: none of the 4 queries has a match"):
         Trainer(callbacks=[GalleryLogger(dirpath=str(tmp_path))], **QUIET).test(Plain(), alone, verbose=False)
 
 

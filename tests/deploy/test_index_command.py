@@ -123,7 +123,8 @@ def test_a_folder_is_taken_with_all_its_images_at_any_depth(memdml: Command, tmp
     for name in ("one.png", "trip/two.JPG", "trip/sea/three.png", ".hidden/four.png", "trip/.five.png"):
         draw(source / name, "teal", 3)
     (source / "trip" / "notes.txt").write_text("not an image")
-    memdml(f"index --ckpt_path {LAST} --source {source} --output {tmp_path}/index")
+    with pytest.warns(UserWarning, match=r"1 files in .* are not used: .txt"):
+        memdml(f"index --ckpt_path {LAST} --source {source} --output {tmp_path}/index")
     index = load_index(tmp_path / "index")
     found = [(str(Path(path).relative_to(source)), name) for path, name in zip(*index.images[::2], strict=True)]
     assert found == [("one.png", "album"), ("trip/sea/three.png", "trip"), ("trip/two.JPG", "trip")]
@@ -276,7 +277,8 @@ def test_glyphs_are_searched_by_a_picture_of_one(
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["1", "1.0000"]
     assert load_index("runs/index").images.paths[5] in glyphs.gallery_set.paths[5]
     assert Pictures(Path("found.html").read_text()).kinds == ["query", "found"]
-    main(f"index --ckpt_path {LAST} --source . --output files".split())
+    with pytest.warns(UserWarning, match="are not used"):
+        main(f"index --ckpt_path {LAST} --source . --output files".split())
     assert load_index("files").search(torch.from_numpy(load_index("runs/index").embeddings[[5]]))[0][0, 0] > 0.9999
 
 

@@ -1,12 +1,13 @@
-"""Networks that map images to features, and features to embeddings."""
+"""Backbones, which map images to features, and the embedder, which maps features to embeddings."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.error import URLError
 
 import torch
@@ -14,11 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memdml.compat import BATCH_NORMS
+from lightning_memdml.heads import HeadInit, Pool, Pooling, initialize_head
 
+HeadKind = Literal["linear", "none"]
+Neck = Literal["layer", "batch"]
 WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 # Files of a whole classifier carry it under one of these names; auxiliary classifiers go as well.
 CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
 # Trunks that would return three outputs while training.
+# The last layer before the pooling, by the class of torchvision's networks.
+LAST_LAYER = {
+    **dict.fromkeys(("AlexNet", "ConvNeXt", "DenseNet", "EfficientNet", "MobileNetV2", "MobileNetV3"), "features"),
+    **dict.fromkeys(("SqueezeNet", "VGG"), "features"),
+    "MNASNet": "layers",
+    "RegNet": "trunk_output",
+    "ResNet": "layer4",
+    "ShuffleNetV2": "conv5",
+}
 AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
 
@@ -61,35 +74,74 @@ class SmallConvNet(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A backbone, a linear head, and L2 normalisation in fp32 under any precision.
+    """A backbone, pooling, a head, and L2 normalisation in float32 under any precision.
 
     Args:
-        backbone: Maps images to features `(B, num_features)`.
-        num_features: Width of the backbone's features.
-        embedding_dim: Width of the embedding.
+        backbone: Maps images to features: `(B, F)`, or a map `(B, F, H, W)` with `pooling`.
+        num_features: Width F of the backbone's features.
+        embedding_dim: Width D of the embedding.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics stay,
             their scale and shift still learn.
+        head: `linear`, or `none` for the normalised features themselves; then D is F.
+        head_init: How the linear head is initialised, see `initialize_head`.
+        neck: A norm of the features before the head, `layer` or `batch`.
+        pooling: How feature maps become rows, see `Pool`.
+
+    Raises:
+        ValueError: If an argument is not one of those named.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_features: int, embedding_dim: int, freeze_batch_norm: bool = False
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        embedding_dim: int,
+        freeze_batch_norm: bool = False,
+        head: HeadKind = "linear",
+        head_init: HeadInit = "default",
+        neck: Neck | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
+        if head not in get_args(HeadKind):
+            raise ValueError(f"Expected `head` to be one of {', '.join(get_args(HeadKind))} but got {head!r}.")
+        if neck not in (None, *get_args(Neck)):
+            raise ValueError(f"Expected `neck` to be one of {', '.join(get_args(Neck))} or None but got {neck!r}.")
         self.backbone = backbone
-        self.head = nn.Linear(num_features, embedding_dim)
+        self.pool = None if pooling is None else Pool(pooling)
+        width = num_features * (1 if self.pool is None else self.pool.factor)
+        self.num_features = width
+        self.neck = None if neck is None else (nn.LayerNorm(width) if neck == "layer" else nn.BatchNorm1d(width))
+        self.head: nn.Module = nn.Identity()
+        if head == "linear":
+            self.head = nn.Linear(width, embedding_dim)
+            initialize_head(self.head, head_init)
         self.freeze_batch_norm = freeze_batch_norm
         self.train()  # Lightning trains in the mode it finds
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in fp32."""
+    def features(self, images: Tensor) -> Tensor:
+        """Map images `(B, C, H, W)` to the features `(B, F)` that the head is given."""
         features = self.backbone(images)
-        if features.ndim != 2 or features.shape[1] != self.head.in_features:
+        if not isinstance(features, Tensor):
+            features = _pooled_output(features, self.backbone)
+        if self.pool is not None:
+            if features.ndim != 4:
+                raise ValueError(
+                    f"Expected the backbone to return a map (B, F, H, W) to pool but got {tuple(features.shape)}. "
+                    "Leave `pooling` out."
+                )
+            features = self.pool(features)
+        if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(
-                f"Expected the backbone to return features of shape (B, {self.head.in_features}) but got "
-                f"{tuple(features.shape)}. Pass the width as `num_features`, and pool each image to one row."
+                f"Expected the backbone to return features of shape (B, {self.num_features}) but got "
+                f"{tuple(features.shape)}. Pass the width as `num_features`, and for a map (B, F, H, W) also `pooling`."
             )
-        # Lengths in bfloat16 are off by up to 4e-3, enough to move pairs over a margin.
-        return F.normalize(self.head(features).float(), dim=1)
+        return features if self.neck is None else self.neck(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in float32."""
+        # Norms in bfloat16 are off by up to 4e-3, enough to move pairs over a margin.
+        return F.normalize(self.head(self.features(images)).float(), dim=1)
 
     def train(self, mode: bool = True) -> Embedder:
         """Switch the mode; frozen batch norms stay in evaluation mode."""
@@ -101,21 +153,37 @@ class Embedder(nn.Module):
         return self
 
 
+def _pooled_output(output: Any, backbone: nn.Module) -> Tensor:
+    """Return the pooled features in an output object of Hugging Face."""
+    pooled = output.get("pooler_output") if isinstance(output, Mapping) else getattr(output, "pooler_output", None)
+    if isinstance(pooled, Tensor):
+        return pooled
+    raise TypeError(
+        f"Expected the backbone {type(backbone).__name__} to return a tensor of features, or an object with "
+        f"`pooler_output`, but got a {type(output).__name__}. Wrap it in a module that returns the features."
+    )
+
+
 def build_backbone(
-    backbone: nn.Module | str, weights: str | None = None, num_features: int | None = None
+    backbone: nn.Module | str,
+    weights: str | None = None,
+    num_features: int | None = None,
+    feature_map: bool = False,
 ) -> tuple[nn.Module, int]:
     """Return a backbone without its classifier, and the width of its features.
 
     Args:
-        backbone: The name of a torchvision classifier (`"resnet50"`), or any module that returns `(B, F)`.
-        weights: A file with a state dict, or for a torchvision name one of its enums (`"IMAGENET1K_V2"`,
-            `"DEFAULT"`).
+        backbone: The name of a torchvision classifier (`resnet50`), or any module that returns features.
+        weights: A file with a state dict, or for a torchvision name one of its enums (`IMAGENET1K_V2`, `DEFAULT`).
         num_features: The width F, for a module without the attribute `num_features`.
+        feature_map: Return a torchvision network up to its last feature map `(B, F, H, W)`, before its own pooling. A
+            module is returned as it is.
 
     Raises:
-        ValueError: If the name is unknown, the width is not given, or the weights do not fit.
-        FileNotFoundError: If `weights` names a file that is not there.
-        ConnectionError: If torchvision's weights have to be downloaded and cannot be.
+        ValueError: If the name is unknown, the width is not given, the weights do not fit, or the network has no
+            feature map.
+        FileNotFoundError: If `weights` names a file that does not exist.
+        ConnectionError: If torchvision's weights cannot be downloaded.
 
     Example:
         >>> trunk, width = build_backbone("resnet18")
@@ -124,52 +192,81 @@ def build_backbone(
     """
     path = _weights_file(weights)
     if isinstance(backbone, str):
-        return _torchvision_trunk(backbone, weights, path)
-    width = num_features or getattr(backbone, "num_features", None)
-    if not isinstance(width, int):
+        model = _torchvision_model(backbone, weights, path)
+        trunk, width = _up_to_feature_map(model, backbone) if feature_map else _without_classifier(model, backbone)
+        if path is not None:
+            _load(trunk, path)
+        return trunk, width
+    given = num_features or getattr(backbone, "num_features", None)
+    if not isinstance(given, int):
         raise ValueError(
-            f"Expected the width of the features of {type(backbone).__name__} but it has no attribute "
-            "`num_features`. Pass `num_features=`."
+            f"Expected {type(backbone).__name__} to have the attribute `num_features`, the width of its features, but "
+            "it has none. Pass `num_features=`."
         )
     if path is not None:
         _load(backbone, path)
     elif weights is not None:
         raise ValueError(
-            f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}. Pass the path of a "
-            "state dict."
+            f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}. Pass a path."
         )
-    return backbone, width
+    return backbone, given
 
 
-def _torchvision_trunk(name: str, weights: str | None, path: Path | None) -> tuple[nn.Module, int]:
-    """Build one of torchvision's classifiers, and put an identity in the place of its last linear layer."""
+def _torchvision_model(name: str, weights: str | None, path: Path | None) -> nn.Module:
+    """Build one of torchvision's classifiers with its weights."""
     from torchvision import models
 
     _check_classifier(name)
     options: dict[str, Any] = {}
     if name in AUXILIARY_HEADS:
-        # The published weights of these two need images scaled as in TensorFlow.
+        # The published weights of these two expect input that is scaled as in TensorFlow.
         options = {"init_weights": True} if weights is None else {"transform_input": True}
     try:
         model = models.get_model(name, weights=_enum(name, weights, path), **options)
     except URLError as error:
         raise ConnectionError(
-            f"Expected to download the weights {weights} of {name} but {error.reason}. Pass a file as `weights`."
+            f"Expected to download the weights {weights} of {name} but got {error.reason}. Pass a file as `weights`."
         ) from error
     for auxiliary in AUXILIARY_HEADS.get(name, ()):
         model.aux_logits = False
         setattr(model, auxiliary, None)
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
+    return model
+
+
+def _without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """Replace the last linear layer by the identity."""
+    linear_layers = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linear_layers:
         raise ValueError(
-            f"Expected a classifier that ends in a linear layer but torchvision's {name} has none. Choose another one."
+            f"Expected a classifier that ends in a linear layer but torchvision's {name} has none. Use another network."
         )
-    width = model.get_submodule(linear[-1]).in_features
-    model.set_submodule(linear[-1], nn.Identity())
-    if path is not None:
-        _load(model, path)
+    last = next(reversed(linear_layers))
+    width = linear_layers[last].in_features
+    model.set_submodule(last, nn.Identity())
     model.register_forward_pre_hook(_check_rgb)
-    return model, int(width)
+    return model, width
+
+
+def _up_to_feature_map(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """Return the layers of a convolutional network before its pooling, and the channels of its feature map."""
+    last = LAST_LAYER.get(type(model).__name__)
+    if last is None:
+        raise ValueError(
+            f"Expected a convolutional network of torchvision to use `pooling` but got {name}. Leave `pooling` out: "
+            "the network has its own."
+        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for key, module in model.named_children():
+        layers[key] = module
+        if key == last:
+            break
+    if type(model).__name__ == "DenseNet":
+        layers["relu"] = nn.ReLU()  # a function in torchvision's network
+    trunk = nn.Sequential(layers)
+    trunk.register_forward_pre_hook(_check_rgb)
+    with torch.no_grad():
+        width = trunk.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
+    return trunk.train(), int(width)
 
 
 def _check_classifier(name: str) -> None:
@@ -180,8 +277,8 @@ def _check_classifier(name: str) -> None:
         return
     if name in models.list_models():
         raise ValueError(
-            f"Expected `backbone` to be one of torchvision's image classifiers but got {name!r}, a model for another "
-            "task. Its trunk may be among the classifiers, for example 'resnet50'."
+            f"Expected `backbone` to be one of torchvision's image classifiers but {name!r} is a model for "
+            "another task. Pass a classifier, for example 'resnet50'."
         )
     raise ValueError(
         "Expected `backbone` to be the name of a torchvision classifier, or a module (in YAML and on the command "
@@ -194,7 +291,7 @@ def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"Expected RGB images of shape (B, 3, H, W) for torchvision's {type(model).__name__} but got "
-            f"{tuple(images.shape)}. Give the images three channels, or use `SmallConvNet` for grey images."
+            f"{tuple(images.shape)}. Convert the images to RGB, or use `SmallConvNet` for grey images."
         )
 
 
@@ -206,9 +303,7 @@ def _weights_file(weights: str | None) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
-        raise FileNotFoundError(
-            f"Expected the backbone's weights in the file {weights} but it is not there. Correct the path."
-        )
+        raise FileNotFoundError(f"Expected the backbone's weights in the file {weights} but it does not exist.")
     return None
 
 

@@ -198,6 +198,8 @@ def fit_head(head: nn.Linear, statistics: FeatureStatistics, init: HeadInit, shr
         whiten = vectors / values.sqrt()
         axes = whiten @ torch.linalg.eigh(whiten.T @ total @ whiten).eigenvectors.flip(1)
     rows = axes[:, : head.out_features].T
+    # The sign of an eigenvector is arbitrary: the largest entry is made positive.
+    rows = rows * rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
     head.weight.zero_()
     head.bias.zero_()
     head.weight[: len(rows)] = rows.to(head.weight)

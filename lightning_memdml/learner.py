@@ -11,7 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_memdml.backbones import Embedder, build_backbone
+from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone
+from lightning_memdml.head_fitting import fit_head_to_training_images
+from lightning_memdml.heads import FITTED, HeadInit, Pooling
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, batch_term, memory_term
@@ -100,6 +102,13 @@ class MetricLearner(LightningModule):
         lr_scheduler: Called with the optimizer.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
         k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
+        pooling: How the last feature map becomes one row: `average`, `maximum`, `both` or `gem` (a generalised mean
+            with a learned exponent). By default the network's own pooling.
+        neck: A norm of the features before the head: `layer`, `batch`, or none.
+        head: `linear`, or `none` for the normalised features themselves, whatever `embedding_dim` is.
+        head_init: How the linear head starts: `default`, `kaiming`, `orthogonal`, or fitted to the features of the
+            training images in closed form before the first step: `whitening` or `pca`. Choose `whitening` for a
+            pretrained backbone: it starts at the quality of the features, where a random head starts far below.
 
     Raises:
         ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
@@ -132,6 +141,10 @@ class MetricLearner(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         k: Sequence[int] | None = None,
+        pooling: Pooling | None = None,
+        neck: Neck | None = None,
+        head: HeadKind = "linear",
+        head_init: HeadInit = "default",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=_names_of_code(locals()))
@@ -161,7 +174,10 @@ class MetricLearner(LightningModule):
                 "Expected `memory_excludes_own_image` with `memory_includes_batch` but got False: the batch's own rows "
                 "are in the memory then, and each image would be its own nearest positive. Leave one of them out."
             )
-        self.model = Embedder(*build_backbone(backbone, weights, num_features), embedding_dim, freeze_batch_norm)
+        trunk, width = build_backbone(backbone, weights, num_features, feature_map=pooling is not None)
+        self.model = Embedder(trunk, width, embedding_dim, freeze_batch_norm, head, head_init, neck, pooling)
+        self.head_init = head_init
+        self._is_trained = False  # a head is fitted once, and never over trained weights
         self.loss = loss
         self.memory_loss = memory_loss
         self.memory_weight = memory_weight
@@ -178,11 +194,19 @@ class MetricLearner(LightningModule):
         self.test_metrics = RetrievalMetrics(k=levels, shared_indices=True)
 
     def setup(self, stage: str) -> None:
-        """Use the recall levels of the data set, unless others were given."""
+        """Use the recall levels of the data set unless others were given, and fit the head before a first training."""
         levels = getattr(getattr(self.trainer, "datamodule", None), "recall_levels", None)
         if self.k is None and levels is not None:
             for metrics in (self.val_metrics, self.test_metrics):
                 metrics.k = tuple(levels)
+        fits = stage == "fit" and self.head_init in FITTED and isinstance(self.model.head, nn.Linear)
+        if fits and not self._is_trained and self.trainer.ckpt_path is None:
+            fit_head_to_training_images(self.trainer, self.model, self.head_init)
+        self._is_trained |= stage == "fit"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the head of the checkpoint."""
+        self._is_trained = True
 
     @classmethod
     def load_from_checkpoint(

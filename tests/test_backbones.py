@@ -126,7 +126,7 @@ def test_state_dict_inside_a_checkpoint_and_a_module_of_ones_own_are_loaded(tmp_
 
 
 def test_missing_file_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"in the file nowhere/w\.pth but it is not there"):
+    with pytest.raises(FileNotFoundError, match=r"in the file nowhere/w\.pth but it does not exist"):
         build_backbone("resnet18", "nowhere/w.pth")
 
 
@@ -222,7 +222,9 @@ def test_download_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch)
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", unreachable)
-    with pytest.raises(ConnectionError, match=r"download the weights DEFAULT of resnet18 but no route .* Pass a file"):
+    with pytest.raises(
+        ConnectionError, match=r"download the weights DEFAULT of resnet18 but got no route .* Pass a file"
+    ):
         build_backbone("resnet18", "DEFAULT")
 
 
@@ -232,7 +234,9 @@ def test_download_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_the_width_of_a_module_is_its_attribute_or_an_argument() -> None:
     assert build_backbone(SmallConvNet(width=4, pool=2))[1] == 4 * 2 * 2 * 2
     assert build_backbone(Flat(), num_features=12)[1] == 12
-    with pytest.raises(ValueError, match=r"Flat but it has no attribute `num_features`. Pass `num_features=`"):
+    with pytest.raises(
+        ValueError, match=r"Flat to have the attribute `num_features`, .* but it has none. Pass `num_features=`"
+    ):
         build_backbone(Flat())
 
 

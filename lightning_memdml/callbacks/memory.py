@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lightning_memdml.callbacks.memory_setup import check_place, fit_to_train_set, make_memory
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
-from lightning_memdml.callbacks.training_images import find_encoder
 from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import as_rows
 from lightning_memdml.memory_term import Loss, memory_term
+from lightning_memdml.training_images import find_encoder
 
 
 class MemoryCallback(Callback):

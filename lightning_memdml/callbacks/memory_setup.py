@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_memdml.callbacks.training_images import find_train_set
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.training_images import find_train_set
 
 
 def make_memory(size: int | float, dtype: str) -> tuple[EmbeddingMemory, float | None]:

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.training_images import embed, find_encoder
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, check_momentum
+from lightning_memdml.training_images import embed, find_encoder
 
 
 class MomentumRows:

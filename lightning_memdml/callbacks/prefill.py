@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_memdml.callbacks.training_images import BATCH_SIZE, embed, find_train_set, load_images
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows
+from lightning_memdml.training_images import BATCH_SIZE, embed, find_train_set, load_images
 
 
 def prefill_rows(

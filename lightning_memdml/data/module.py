@@ -238,6 +238,11 @@ class RetrievalDataModule(LightningDataModule):
         if not rows.query.equal(rows.gallery):
             self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
 
+    @property
+    def plain_train_set(self) -> ImageDataset:
+        """The training images with the transform of the evaluation, after `setup()`."""
+        return self.train_set.part(torch.arange(len(self.train_set)), self.query_set.transform)
+
     def _warn_of_odd_classes(self) -> None:
         """Warn of classes that may surprise in the results."""
         classes, sizes = self.train_set.labels.unique(return_counts=True)

@@ -204,8 +204,6 @@ class TableMemory(Memory):
         """Replace the rows by those of a checked state."""
 
     # ---------------------------------------------------------------- writing and reading
-    @torch.inference_mode(False)  # rows enqueued under inference mode must be usable in a later backward pass
-    @torch.no_grad()
     def enqueue(
         self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, *, step: int | None = None
     ) -> int:
@@ -232,14 +230,16 @@ class TableMemory(Memory):
         held = self._table.embeddings
         if held.shape[1] not in (0, embeddings.shape[1]):
             check_dim(held.shape[1], embeddings.shape[1])
-        rows, usable = unit_rows(embeddings)
-        metadata = torch.stack([labels, indices, torch.full_like(labels, self.batches if step is None else step)])
-        dropped = int((~usable).sum())
-        if dropped:
-            rows, metadata = rows[usable], metadata[:, usable]
-        if held.device != rows.device:
-            self.to(rows.device)
-        self._store(rows, metadata)
+        # Rows enqueued under inference mode must be usable in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            rows, usable = unit_rows(embeddings)
+            metadata = torch.stack([labels, indices, torch.full_like(labels, self.batches if step is None else step)])
+            dropped = len(usable) - int(usable.sum())
+            if dropped:
+                rows, metadata = rows[usable], metadata[:, usable]
+            if held.device != rows.device:
+                self.to(rows.device)
+            self._store(rows, metadata)
         self.batches += 1
         self.dropped += dropped
         return dropped

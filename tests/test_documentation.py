@@ -34,7 +34,7 @@ def test_the_reference_has_every_public_name() -> None:
 WRONG_PAGES = {
     "another output": ("```python\nprint(1 + 1)\n```\n\n```text\n3\n```", "line 6: expected the code to print\n3"),
     "another comment": ("```python\nprint(2)  # -> 2\nprint(3)  # -> 4\n```", "to print\n2\n4\nbut got\n2\n3"),
-    "an unknown option": ("```console\n$ memdml fit --trainer.max_step 3\n```", "cannot be parsed"),
+    "an unknown option": ("```console\n$ memdml fit --trainer.max_stepping 3\n```", "cannot be parsed"),
     "an unknown option of a class": (
         "```console\n$ memdml test --ckpt_path last.ckpt \\\n    --data FolderDataModule --data.rot a\n```",
         "cannot be parsed",

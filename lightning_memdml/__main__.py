@@ -1,4 +1,4 @@
-"""`python -m lightning_memdml` is the command `memdml`."""
+"""Lets `python -m lightning_memdml` run the command `memdml`."""
 
 from lightning_memdml.cli import main
 

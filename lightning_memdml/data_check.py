@@ -1,4 +1,4 @@
-"""`memdml data check`: what a data set is made of, what is wrong with it, and what it looks like."""
+"""`memdml data check`: counts, damaged images and a contact sheet of a data set."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def check_data(data: RetrievalDataModule, output: str = "runs/data_check", open_
             contact_sheet(data).save(unfinished)
         print(f"contact sheet: {path}")
     else:
-        print(f"no contact sheet: {type(data).__name__} has features, of which there is nothing to see")
+        print(f"no contact sheet: {type(data).__name__} has features and no pictures")
     if problems:
         raise SystemExit(1)

@@ -57,7 +57,7 @@ def run_study(arguments: list[str]) -> None:
 
 
 def _require_order(arguments: Sequence[str]) -> None:
-    """Refuse an option of a class before the class, which starts from its own defaults and would forget it.
+    """Refuse an option of a class that stands before the class: the class starts from its own defaults.
 
     Raises:
         ValueError: If there is one.
@@ -71,10 +71,10 @@ def _require_order(arguments: Sequence[str]) -> None:
 
 
 class MemdmlCLI(LightningCLI):
-    """Lightning's CLI with this package's defaults: glyphs, and a CSV log under ``runs/``.
+    """Lightning's CLI with this package's defaults: glyphs, and a CSV log under `runs/`.
 
     Args:
-        **options: Of `LightningCLI`: with ``args=[...], run=False`` it builds what the arguments say, and runs nothing.
+        **options: Of `LightningCLI`: with `args=[...], run=False` it builds what the arguments say, and runs nothing.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -146,7 +146,7 @@ class MemdmlCLI(LightningCLI):
         return self.config.get(str(self.config.get("subcommand")), self.config)
 
     def before_fit(self) -> None:
-        """Tell users of classes of their own what opens the checkpoints of this run."""
+        """Print whether the checkpoints of this run will need `--trust`."""
         if refused := self._needs_trust():
             rank_zero_info(f"The checkpoints of this run open with `--trust` only: {', '.join(refused)}.")
 
@@ -189,7 +189,7 @@ class SaveRunConfig(SaveConfigCallback):
     """Saves the configuration in the run's own folder, in its checkpoints, and in the log of W&B and the like."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` beside the run's checkpoints; on rank 0 only."""
+        """Write `config.yaml` beside the run's checkpoints; on rank 0 only."""
         if not trainer.loggers:
             return  # without a log there is no folder of this run alone
         folder = run_folder(trainer)
@@ -200,11 +200,11 @@ class SaveRunConfig(SaveConfigCallback):
                 logger.log_hyperparams(yaml.safe_load(self._text()))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let no file decide which files are removed."""
+        """Do not let a file decide which files are removed."""
         _without_foreign_files(checkpoint, trainer.ckpt_path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell a training that was interrupted how it goes on."""
+        """Print how to resume after an interruption."""
         written = trainer.checkpoint_callback
         if isinstance(exception, KeyboardInterrupt) and isinstance(written, ModelCheckpoint):
             last = written.last_model_path or written.best_model_path
@@ -213,7 +213,7 @@ class SaveRunConfig(SaveConfigCallback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say how to build everything, wherever it is moved."""
+        """Put the configuration into the checkpoint, so that it can be moved."""
         checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
 
     def _text(self) -> str:

@@ -149,7 +149,7 @@ def test_features_have_no_contact_sheet(tmp_path, capsys):
     arguments = ["--data=FeatureDataModule", f"--data.path={tmp_path}/f.npz", f"--output={tmp_path}/sheet"]
     said, code = check(capsys, *arguments, "--data.val_fraction=0")
     assert code == 0
-    assert "no problems\nno contact sheet: FeatureDataModule has features, of which there is nothing to see\n" in said
+    assert "no problems\nno contact sheet: FeatureDataModule has features and no pictures\n" in said
     assert not (tmp_path / "sheet").exists()
 
 

@@ -18,8 +18,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
+from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.learner import MetricLearner
+from lightning_memdml.reference_scores import (
+    ReferenceScores,
+    format_scores,
+    reference_table,
+    score_after_training,
+    score_before_training,
+)
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
 from lightning_memdml.study.study_command import study
 from lightning_memdml.trust import find_refused
@@ -32,7 +40,14 @@ DEFAULTS: dict[str, Any] = {
     "trainer": {"logger": DEFAULT_LOGGER},
     "model": {"optimizer": {"class_path": "torch.optim.AdamW"}},
 }
-# Option of one command alone: name of the command -> options for its parser.
+# Options of one command alone.
+FIT = {
+    "--reference": {
+        "type": bool,
+        "default": True,
+        "help": "Score the frozen features of a network with --model.weights first, and compare them at the end.",
+    }
+}
 PREDICT = {
     "--file_format": {
         "type": FileFormat,
@@ -79,6 +94,7 @@ class MemdmlCLI(LightningCLI):
 
     def __init__(self, **options: Any) -> None:
         self._ckpt_path: str | None = None
+        self._reference: ReferenceScores | None = None
         super().__init__(
             MetricLearner,
             LightningDataModule,
@@ -86,7 +102,7 @@ class MemdmlCLI(LightningCLI):
             seed_everything_default=0,  # a number, so that two runs of one command are the same
             auto_configure_optimizers=False,  # `--model.optimizer` instead, which knows the backbone's rate
             parser_class=ArgumentParser,
-            parser_kwargs={"predict": {"own_options": PREDICT}},
+            parser_kwargs={"fit": {"own_options": FIT}, "predict": {"own_options": PREDICT}},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             **options,
@@ -146,16 +162,29 @@ class MemdmlCLI(LightningCLI):
         return self.config.get(str(self.config.get("subcommand")), self.config)
 
     def before_fit(self) -> None:
-        """Print whether the checkpoints of this run will need `--trust`."""
+        """Print whether the checkpoints of this run will need `--trust`, and score the network it starts from."""
         if refused := self._needs_trust():
             rank_zero_info(f"The checkpoints of this run open with `--trust` only: {', '.join(refused)}.")
+        section, data = self.config.fit, self.datamodule
+        starts_pretrained = section.model.get("weights") is not None and section.get("ckpt_path") is None
+        wanted = section.reference and not section.trainer.fast_dev_run and starts_pretrained
+        if wanted and isinstance(data, RetrievalDataModule) and self.trainer.is_global_zero:
+            data.prepare_data()
+            data.setup("fit")
+            device = self.trainer.strategy.root_device
+            self._reference = score_before_training(self.model.model, data, device)
+            frozen = self._reference.rows["frozen features"]
+            rank_zero_info(f"Frozen features on {self._reference.classes} classes: {format_scores(frozen)}.")
 
     def _needs_trust(self) -> list[str]:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         return find_refused(config.get("fit", config))
 
     def after_fit(self) -> None:
-        """Save the trained state under a name that can be known beforehand."""
+        """Compare with the network before the training, and save the trained state as `last.ckpt`."""
+        if self._reference is not None:
+            trained = score_after_training(self.model.model, self.datamodule, self.trainer.strategy.root_device)
+            print(reference_table(self._reference, trained))
         if self.trainer.checkpoint_callback is None or self.config.fit.trainer.fast_dev_run:
             return
         folder = self.trainer.strategy.broadcast(run_folder(self.trainer))

@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones", "commands", "compat"},
     "config_merging": {"cli_messages"},
     "warnings_filter": set(),
+    "reference_scores": {"backbones", "data", "heads", "retrieval"},
     "data_check": {"data", "cli_messages", "atomic_write"},
 }
 ROOMS = set(MAY_IMPORT)

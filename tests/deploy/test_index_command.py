@@ -118,6 +118,7 @@ def test_other_data_and_other_kinds_of_index_can_be_given(memdml: Command, tmp_p
     assert (index.faiss_index.nlist, index.faiss_index.nprobe) == (4, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.* are no images of a class")
 def test_a_folder_is_taken_with_all_its_images_at_any_depth(memdml: Command, tmp_path: Path) -> None:
     source = tmp_path / "album"
     for name in ("one.png", "trip/two.JPG", "trip/sea/three.png", ".hidden/four.png", "trip/.five.png"):
@@ -259,6 +260,7 @@ def test_what_is_found_can_be_seen_on_a_page_and_in_a_picture(memdml: Command, t
     assert Image.open(tmp_path / "found.png").width > 400
 
 
+@pytest.mark.filterwarnings("ignore:.* are no images of a class")
 def test_glyphs_are_searched_by_a_picture_of_one(
     tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_losses_are_compared_on_real_pairs_where_one_needs_them(
     assert 8 * 24 - 8 * 3 <= pairs[softmax] <= 8 * 24, "8 anchors against 3 batches, less pairs of one image"
 
 
+@pytest.mark.filterwarnings("ignore:Trusted .* to build and run")
 def test_a_checkpoint_is_read_on_its_own_batch_and_memory(memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
     memdml(f"fit {NET} {LOSS} {DATA} {RUN} {MEMORY} {CURVES}")
     run = Path("runs/memdml/version_0")

@@ -415,7 +415,7 @@ def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: p
         ("fit --model.loss ContrastiveLoss --model.backbone SmalConvNet", "Did you mean 'SmallConvNet'?"),
         ("fit --model.loss ContrastiveLoss --model.backbone resnet05", "Did you mean 'resnet50'?"),
         (f"{TINY} --model.memory_weight -1", "Expected `memory_weight` of at least 0 but got -1.0"),
-        (f"{TINY} --model.weights no.pth", "Expected the backbone's weights in the file no.pth but it is not there"),
+        (f"{TINY} --model.weights no.pth", "Expected the backbone's weights in the file no.pth but it does not exist"),
         (f"{TINY} --trainer.callbacks null", r"Expected a memory"),
         (f"{TINY} --data.batch_size 7", "Expected `batch_size` to be a multiple of `images_per_class`"),
         (f"fit {NET} {LOSS} {QUIET} --data TableDataModule --data.path no.csv", "no.csv"),

@@ -183,6 +183,7 @@ def test_an_index_is_trusted_no_more_than_a_checkpoint(forge: Forge) -> None:
     assert not Path("built").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Trusted .* to build and run")
 def test_networks_and_functions_of_the_user_are_built_by_trust(forge: Forge, trained: Any) -> None:
     forge("model.loss.init_args.negative", "stranger.hard")
     with pytest.raises(ValueError, match=r"which allows model.loss.negative = 'stranger.hard'"):

@@ -194,6 +194,7 @@ def test_a_query_and_a_gallery_row_of_one_image_share_its_index(tmp_path, kind, 
     assert not [warning for warning in recwarn if "more than once" in str(warning.message)]
 
 
+@pytest.mark.filterwarnings("ignore:Training classes with one image only")
 def test_two_boxes_of_a_file_are_two_images(tmp_path):
     pictures(tmp_path)
     rows = [f"7.png,{i // 2},test,{i},0,{i + 2},8" for i in range(4)]
@@ -212,6 +213,7 @@ def test_one_image_under_two_labels_is_refused_by_name(tmp_path, second):
         table(tmp_path, *rows, head=HEAD).setup()
 
 
+@pytest.mark.filterwarnings("ignore:Test classes that are training classes too")
 def test_a_test_on_training_images_is_named(tmp_path):
     pictures(tmp_path)
     rows = [*TRAIN, "0.png,0,validation,True,True", "./1.png,0,validation,True,True"]
@@ -224,6 +226,7 @@ def test_missing_files_are_told_apart_by_their_paths():
     assert first_rows(records) == [0, 0, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:.* are no images of a class")
 def test_an_index_takes_an_image_once(tmp_path):
     pictures(tmp_path)
     (tmp_path / "a").mkdir()

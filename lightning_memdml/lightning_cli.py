@@ -246,7 +246,10 @@ class SaveRunConfig(SaveConfigCallback):
         checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
 
     def _text(self) -> str:
-        return write_yaml(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        # Options of one command alone: the configuration of a run is used with other commands too.
+        own = {option.removeprefix("--") for option in (*FIT, *PREDICT)}
+        return write_yaml({key: value for key, value in config.items() if key not in own})
 
 
 def with_config_of_checkpoint(arguments: list[str]) -> list[str]:

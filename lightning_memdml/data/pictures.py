@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
@@ -50,7 +53,7 @@ def open_picture(source: str | IO[bytes]) -> Image.Image:
         ValueError: If the picture has too many pixels, or its brightness is not defined.
     """
     try:
-        with Image.open(source, formats=_formats()) as image:
+        with _no_warning_of_exif(), Image.open(source, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"Expected at most {MAX_PIXELS:,} pixels but got {image.width} x {image.height}. Shrink the picture"
@@ -110,6 +113,14 @@ def upright(image: Image.Image) -> Image.Image:
     picture = picture.transpose(turn)
     picture.info = {}  # with the orientation, by which a second call would turn the picture again
     return picture
+
+
+@contextmanager
+def _no_warning_of_exif() -> Iterator[None]:
+    """Hide Pillow's warning about a damaged EXIF block, which is read as upright."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+        yield
 
 
 def _orientation(image: Image.Image) -> int:

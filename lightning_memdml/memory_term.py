@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import PairLoss
-from lightning_memdml.memory.protocol import MemoryRows
+from lightning_memdml.memory.rows import MemoryRows
 
 Loss = PairLoss | Callable[..., Any]
 

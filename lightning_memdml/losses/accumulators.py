@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
-from lightning_memdml.losses.row_ops import exp_, row_max
+from lightning_memdml.losses.row_ops import HOST_DEVICES, exp_, row_max
+
+SAMPLE = 256  # columns that are looked at first
+DENSE_SHARE = 0.5  # above this share of columns to be kept, gathering them costs more than it saves
+SPARSE_SHARE = 0.25  # up to this share the prefilter is tried, which keeps some more
 
 Columns = slice | Tensor
 
@@ -166,12 +170,81 @@ def make_accumulators(
     loss: LossDefinition, contexts: Sequence[Context], anchors: Tensor, references: Tensor
 ) -> list[NegativeAccumulator]:
     """Return an accumulator for each part of a loss. Only the weights of the first part become a gradient."""
+    parts = loss.parts or (loss,)
     return [
-        NegativeAccumulator(part, context, anchors, with_gradient=part is loss.parts[0])
+        NegativeAccumulator(part, context, anchors, with_gradient=part is parts[0])
         if part.hardest_negatives is None
         else HardestNegativeAccumulator(part, context, anchors, references)
-        for part, context in zip(loss.parts, contexts, strict=True)
+        for part, context in zip(parts, contexts, strict=True)
     ]
+
+
+def add_block(
+    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, columns: slice, scratch: Tensor
+) -> bool:
+    """Add a block of plain negatives to all accumulators: one product for all, and a second one for each.
+
+    On a CPU, a loss with a threshold (`LossDefinition.negative_threshold`) skips the columns in which no anchor is
+    above it: they take part in the first product only. With a trained network these are nearly all.
+
+    Args:
+        accumulators: Of the parts of one loss, with the same anchors.
+        references: All references, `(M, D)`.
+        is_shared: True for the references to leave out, `(M,)`.
+        columns: The references of the block.
+        scratch: At least `B * n` numbers, overwritten.
+
+    Returns:
+        Whether few columns have a similarity above a threshold. Always false on a GPU, where they are not counted.
+    """
+    anchors, block, excluded = accumulators[0].anchors, references[columns], is_shared[columns]
+    on_host = anchors.device.type in HOST_DEVICES
+    # A CPU widens references in 16 bits, which costs it less than rounding the anchors. A GPU multiplies in 16 bits
+    # with sums in float32, and gets indices as a mask: the host would wait for their number.
+    if on_host or anchors.dtype != torch.float32:
+        block = block.to(anchors.dtype)
+    similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
+    if block.dtype == anchors.dtype:
+        torch.mm(anchors, block.T, out=similarity)
+    else:
+        torch.mm(anchors.to(block.dtype), block.T, out_dtype=anchors.dtype, out=similarity)
+    few = True
+    pairs_to_fill = excluded.nonzero().squeeze(1) if on_host else excluded
+    for accumulator in accumulators:
+        kept = columns_above(similarity, accumulator.threshold, excluded) if on_host else None
+        few &= kept is not None and kept.shape[0] <= SPARSE_SHARE * block.shape[0]
+        if kept is None:
+            own = similarity if accumulator is accumulators[-1] else similarity.clone()  # it is overwritten
+            accumulator.add(own, block, columns, pairs_to_fill)
+        else:
+            own, rows = similarity.index_select(1, kept), block.index_select(0, kept)
+            accumulator.add(own, rows, kept + columns.start)
+    return few
+
+
+def columns_above(similarity: Tensor, threshold: Tensor | float, excluded: Tensor) -> Tensor | None:
+    """Return the columns in which an anchor is above its threshold, or `None` where it pays to take them all.
+
+    Args:
+        similarity: `(B, n)`.
+        threshold: One number, or one per anchor `(B,)`.
+        excluded: Columns to leave out, `(n,)`.
+
+    Returns:
+        Ascending numbers of columns. `None` if more than half of all columns, or of the first 256, are above.
+    """
+    if not isinstance(threshold, Tensor) and threshold <= -1.0:
+        return None
+    for width in (min(SAMPLE, similarity.shape[1]), similarity.shape[1]):
+        block = similarity[:, :width]
+        # The largest similarity of a column is compared, not each of them: a mask of all pairs costs more.
+        if isinstance(threshold, Tensor):
+            is_above = (block - threshold[:, None]).amax(dim=0) > 0
+        else:
+            is_above = block.amax(dim=0) > threshold
+        if is_above.sum() > DENSE_SHARE * width:
+            return None
+    return (is_above & ~excluded).nonzero().squeeze(1)
 
 
 def fill(block: Tensor, excluded: Tensor | None, value: float) -> Tensor:

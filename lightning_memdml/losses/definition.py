@@ -16,7 +16,7 @@ time and memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,6 +148,9 @@ class LossDefinition(ABC):
     needs_negatives: bool = True
     #: How many of the most similar negatives of each anchor are kept; `None` keeps all.
     hardest_negatives: int | None = None
+    #: For a loss that takes its sides from other losses: those whose totals over negatives it needs. The first one
+    #: gives the negatives' weights. The context and the totals that `combine` gets are then lists, one entry per part.
+    parts: tuple[LossDefinition, ...] = ()
 
     # ---------------------------------------------------------------- what a loss defines
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
@@ -186,18 +189,6 @@ class LossDefinition(ABC):
             negatives: Totals over all negatives of each anchor.
         """
 
-    # ---------------------------------------------------------------- what a loss of several parts overrides
-    @property
-    def parts(self) -> tuple[LossDefinition, ...]:
-        """The losses that need totals over negatives. The first one gives the negatives' weights."""
-        return (self,)
-
-    def combine_parts(
-        self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
-    ) -> AnchorTerms:
-        """Combine the totals of `parts`. Every loss but a hybrid has one part."""
-        return self.combine(similarity, mask, contexts[0], totals[0])
-
     # ---------------------------------------------------------------- evaluation on whole rows
     def rows(self, similarity: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the value of each anchor `(B,)`, and the weights of all positives and of all negatives.
@@ -210,11 +201,14 @@ class LossDefinition(ABC):
         Returns:
             The values `(B,)`, and two tensors of weights `(B, M)` that are 0 where there is no such pair.
         """
-        contexts = [part.context(similarity, positive) for part in self.parts]
+        parts = self.parts or (self,)
+        contexts = [part.context(similarity, positive) for part in parts]
         results = [
-            part.negative_row(similarity, negative, context) for part, context in zip(self.parts, contexts, strict=True)
+            part.negative_row(similarity, negative, context) for part, context in zip(parts, contexts, strict=True)
         ]
-        terms = self.combine_parts(similarity, positive, contexts, [totals for _, totals in results])
+        totals = [totals for _, totals in results]
+        given: Any = (contexts, totals) if self.parts else (contexts[0], totals[0])
+        terms = self.combine(similarity, positive, *given)
         negative_weights = results[0][0] * terms.negative_weight_scale[:, None]
         return terms.value, torch.where(positive, terms.positive_weights, 0.0), negative_weights
 

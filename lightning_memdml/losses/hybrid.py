@@ -53,26 +53,22 @@ class HybridLoss(PairLoss):
         self.positive, self.negative = positive, negative
 
     @property
-    def parts(self) -> tuple[PairLoss, ...]:
+    def parts(self) -> tuple[PairLoss, ...]:  # type: ignore[override]  # a property follows the two losses
         """The loss that weighs negatives, and the other one if its positive weights depend on negatives."""
         return (self.negative, self.positive) if self.positive.needs_negatives else (self.negative,)
-
-    def combine_parts(
-        self, similarity: Tensor, mask: Tensor, contexts: list[Context], totals: list[NegativeTotals]
-    ) -> AnchorTerms:
-        """Combine the positives of one loss with the negatives of the other."""
-        negative = self.negative.combine(similarity, mask, contexts[0], totals[0])
-        # A loss whose positive weights do not depend on negatives may get the totals of the other one.
-        context = contexts[1] if self.positive.needs_negatives else self.positive.context(similarity, mask)
-        positive = self.positive.combine(similarity, mask, context, totals[-1])
-        weights = torch.where(mask, positive.positive_weights, 0.0)
-        value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_weight_scale * totals[0].weighted
-        return AnchorTerms(value, weights, negative.negative_weight_scale)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the terms of the negative loss."""
         return self.negative.negative_terms(similarity, context)
 
-    def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
-        """Return the terms of the positive loss."""
-        return self.positive.combine(similarity, mask, context, negatives)
+    def combine(  # type: ignore[override]  # a loss with parts gets lists
+        self, similarity: Tensor, mask: Tensor, context: list[Context], negatives: list[NegativeTotals]
+    ) -> AnchorTerms:
+        """Combine the positives of one loss with the negatives of the other."""
+        negative = self.negative.combine(similarity, mask, context[0], negatives[0])
+        # A loss whose positive weights do not depend on negatives may get the totals of the other one.
+        own = context[1] if self.positive.needs_negatives else self.positive.context(similarity, mask)
+        positive = self.positive.combine(similarity, mask, own, negatives[-1])
+        weights = torch.where(mask, positive.positive_weights, 0.0)
+        value = (weights * (1 - similarity)).sum(dim=1) + negative.negative_weight_scale * negatives[0].weighted
+        return AnchorTerms(value, weights, negative.negative_weight_scale)

@@ -110,30 +110,26 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         """
         check_pairs(embeddings, labels, ref_embeddings, ref_labels, indices, ref_indices)
         anchors = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        in_batch = ref_embeddings is None or ref_labels is None
+        if ref_embeddings is None or ref_labels is None:
+            ref_embeddings, ref_labels, ref_indices = anchors, labels, indices
+        pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, max_shared)
         with torch.autocast(embeddings.device.type, enabled=False):
-            if ref_embeddings is None or ref_labels is None:
-                return self._dense(anchors, anchors, *pair_masks(labels, labels, indices, indices, in_batch=True))
-            pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, max_shared)
-            if ranks is not None:
+            if ranks is not None and not in_batch:
                 return self._sharded(pairs, ranks)
-            if ref_embeddings.requires_grad:
-                references = ref_embeddings.to(anchors.dtype)
-                return self._dense(anchors, references, *pair_masks(labels, ref_labels, indices, ref_indices))
             if ref_embeddings.shape[0] == 0 or anchors.shape[0] == 0:
                 return anchors.sum() * 0.0
-            constants = pairs._replace(anchors=anchors.detach(), references=ref_embeddings.detach())
-            value, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants)
-            return PrecomputedGradient.apply(anchors, value, gradient)
-
-    def _dense(self, anchors: Tensor, references: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        """Return the loss with gradient to anchors and references, through the whole similarity matrix."""
-        if references.shape[0] == 0 or anchors.shape[0] == 0:
-            return anchors.sum() * 0.0
-        similarity = anchors @ references.T  # (B, M)
-        with torch.no_grad():
-            value, positive_weights, negative_weights = self.rows(similarity.detach(), positive, negative)
-            gradient = (negative_weights - positive_weights) / anchors.shape[0]
-        return PrecomputedGradient.apply(similarity, value.mean(), gradient)
+            if not in_batch and not ref_embeddings.requires_grad:
+                constants = pairs._replace(anchors=anchors.detach(), references=ref_embeddings.detach())
+                value, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants)
+                return PrecomputedGradient.apply(anchors, value, gradient)
+            # With gradient to both sides, through the whole similarity matrix.
+            similarity = anchors @ ref_embeddings.to(anchors.dtype).T  # (B, M)
+            masks = pair_masks(labels, ref_labels, indices, ref_indices, in_batch=in_batch)
+            with torch.no_grad():
+                values, positive_weights, negative_weights = self.rows(similarity.detach(), *masks)
+                gradient = (negative_weights - positive_weights) / anchors.shape[0]
+            return PrecomputedGradient.apply(similarity, values.mean(), gradient)
 
     @torch.compiler.disable
     def _sharded(self, pairs: Pairs, ranks: Ranks) -> Tensor:

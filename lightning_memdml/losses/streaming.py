@@ -14,17 +14,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_memdml import bfloat16, compat
-from lightning_memdml.losses.accumulators import NegativeAccumulator, make_accumulators
-from lightning_memdml.losses.backends import bfloat16_prefilter, blocks
+from lightning_memdml.losses.accumulators import SAMPLE, NegativeAccumulator, add_block, make_accumulators
+from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
+BLOCK_ELEMENTS = 1 << 19  # of a block and of its similarities on a CPU: 2 MiB each in float32 stay in its cache
+GPU_BLOCK_ELEMENTS = 1 << 24  # similarities of a block on a GPU, where a block costs a dozen kernel launches
 MAX_PAIRS_PER_CHUNK = 1 << 19  # pairs of anchors and shared references that are held at once; on a GPU a block of them
 HASH_SIZE = 1 << 16
 TRITON_DEVICES = {"cuda"}
@@ -94,29 +96,27 @@ def find_shared(pairs: Pairs) -> SharedReferences:
     With `pairs.max_shared` on a GPU, the columns are padded to this number and the host does not wait for it.
     """
     on_host = pairs.labels.device.type in HOST_DEVICES
-    is_member = _has_hash_of_member if on_host else _is_member
-    mask = is_member(pairs.ref_labels, pairs.labels)
-    if pairs.indices is not None and pairs.ref_indices is not None:
-        # A negative index is unknown and equals none.
-        mask |= is_member(pairs.ref_indices, pairs.indices) & (pairs.ref_indices >= 0)
+    mask = torch.zeros_like(pairs.ref_labels, dtype=torch.bool)
+    for ids, members, may_be_negative in (
+        (pairs.ref_labels, pairs.labels, True),
+        (pairs.ref_indices, pairs.indices, False),  # a negative index is unknown and equals none
+    ):
+        if ids is None or members is None:
+            continue
+        if on_host:
+            # A wrong hit only moves a reference to the masked block, so hashes are exact enough, and cost one gather.
+            # Brackets cost 4 times as much, `torch.isin` 20 times, comparing with every member 60 times.
+            table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
+            table[members.long() & (HASH_SIZE - 1)] = True
+            found = table.index_select(0, ids.long() & (HASH_SIZE - 1))
+        else:
+            ordered = members.long().sort().values
+            found = ordered[torch.searchsorted(ordered, ids.long()).clamp_max_(len(ordered) - 1)] == ids
+        mask |= found if may_be_negative else found & (ids >= 0)
     if on_host or pairs.max_shared is None:
         columns = mask.nonzero().squeeze(1)
         return SharedReferences(mask, columns, torch.ones_like(columns, dtype=torch.bool))
     return _padded_columns(mask, min(pairs.max_shared, len(mask)))
-
-
-def _has_hash_of_member(ids: Tensor, members: Tensor) -> Tensor:
-    # A wrong hit only moves a reference to the masked block, so hashes are exact enough, and cost one gather. Indexing
-    # by brackets costs 4 times as much, `torch.isin` 20 times, comparing with every member 60 times.
-    table = torch.zeros(HASH_SIZE, dtype=torch.bool, device=ids.device)
-    table[members.long() & (HASH_SIZE - 1)] = True
-    return table.index_select(0, ids.long() & (HASH_SIZE - 1))
-
-
-def _is_member(ids: Tensor, members: Tensor) -> Tensor:
-    ordered = members.long().sort().values
-    place = torch.searchsorted(ordered, ids.long()).clamp_max_(len(ordered) - 1)
-    return ordered[place] == ids
 
 
 def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
@@ -135,7 +135,7 @@ def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
 
 def too_many_pairs(anchors: Tensor, shared: Tensor) -> bool:
     """Whether the anchors have to be evaluated in chunks, given one entry for each shared reference."""
-    most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else blocks.GPU_BLOCK_ELEMENTS
+    most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
     return anchors.shape[0] > 1 and anchors.shape[0] * shared.shape[0] > most
 
 
@@ -161,25 +161,45 @@ def compare_with_shared(loss: LossDefinition, pairs: Pairs, shared: SharedRefere
     order = positive.sum(dim=1).argsort(descending=True)  # for losses that go through the positives one by one
     anchors, positive, negative = anchors[order], positive[order], negative[order]
     similarity = anchors @ references.T
-    contexts = [part.context(similarity, positive) for part in loss.parts]
+    contexts = [part.context(similarity, positive) for part in loss.parts or (loss,)]
     return SharedBlock(anchors, references, similarity, positive, negative, contexts, order.argsort())
 
 
 def add_plain_negatives(accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor) -> None:
-    """Add every reference that is not shared, by the backend that fits the device and the loss."""
+    """Add every reference that is not shared, block by block, by the backend that fits the device and the loss.
+
+    Where a block has few references above a threshold, the next one goes through the prefilter. Where the prefilter
+    keeps too many, the block is added as a whole.
+
+    Args:
+        accumulators: Of the parts of one loss, with the same anchors.
+        references: `(M, D)`.
+        is_shared: True for the references to leave out, `(M,)`.
+    """
     anchors = accumulators[0].anchors
     if references.device.type in TRITON_DEVICES and os.environ.get("LIGHTNING_MEMDML_FUSED") == "1":
         from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
 
         accumulators = kernel.add_plain_negatives(accumulators, references, is_shared)
-    if not accumulators:
-        return
+        if not accumulators:
+            return
+    prefilter = active = None
     in_float32 = anchors.dtype == references.dtype == torch.float32
-    wide = anchors.shape[1] >= bfloat16.SMALLEST_DIM
-    if in_float32 and wide and bfloat16.has_fast_bf16_matmul(anchors.device):
-        bfloat16_prefilter.add_plain_negatives(accumulators, references, is_shared)
-    else:
-        blocks.add_plain_negatives(accumulators, references, is_shared)
+    if in_float32 and anchors.shape[1] >= bfloat16.SMALLEST_DIM and bfloat16.has_fast_bf16_matmul(anchors.device):
+        prefilter = BFloat16Prefilter(anchors)
+    on_host = anchors.device.type in HOST_DEVICES
+    most = BLOCK_ELEMENTS // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0]
+    width = max(256, most)
+    # What the prefilter keeps of a reference is half as long, so it takes two blocks at once.
+    first, largest = (width, width) if prefilter is None else (SAMPLE, 2 * width)
+    # All blocks share this memory: new memory for each would cost time.
+    scratch = anchors.new_empty(anchors.shape[0] * min(largest, references.shape[0]))
+    columns = slice(0, first)
+    while columns.start < references.shape[0]:
+        if active is None or not active.add_block(accumulators, references, is_shared, columns):
+            few = add_block(accumulators, references, is_shared, columns, scratch)
+            active = prefilter if few and active is None else None  # not again at once where it kept too many
+        columns = slice(columns.stop, columns.stop + (width if active is None else largest))
 
 
 def finish(
@@ -197,7 +217,8 @@ def finish(
         Value `(B,)` and gradient `(B, D)` of the anchors, in the order of the block.
     """
     totals = [accumulator.totals(number) for accumulator in accumulators]
-    terms = loss.combine_parts(block.similarity, block.positive, block.contexts, totals)
+    given: Any = (block.contexts, totals) if loss.parts else (block.contexts[0], totals[0])
+    terms = loss.combine(block.similarity, block.positive, *given)
     positive_weights = torch.where(block.positive, terms.positive_weights, 0.0)
     gradient = accumulators[0].gradient
     assert gradient is not None

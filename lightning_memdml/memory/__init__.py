@@ -1,10 +1,10 @@
 """What is remembered: plain objects over tensors, without losses and without a Trainer."""
 
-from lightning_memdml.memory.embedding_memory import EmbeddingMemory
+from lightning_memdml.memory.embedding_memory import EmbeddingMemory, TableMemory
 from lightning_memdml.memory.instance_memory import InstanceMemory
 from lightning_memdml.memory.momentum_encoder import MomentumEncoder
-from lightning_memdml.memory.protocol import Memory, MemoryRows
-from lightning_memdml.memory.rows import RowTable, TableMemory
+from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory.rows import MemoryRows, RowTable
 from lightning_memdml.memory.sharded import ShardedMemory
 
 __all__ = [

@@ -1,14 +1,192 @@
-"""The FIFO memory of cross-batch training: the newest embeddings of earlier batches, with their labels."""
+"""What the memories over a table of rows share, and the FIFO memory of cross-batch training."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_memdml.memory.protocol import MemoryRows
-from lightning_memdml.memory.rows import TableMemory
+from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory.rows import COLUMNS, MemoryRows, RowTable, as_rows, unit_rows
+from lightning_memdml.memory.validation import check_dim, check_size, check_state, check_storage
+
+
+class TableMemory(Memory):
+    """A memory over a `RowTable`. A subclass decides only in which slots rows are.
+
+    It defines `_store`, `_slots_needed` and `_restore`.
+
+    A deep copy of a module that holds the memory shares it: a queue of gigabytes is no part of a network's copy. To
+    copy the rows, use `load_state_dict(memory.state_dict())`.
+
+    Args:
+        size: Rows kept at most.
+        dtype: How embeddings are stored, a floating-point dtype. They are normalised in float32 whatever it is.
+
+    Attributes:
+        batches: Calls of `enqueue` so far.
+        dropped: Rows refused so far because they had no direction (NaN, infinite or zero).
+
+    Raises:
+        TypeError: If `size` is not a whole number, or `dtype` not floating point.
+        ValueError: If `size` is below 1.
+    """
+
+    #: What the state of this memory has: four tensors, then numbers.
+    state_names: tuple[str, ...] = ("embeddings", *COLUMNS, "batches", "dropped")
+
+    def __init__(self, size: int | None, dtype: torch.dtype = torch.float32) -> None:
+        if size is not None:
+            check_size(size)
+        check_storage(dtype)
+        self.size = size
+        self._table = RowTable(dtype)
+        self.reset()
+
+    # ---------------------------------------------------------------- what a subclass defines
+    @abstractmethod
+    def _slots_needed(self) -> int:
+        """Return the number of slots to allocate."""
+
+    def _allocate(self, dim: int) -> None:
+        """Replace the table by an empty one for rows of `dim` numbers; for no rows if `dim` is 0."""
+        self._table.allocate(self._slots_needed() if dim else 0, dim)
+
+    @abstractmethod
+    def _store(self, embeddings: Tensor, metadata: Tensor) -> None:
+        """Write unit rows `(n, D)` with their metadata `(3, n)` into the table, and show which slots are valid then."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any], embeddings: Tensor, metadata: Tensor) -> None:
+        """Replace the rows by those of a checked state."""
+
+    # ---------------------------------------------------------------- writing and reading
+    def enqueue(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, *, step: int | None = None
+    ) -> int:
+        """Store the rows of a batch, as `embeddings / |embeddings|`, computed in float32.
+
+        What `read` returned before is overwritten sooner or later: enqueue after the backward pass that used it
+        (autograd raises otherwise), and clone what is to be kept.
+
+        Args:
+            embeddings: `(B, D)` floating point.
+            labels: `(B,)` integers.
+            indices: `(B,)` integers, the data-set index of each row's image; -1, or None for all, is unknown and equals
+                no other index.
+            step: The time to note for these rows; by default the number of earlier calls.
+
+        Returns:
+            How many rows were dropped because they had no direction (NaN, infinite or zero).
+
+        Raises:
+            TypeError: If labels or indices are not integers, or embeddings are not floating point.
+            ValueError: If shapes do not fit each other, or `D` is not that of the stored rows.
+        """
+        embeddings, labels, indices = as_rows(embeddings, labels, indices)
+        held = self._table.embeddings
+        if held.shape[1] not in (0, embeddings.shape[1]):
+            check_dim(held.shape[1], embeddings.shape[1])
+        # Rows enqueued under inference mode must be usable in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            rows, usable = unit_rows(embeddings)
+            metadata = torch.stack([labels, indices, torch.full_like(labels, self.batches if step is None else step)])
+            dropped = len(usable) - int(usable.sum())
+            if dropped:
+                rows, metadata = rows[usable], metadata[:, usable]
+            if held.device != rows.device:
+                self.to(rows.device)
+            self._store(rows, metadata)
+        self.batches += 1
+        self.dropped += dropped
+        return dropped
+
+    def read(self) -> MemoryRows:
+        """Return the valid rows: contiguous views into the table, no copy.
+
+        Returns:
+            `embeddings (M, D)` of the storage dtype, `labels (M,)` int64 and `indices (M,)` int64 (-1 is unknown).
+            Before the first rows `M` is 0, and `D` is 0 as well.
+        """
+        self.was_read = True
+        return self._table.rows
+
+    def reset(self) -> None:
+        """Forget rows, counters and dimension; `read()` gives zero rows, on the device of before."""
+        self.batches = 0
+        self.dropped = 0
+        self.was_read = False
+        self._allocate(0)
+
+    def __len__(self) -> int:
+        """Return the number of valid rows."""
+        return len(self._table.rows.labels)
+
+    def __repr__(self) -> str:
+        """Return size, fill, dimension and place."""
+        return (
+            f"{type(self).__name__}(size={self.size}, rows={len(self)}, dim={self.dim}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TableMemory:
+        """Return the same object, see the class docstring."""
+        return self
+
+    # ---------------------------------------------------------------- what the table holds
+    @property
+    def dtype(self) -> torch.dtype:
+        """How embeddings are stored."""
+        return self._table.dtype
+
+    @property
+    def steps(self) -> Tensor:
+        """For each valid row the `step` given when it was enqueued, `(M,)`."""
+        return self._table.steps
+
+    @property
+    def dim(self) -> int:
+        """The `D` of the stored rows; 0 before the first."""
+        return self._table.embeddings.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._table.embeddings.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, unused slots included."""
+        return self._table.embeddings.nbytes + self._table.metadata.nbytes
+
+    def to(self, device: torch.device | str) -> TableMemory:
+        """Move the rows to a device; nothing happens if they are there."""
+        device = torch.device(device)
+        if device != self.device:
+            self._table.to(device)
+        return self
+
+    # ---------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """Return the valid rows as CPU copies, and the counters; only tensors and numbers, never empty."""
+        return {**self._table.state(), "batches": self.batches, "dropped": self.dropped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace rows and counters.
+
+        The device stays as it is: `to`, or the next `enqueue`, moves the rows.
+
+        Args:
+            state: What `state_dict` returned, from a memory of any size, dtype or device.
+
+        Raises:
+            ValueError: If entries are missing or do not fit each other, or an embedding is not finite.
+        """
+        check_state(type(self).__name__, state, self.state_names)
+        self._restore(state, state["embeddings"], torch.stack([state[name] for name in COLUMNS]))
+        self.batches, self.dropped = state["batches"], state["dropped"]
 
 
 class EmbeddingMemory(TableMemory):
@@ -85,7 +263,7 @@ class EmbeddingMemory(TableMemory):
         if end + new > len(table.embeddings):
             table.move(end - kept, end)
             end = kept
-        table.write(slice(end, end + new), embeddings, metadata)
+        table.embeddings[end : end + new], table.metadata[:, end : end + new] = embeddings, metadata
         table.show(slice(end - kept, end + new))
         if embeddings.device.type != "cpu":
             table.rows.bound = self._count_shared(new)

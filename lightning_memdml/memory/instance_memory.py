@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memdml.memory.embedding_memory import TableMemory
 from lightning_memdml.memory.momentum_encoder import check_momentum
-from lightning_memdml.memory.protocol import MemoryRows
-from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, TableMemory, unit_rows
+from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, unit_rows
 
 
 class InstanceMemory(TableMemory):
@@ -115,13 +115,13 @@ class InstanceMemory(TableMemory):
         mixed, usable = unit_rows(self.momentum * self._table.embeddings[slots].float() + (1 - self.momentum) * known)
         # Opposite rows may leave nothing; the newer one is the better guess.
         mixed = torch.where(usable[:, None], mixed, known)
-        self._table.write(slots, mixed.to(self.dtype), metadata[:, seen])
+        self._table.embeddings[slots], self._table.metadata[:, slots] = mixed.to(self.dtype), metadata[:, seen]
         self._append(embeddings[~seen], metadata[:, ~seen])
 
     def _append(self, embeddings: Tensor, metadata: Tensor) -> None:
         """Add the rows of images that have none."""
         new = slice(len(self), len(self) + len(embeddings))
-        self._table.write(new, embeddings, metadata)
+        self._table.embeddings[new], self._table.metadata[:, new] = embeddings, metadata
         self._slot_of_image[metadata[INDEX].to(self.device)] = torch.arange(new.start, new.stop, device=self.device)
         self._table.show(slice(0, new.stop))
 

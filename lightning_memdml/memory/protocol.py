@@ -1,64 +1,14 @@
-"""What the callback, the learner and the losses need of a memory, and what reading one returns."""
+"""What the callback, the learner and the losses need of a memory."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class _Rows(NamedTuple):
-    embeddings: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-class MemoryRows(_Rows):
-    """The rows of a memory, and what helps a loss to compare a batch with them.
-
-    It unpacks as exactly three tensors, `embeddings, labels, indices = memory.read()`.
-
-    Args:
-        embeddings: `(M, D)`, of unit length.
-        labels: `(M,)` int64.
-        indices: `(M,)` int64, the data-set index of each row's image; -1 is unknown and equals no other index.
-
-    Attributes:
-        ranks: If these rows are only the share of this rank: the object by which ranks exchange rows, whose `len` is
-            the number of rows on all ranks. Otherwise None.
-        bound: Two numbers `(B, S)`: at most S rows share a class or an image with any B anchors. None if not counted.
-
-    Example:
-        >>> rows = MemoryRows(torch.eye(2), torch.tensor([4, 4]), torch.tensor([0, 1]))
-        >>> embeddings, labels, indices = rows
-        >>> rows.bound = (8, 2)
-        >>> rows.max_shared(8), rows.max_shared(9)
-        (2, None)
-    """
-
-    ranks: Any
-    bound: tuple[int, int] | None
-
-    def __new__(cls, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
-        """Make the tuple, and set the attributes: torch 2.10 does not trace those of the class."""
-        rows = super().__new__(cls, embeddings, labels, indices)
-        rows.ranks = rows.bound = None
-        return rows
-
-    def max_shared(self, anchors: int) -> int | None:
-        """Return an upper bound of the rows that share a class or an image with a batch.
-
-        With it a loss on a GPU need not wait until the device has counted them.
-
-        Args:
-            anchors: Number of rows B of the batch.
-
-        Returns:
-            The bound, or None if it was not counted for so many anchors.
-        """
-        return self.bound[1] if self.bound is not None and anchors <= self.bound[0] else None
+from lightning_memdml.memory.rows import MemoryRows
 
 
 class Memory(ABC):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.gather import RowGather, ranks
-from lightning_memdml.memory.protocol import Memory, MemoryRows
-from lightning_memdml.memory.rows import COLUMNS, as_rows, unit_rows
+from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory.rows import COLUMNS, MemoryRows, as_rows, unit_rows
 from lightning_memdml.memory.validation import check_state
 
 _TENSORS = ("embeddings", *COLUMNS)

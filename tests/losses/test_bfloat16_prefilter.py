@@ -13,8 +13,7 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml import bfloat16
-from lightning_memdml.losses import streaming
-from lightning_memdml.losses.backends import blocks
+from lightning_memdml.losses import accumulators, streaming
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.losses.definition import Pairs
 
@@ -31,7 +30,7 @@ LOSSES = {
 def filtered(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Use the prefilter on any processor, in blocks of 512 columns. The list collects its result for each block."""
     monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1)
     reached, found = BFloat16Prefilter.may_be_above, []
 
     def recorded(self: BFloat16Prefilter, *args: Any) -> Tensor:
@@ -125,13 +124,13 @@ def test_columns_above_are_those_above_a_threshold(one_threshold: bool) -> None:
     hits = torch.tensor([3, 300, 301, 1999])
     similarity[torch.tensor([0, 1, 2, 0]), hits] = 0.95
     excluded[301] = True
-    assert blocks.columns_above(similarity, threshold, excluded).tolist() == [3, 300, 1999]
-    similarity[1, : blocks.SAMPLE] = 0.95
-    assert blocks.columns_above(similarity, threshold, excluded) is None
-    assert blocks.columns_above(similarity.flip(1), threshold, excluded).shape[0] == blocks.SAMPLE + 3
+    assert accumulators.columns_above(similarity, threshold, excluded).tolist() == [3, 300, 1999]
+    similarity[1, : accumulators.SAMPLE] = 0.95
+    assert accumulators.columns_above(similarity, threshold, excluded) is None
+    assert accumulators.columns_above(similarity.flip(1), threshold, excluded).shape[0] == accumulators.SAMPLE + 3
     similarity[1] = 0.95
-    similarity[1, : blocks.SAMPLE] = 0.0
-    assert blocks.columns_above(similarity, threshold, excluded) is None
+    similarity[1, : accumulators.SAMPLE] = 0.0
+    assert accumulators.columns_above(similarity, threshold, excluded) is None
 
 
 def test_it_is_not_used_where_many_columns_are_above_a_threshold(filtered: list[Tensor]) -> None:

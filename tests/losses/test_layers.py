@@ -16,8 +16,8 @@ LAYERS = [
     {"row_ops", "polynomials", "weights"},
     {"definition"},
     {"accumulators"},
-    {"backends.blocks", "backends.triton.codegen"},
-    {"backends.bfloat16_prefilter", "backends.triton.kernel"},
+    {"backends.bfloat16_prefilter", "backends.triton.codegen"},
+    {"backends.triton.kernel"},
     {"streaming"},
     {"sharded"},
     {"pair_loss"},
@@ -70,6 +70,6 @@ def test_only_a_file_of_losses_is_read_as_one(tmp_path: Path) -> None:
     file.write_text(
         "from typing import TYPE_CHECKING\nfrom lightning_memdml.losses import streaming\n"
         "if TYPE_CHECKING:\n    from lightning_memdml.losses.pair_loss import PairLoss\n"
-        "def f():\n    import lightning_memdml.losses.backends.blocks\n"
+        "def f():\n    import lightning_memdml.losses.backends.bfloat16_prefilter\n"
     )
-    assert imported(file) == {"streaming", "pair_loss", "backends.blocks"}
+    assert imported(file) == {"streaming", "pair_loss", "backends.bfloat16_prefilter"}

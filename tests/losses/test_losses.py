@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml.curves import exact_curve
-from lightning_memdml.losses.backends import blocks
+from lightning_memdml.losses import streaming
 
 CASES = loss_cases()
 
@@ -171,7 +171,7 @@ def test_the_block_size_does_not_change_the_result(case, monkeypatch):
         labels_of(3000, 50, seed=3),
     )
     whole = value_and_gradient(loss, x, y, r, ry)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16 * 300)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 16 * 300)
     assert_same(value_and_gradient(loss, x, y, r, ry), whole, 1e-11)
 
 
@@ -343,7 +343,7 @@ def test_the_hardest_negatives_are_those_of_the_whole_memory(monkeypatch):
     loss = ml.DirectWeightLoss(negative=ml.Constant(), hardest_negatives=5)
     assert torch.equal(loss.pair_weights(x, y, r, ry)[1] > 0, kept)
     for elements in (16 * 300, 1 << 19):
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", elements)
         _, gradient = value_and_gradient(loss, x, y, r, ry)
         torch.testing.assert_close(gradient, (kept.double() - positive.double()) @ r / 16)
 

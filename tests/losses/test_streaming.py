@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
 from lightning_memdml.losses import accumulators, streaming
-from lightning_memdml.losses.backends import blocks
 from lightning_memdml.losses.definition import Pairs
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
@@ -54,7 +53,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("classes", [40, 5000])
 def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     x, y, r, ry = batch_and_memory(rows=64, references=10_000, dim=4, classes=classes)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 1024)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
     monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 64 * 1024)
     unknown = torch.full((10_000,), -1)
     with LargestTensor() as largest:  # a mode does not see into the operator, so what it runs is called
@@ -160,7 +159,7 @@ def _like_a_gpu():
 def test_the_code_for_a_gpu_gives_the_same_result(loss, max_shared, like_a_gpu, monkeypatch):
     x, y, r, ry = (t.double() if t.is_floating_point() else t for t in batch_and_memory())
     x.requires_grad_()
-    monkeypatch.setattr(blocks, "GPU_BLOCK_ELEMENTS", 16 * 600)
+    monkeypatch.setattr(streaming, "GPU_BLOCK_ELEMENTS", 16 * 600)
     indices, ref_indices = torch.arange(16), torch.arange(2000) % 500 - 1
     value = loss(x, y, r, ry, indices=indices, ref_indices=ref_indices, max_shared=max_shared)
     (gradient,) = torch.autograd.grad(value, x)

@@ -74,7 +74,7 @@ def evaluate(terms: Terms, similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 def check(loss: ml.PairLoss) -> None:
     similarity = torch.linspace(-1, 1, 4 * 50, dtype=torch.float64)[torch.randperm(200)].view(4, 50)
-    part = loss.parts[0]
+    part = loss.parts[0] if loss.parts else loss
     context = part.context(similarity[:, :5], torch.ones(4, 5, dtype=torch.bool))
     terms = generate_terms(part, context, rows=4)
     weights, values = evaluate(terms, similarity)

@@ -1,13 +1,9 @@
-"""Ways to add plain negatives, the references that share no class and no image with the batch, side by side.
+"""Faster ways to add plain negatives than `accumulators.add_block`, on hardware that has them.
 
-Each backend is one function:
-
-`add_plain_negatives(accumulators, references, is_shared) -> accumulators that are still to be served`
-
-- `blocks` serves every loss on every device: a matrix product per block, the loss in torch, a second product;
 - `bfloat16_prefilter` serves every loss, on CPUs with fast bfloat16 products: it skips most references of a loss with a
-  threshold at half the price of the first product;
-- `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products.
+  threshold at half the price of the first product. It may refuse a block, which is then added as a whole.
+- `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products and all
+  references. It returns the accumulators of other losses, to which the references are then added block by block.
 
 `lightning_memdml.losses.streaming.add_plain_negatives` chooses.
 """

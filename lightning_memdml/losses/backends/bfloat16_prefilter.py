@@ -13,54 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml import bfloat16
-from lightning_memdml.losses.accumulators import NegativeAccumulator
-from lightning_memdml.losses.backends import blocks
-
-
-def add_plain_negatives(
-    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
-) -> list[NegativeAccumulator]:
-    """Add every reference that is not shared to all accumulators, and return none of them.
-
-    The first references go through `blocks.add_block`, which counts how many are above a threshold. Where they are
-    few, the next block goes through the prefilter; where the prefilter keeps too many, the block is added as a whole.
-
-    Args:
-        accumulators: Of the parts of one loss, with the same anchors, float32.
-        references: `(M, D)`, float32.
-        is_shared: True for the references to leave out, `(M,)`.
-    """
-    anchors = accumulators[0].anchors
-    prefilter = BFloat16Prefilter(anchors)
-    # What the prefilter keeps of a reference is half as long, so it takes two blocks at once.
-    width, scratch = blocks.block_size(anchors, references, blocks_at_once=2)
-    columns, filtering = slice(0, blocks.SAMPLE), False
-    while columns.start < references.shape[0]:
-        if not filtering or not _add_filtered(accumulators, prefilter, references, is_shared, columns):
-            few = blocks.add_block(accumulators, references, is_shared, columns, scratch)
-            filtering = few and not filtering  # not again at once where the prefilter kept too many
-        columns = slice(columns.stop, columns.stop + (2 * width if filtering else width))
-    return []
-
-
-def _add_filtered(
-    accumulators: list[NegativeAccumulator],
-    prefilter: BFloat16Prefilter,
-    references: Tensor,
-    is_shared: Tensor,
-    columns: slice,
-) -> bool:
-    """Add the references of a block that may be above a threshold. Add nothing and return false if they are many."""
-    block = references[columns]
-    may_be_above = prefilter.may_be_above(block, [accumulator.threshold for accumulator in accumulators])
-    kept = (may_be_above & ~is_shared[columns]).nonzero().squeeze(1)
-    if kept.shape[0] > blocks.DENSE_SHARE * block.shape[0]:
-        return False
-    rows = block.index_select(0, kept)
-    similarity = accumulators[0].anchors @ rows.T
-    for accumulator in accumulators:
-        accumulator.add(similarity.clone(), rows, kept + columns.start)
-    return True
+from lightning_memdml.losses.accumulators import DENSE_SHARE, NegativeAccumulator
 
 
 class BFloat16Prefilter:
@@ -74,6 +27,28 @@ class BFloat16Prefilter:
         self._anchors = anchors.bfloat16()
         self._longest = _longest(anchors)
         self._zeros = anchors.new_zeros(anchors.shape[0])
+
+    def add_block(
+        self, accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, columns: slice
+    ) -> bool:
+        """Add the references of a block that may be above a threshold. Add nothing and return false if they are many.
+
+        Args:
+            accumulators: Of the parts of one loss, with these anchors.
+            references: All references, `(M, D)`, float32.
+            is_shared: True for the references to leave out, `(M,)`.
+            columns: The references of the block.
+        """
+        block = references[columns]
+        may_be_above = self.may_be_above(block, [accumulator.threshold for accumulator in accumulators])
+        kept = (may_be_above & ~is_shared[columns]).nonzero().squeeze(1)
+        if kept.shape[0] > DENSE_SHARE * block.shape[0]:
+            return False
+        rows = block.index_select(0, kept)
+        similarity = accumulators[0].anchors @ rows.T
+        for accumulator in accumulators:
+            accumulator.add(similarity.clone(), rows, kept + columns.start)
+        return True
 
     def may_be_above(self, block: Tensor, thresholds: list[Tensor | float]) -> Tensor:
         r"""Return which references may have a similarity above a threshold of its anchor.

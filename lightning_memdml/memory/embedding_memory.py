@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import COLUMNS, MemoryRows, RowTable, as_rows, unit_rows
-from lightning_memdml.memory.validation import check_dim, check_size, check_state, check_storage
+from lightning_memdml.memory.rows import COLUMNS, TENSORS, MemoryRows, RowTable, as_rows, unit_rows
+from lightning_memdml.memory.validation import check_size, check_state, check_storage
 
 
 class TableMemory(Memory):
@@ -35,7 +35,7 @@ class TableMemory(Memory):
     """
 
     #: What the state of this memory has: four tensors, then numbers.
-    state_names: tuple[str, ...] = ("embeddings", *COLUMNS, "batches", "dropped")
+    state_names: tuple[str, ...] = (*TENSORS, "batches", "dropped")
 
     def __init__(self, size: int | None, dtype: torch.dtype = torch.float32) -> None:
         if size is not None:
@@ -88,7 +88,11 @@ class TableMemory(Memory):
         embeddings, labels, indices = as_rows(embeddings, labels, indices)
         held = self._table.embeddings
         if held.shape[1] not in (0, embeddings.shape[1]):
-            check_dim(held.shape[1], embeddings.shape[1])
+            raise ValueError(
+                f"The memory holds embeddings of D={held.shape[1]}, but the batch has D={embeddings.shape[1]}. If the "
+                "memory came from a checkpoint, it belongs to another embedding layer: restore the layer that it was "
+                "trained with, or start without the memory's state. Otherwise call `memory.reset()` first."
+            )
         # Rows enqueued under inference mode must be usable in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             rows, usable = unit_rows(embeddings)
@@ -211,7 +215,7 @@ class EmbeddingMemory(TableMemory):
         steps: `(M,)` int64, for each valid row the `step` given when it was enqueued.
         batches: Calls of `enqueue` so far.
         dropped: Rows refused so far because they had no direction (NaN, infinite or zero).
-        was_read: Whether `read` was ever called.
+        was_read: Whether `read` was called since `reset`.
 
     Raises:
         ValueError: If `size` is below 1.

@@ -36,7 +36,7 @@ class InstanceMemory(TableMemory):
         steps: `(M,)` int64, for each row the `step` given when it was last updated.
         batches: Calls of `enqueue` so far.
         dropped: Rows refused so far because they had no direction (NaN, infinite or zero).
-        was_read: Whether `read` was ever called.
+        was_read: Whether `read` was called since `reset`.
 
     Raises:
         ValueError: If `size` is below 1 or `momentum` out of range.

@@ -13,6 +13,8 @@ from lightning_memdml.compat import mark_dynamic
 # Rows of the integer metadata.
 LABEL, INDEX, STEP = range(3)
 COLUMNS = ("labels", "indices", "steps")
+#: The tensors of a memory's state.
+TENSORS = ("embeddings", *COLUMNS)
 
 UNKNOWN_INDEX = -1
 """Stored where the index of a row's image is not given. It names no image, so it equals no other index."""
@@ -194,5 +196,5 @@ class RowTable:
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the valid rows, on the CPU."""
-        tensors = zip(("embeddings", *COLUMNS), (*self.rows, self.steps), strict=True)
+        tensors = zip(TENSORS, (*self.rows, self.steps), strict=True)
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}

@@ -12,10 +12,8 @@ from torch import Tensor
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.gather import RowGather, ranks
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import COLUMNS, MemoryRows, as_rows, unit_rows
+from lightning_memdml.memory.rows import TENSORS, MemoryRows, as_rows, unit_rows
 from lightning_memdml.memory.validation import check_state
-
-_TENSORS = ("embeddings", *COLUMNS)
 
 
 class ShardedMemory(Memory):
@@ -141,7 +139,7 @@ class ShardedMemory(Memory):
 
     @property
     def was_read(self) -> bool:  # type: ignore[override]
-        """Whether `read` was ever called."""
+        """Whether `read` was called since `reset`."""
         return self.share.was_read
 
     @property
@@ -201,7 +199,7 @@ class ShardedMemory(Memory):
         numbers = torch.cat([self._numbers(rank) for rank in range(self.world_size)])
         order = numbers.argsort()
         filled = [share for share in shares if len(share["labels"])] or shares[:1]
-        rows = {name: torch.cat([share[name] for share in filled])[order] for name in _TENSORS}
+        rows = {name: torch.cat([share[name] for share in filled])[order] for name in TENSORS}
         offsets = [share["offset"] for share in shares]
         return {**shares[0], **rows, "offset": 0, "offsets": offsets, "entered": self._entered, "dropped": self.dropped}
 
@@ -217,7 +215,7 @@ class ShardedMemory(Memory):
         own = torch.arange(self._entered - len(state["labels"]), self._entered) % self.world_size == self.rank
         offsets = state.get("offsets", [])
         offset = offsets[self.rank] if len(offsets) == self.world_size else 0
-        self.share.load_state_dict({**state, **{name: state[name][own] for name in _TENSORS}, "offset": offset})
+        self.share.load_state_dict({**state, **{name: state[name][own] for name in TENSORS}, "offset": offset})
         self.dropped = state["dropped"]
 
     def _numbers(self, rank: int) -> Tensor:
@@ -229,7 +227,7 @@ class ShardedMemory(Memory):
         """Return the states of all shares on rank 0, nothing on the others."""
         offset = torch.tensor([own["offset"]], device=self.device)
         if self.rank:
-            for part in (offset, *(own[name].to(self.device) for name in _TENSORS)):
+            for part in (offset, *(own[name].to(self.device) for name in TENSORS)):
                 dist.send(part.contiguous(), dst=0)
             return []
         shares = [own]
@@ -237,7 +235,7 @@ class ShardedMemory(Memory):
             dist.recv(offset, src=rank)
             rows = len(self._numbers(rank))
             share: dict[str, Any] = {"offset": int(offset)}
-            for name in _TENSORS:
+            for name in TENSORS:
                 part = torch.empty(rows, *own[name].shape[1:], dtype=own[name].dtype, device=self.device)
                 dist.recv(part, src=rank)
                 share[name] = part.cpu()

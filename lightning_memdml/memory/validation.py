@@ -1,4 +1,4 @@
-"""What a memory accepts: its arguments, the width of a batch, and a state that may come from a file."""
+"""What a memory accepts: its arguments, and a state that may come from a file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memdml.memory.rows import COLUMNS, TENSORS
 
-def check_size(size: int | None, rows: str = "rows") -> None:
+
+def check_size(size: int) -> None:
     """Check the size of a memory.
 
     Raises:
@@ -17,25 +19,15 @@ def check_size(size: int | None, rows: str = "rows") -> None:
         ValueError: If it is below 1.
     """
     if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"Expected `size` to be a whole number of {rows} but got {size!r}. Pass an int.")
+        raise TypeError(f"Expected `size` to be a whole number of rows but got {size!r}. Pass an int.")
     if size < 1:
-        raise ValueError(f"Expected `size` of at least 1 but got {size}. Pass the number of {rows} to keep.")
+        raise ValueError(f"Expected `size` of at least 1 but got {size}. Pass the number of rows to keep.")
 
 
 def check_storage(dtype: torch.dtype) -> None:
     """Raise a `TypeError` unless embeddings can be stored in this dtype."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"Expected a floating-point `dtype` but got {dtype}. Pass torch.float32 or torch.float16.")
-
-
-def check_dim(held: int, given: int) -> None:
-    """Raise a `ValueError` if a memory that holds rows of D=`held` is given rows of another D."""
-    if held not in (0, given):
-        raise ValueError(
-            f"The memory holds embeddings of D={held}, but the batch has D={given}. If the memory came from a "
-            "checkpoint, it belongs to another embedding layer: restore the layer that it was trained with, or start "
-            "without the memory's state. Otherwise call `memory.reset()` first."
-        )
 
 
 def check_state(kind: str, state: dict[str, Any], names: Sequence[str]) -> None:
@@ -56,24 +48,23 @@ def check_state(kind: str, state: dict[str, Any], names: Sequence[str]) -> None:
             f"Expected the state of an {kind} in the checkpoint to have {', '.join(names)} but {missing} is missing. "
             f"{remedy}"
         )
-    columns = ("labels", "indices", "steps")
     for name in names:
-        tensor = name == "embeddings" or name in columns
-        right = isinstance(state[name], Tensor) if tensor else type(state[name]) is int and state[name] >= 0
+        is_tensor = name in TENSORS
+        right = isinstance(state[name], Tensor) if is_tensor else type(state[name]) is int and state[name] >= 0
         if not right:
-            kinds = "a tensor" if tensor else "a whole number of at least 0"
+            kinds = "a tensor" if is_tensor else "a whole number of at least 0"
             raise ValueError(
                 f"Expected `{name}` in the state of an {kind} to be {kinds} but got {state[name]!r:.80}. {remedy}"
             )
-    shapes = {name: tuple(state[name].shape) for name in ("embeddings", *columns)}
-    dtypes = {name: state[name].dtype for name in ("embeddings", *columns)}
+    shapes = {name: tuple(state[name].shape) for name in TENSORS}
+    dtypes = {name: state[name].dtype for name in TENSORS}
     rows = shapes["embeddings"][:1]
-    if len(shapes["embeddings"]) != 2 or any(shapes[name] != rows for name in columns):
+    if len(shapes["embeddings"]) != 2 or any(shapes[name] != rows for name in COLUMNS):
         raise ValueError(
             f"Expected the state of an {kind} to have embeddings of shape (M, D) and labels, indices and steps of "
             f"shape (M,) but got {shapes}. {remedy}"
         )
-    if not dtypes["embeddings"].is_floating_point or any(dtypes[name] != torch.int64 for name in columns):
+    if not dtypes["embeddings"].is_floating_point or any(dtypes[name] != torch.int64 for name in COLUMNS):
         raise ValueError(
             f"Expected the state of an {kind} to have floating-point embeddings and int64 labels, indices and steps "
             f"but got {dtypes}. {remedy}"

@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml requirements/locked.txt
 	$(call environment,.venv-release,$(PYTHON),--constraint requirements/locked.txt "build" "twine")
 
 demo: install
-	$(BIN)/python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml \
+	$(BIN)/python experiments/compare.py glyphs_batch glyphs_memory \
 		--picture runs/demo.png --output runs/demo.md
 
 # The photographs are not part of the repository: see experiments/README.md.

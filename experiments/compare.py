@@ -4,7 +4,7 @@ Every configuration is one arm. All arms of a seed start from the same weights a
 steps is the configuration's. Scores are those of the last step on the test classes, which training never sees; nothing
 is selected on them.
 
-    python experiments/compare.py experiments/glyphs_batch.yaml experiments/glyphs_memory.yaml --seeds 0 1 2
+    python experiments/compare.py glyphs_batch glyphs_memory --seeds 0 1 2
 """
 
 from __future__ import annotations

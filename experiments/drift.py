@@ -2,7 +2,7 @@
 
 Every configuration, which holds a `MemoryCallback`, is one arm; further arguments are those of ``memdml fit``.
 
-    python experiments/drift.py experiments/glyphs_{memory,momentum,instance}.yaml --picture runs/drift.png
+    python experiments/drift.py glyphs_{memory,momentum,instance} --picture runs/drift.png
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(
         "Write the embeddings of the test images.", TRAINER, other_names=("embed", "encode", "extract", "infer")
     ),
+    "configs": Command(
+        "List the configurations that come with the package.",
+        "lightning_memdml.packaged_configs:configs",
+        other_names=("config", "recipes", "presets", "list"),
+    ),
     "data": Command(
         "Look at a data set (`data check`): counts, damaged images, a contact sheet.",
         "lightning_memdml.data_check:data_command",
@@ -133,7 +138,7 @@ def help_text() -> str:
         *(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
         "",
         "Examples:",
-        "  memdml fit --config experiments/glyphs_memory.yaml",
+        "  memdml fit --config glyphs_memory",
         *(f"  memdml {name} {command.example}" for name, command in COMMANDS.items() if command.example),
         "",
         "`memdml COMMAND --help` lists the options of a command, and `memdml --version` prints the version.",

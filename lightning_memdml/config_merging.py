@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_memdml.cli_messages import find_class, parameters_of
+from lightning_memdml.packaged_configs import find_config
 
 
 class _Loader(yaml.SafeLoader):
@@ -169,10 +169,10 @@ def _inside(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(source: str) -> dict[str, Any] | None:
-    """Return a configuration from a file or a text, with dotted keys as mappings; None if there is none."""
+    """Return a configuration from a file, a packaged one or a text, dotted keys as mappings; None if there is none."""
+    file = find_config(source)
     with suppress(OSError, ValueError, yaml.YAMLError):
-        path = Path(source).expanduser()
-        text = path.read_text() if len(source) < 1024 and "\n" not in source and path.is_file() else source
+        text = source if file is None else file.read_text()
         found = yaml.load(text, Loader=_Loader)
         if isinstance(found, dict):
             return _nested(found)

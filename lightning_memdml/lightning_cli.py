@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.commands import COMMANDS
 from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
@@ -102,7 +103,13 @@ class MemdmlCLI(LightningCLI):
             seed_everything_default=0,  # a number, so that two runs of one command are the same
             auto_configure_optimizers=False,  # `--model.optimizer` instead, which knows the backbone's rate
             parser_class=ArgumentParser,
-            parser_kwargs={"fit": {"own_options": FIT}, "predict": {"own_options": PREDICT}},
+            parser_kwargs={
+                name: {
+                    "description": f"{COMMANDS[name].help} `memdml configs` lists what --config takes by name.",
+                    "own_options": own_options,
+                }
+                for name, own_options in {"fit": FIT, "validate": {}, "test": {}, "predict": PREDICT}.items()
+            },
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             **options,

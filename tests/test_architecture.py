@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "learner": {"memory_term", "losses", "memory", "retrieval", "backbones", "heads", "head_fitting", "runs", "trust"},
     "commands": set(),
     "cli_messages": {"losses", "callbacks", "data", "memory", "backbones", "commands", "compat"},
-    "config_merging": {"cli_messages"},
+    "packaged_configs": set(),
+    "config_merging": {"cli_messages", "packaged_configs"},
     "warnings_filter": set(),
     "reference_scores": {"backbones", "data", "heads", "retrieval"},
     "data_check": {"data", "cli_messages", "atomic_write"},
@@ -56,7 +57,7 @@ MAY_IMPORT |= {
     "lightning_cli": {*ROOMS, "study", "deploy"},
     "cli": {"commands", "cli_messages", "warnings_filter"},
     "__main__": {"cli"},
-    "__init__": ROOMS - {"cli_messages", "config_merging", "commands"},
+    "__init__": ROOMS - {"cli_messages", "config_merging", "commands", "packaged_configs"},
 }
 MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
 # Triton's decorators need it when the module is imported, so this module is imported where it is used.

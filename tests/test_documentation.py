@@ -86,7 +86,7 @@ print(double(4))  # -> 8
 ```
 
 ```console
-$ memdml fit --config experiments/glyphs_batch.yaml --model.loss ContrastiveLoss --model.loss.margin 0.3 \\
+$ memdml fit --config glyphs_batch --model.loss ContrastiveLoss --model.loss.margin 0.3 \\
     --data FolderDataModule --data.root my/images   # a comment
 trained
 $ torchrun --nproc-per-node 2 -m lightning_memdml test --ckpt_path runs/last.ckpt

@@ -31,6 +31,7 @@ for command in (
     f"export {LAST}",
     f"weight-curves {LAST}",
     "study study.yaml",
+    "configs",
     "data check --data GlyphDataModule --data.num_classes 20",
 ):
     print("$ memdml", command, flush=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,8 @@ SHORT = "--trainer.max_steps 5 --trainer.val_check_interval 5 --trainer.enable_p
 CHECKPOINT = "runs/memdml/version_0/checkpoints/last.ckpt"
 COMMANDS = [
     "--version",
-    f"fit --config experiments/glyphs_memory.yaml {SHORT}",
+    "configs",
+    f"fit --config glyphs_memory {SHORT}",
     f"test --ckpt_path {CHECKPOINT}",
     f"predict --ckpt_path {CHECKPOINT}",
     f"index --ckpt_path {CHECKPOINT} --output runs/index",
@@ -28,9 +28,14 @@ COMMANDS = [
 
 
 def check_contents() -> None:
-    """The wheel holds the licence, the type information and the stubs, and no tests."""
+    """The wheel holds the licence, the type information, the stubs and the configurations, and no tests."""
     files = {str(file).replace(os.sep, "/") for file in distribution("lightning-memdml").files or ()}
-    for wanted in ("lightning_memdml/py.typed", "lightning_memdml/__init__.pyi", "LICENSE"):
+    for wanted in (
+        "lightning_memdml/py.typed",
+        "lightning_memdml/__init__.pyi",
+        "configs/glyphs_memory.yaml",
+        "LICENSE",
+    ):
         assert any(file.endswith(wanted) for file in files), f"{wanted} is not in the wheel"
     assert not any(file.startswith(("tests/", "docs/", "experiments/")) for file in files)
 
@@ -54,11 +59,10 @@ def main() -> None:
     check_contents()
     check_environment()
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert "memdml fit --config experiments/glyphs_memory.yaml" in readme
+    assert "memdml fit --config glyphs_memory" in readme
     memdml = str(Path(sys.executable).with_name("memdml"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copytree(REPOSITORY / "experiments", folder / "experiments", ignore=shutil.ignore_patterns("*.py"))
         os.environ["LIGHTNING_MEMDML_CACHE"] = str(folder / "cache")
         for block in re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE):
             (folder / "readme.py").write_text(block, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every configuration in experiments/ says what it is, and trains."""
+"""Every packaged configuration has a header that `memdml configs` reads, and trains."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ from PIL import Image
 
 from lightning_memdml import data
 from lightning_memdml.cli import main
+from lightning_memdml.packaged_configs import FOLDER, config_names, describe_configs, find_config, read_header
 
 _spec = importlib.util.spec_from_file_location("trees", Path(__file__).parent / "data/trees.py")
 trees = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(trees)
 
-FOLDER = Path(__file__).parents[1] / "experiments"
-CONFIGS = [file for file in sorted(FOLDER.glob("*.yaml")) if "arms" not in yaml.safe_load(file.read_text())]
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
 SMALL = "--data.batch_size=8 --data.images_per_class=2 --data.num_workers=0 --data.val_fraction=0.2"
 SHORT = "--trainer.accelerator=cpu --trainer.max_steps=2 --trainer.val_check_interval=2 --trainer.log_every_n_steps=1"
-
-
-def header(config: Path) -> str:
-    """The comment at the top, in one line."""
-    lines = config.read_text().splitlines()
-    top = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    return " ".join(line.lstrip("# ") for line in top)
 
 
 def image_archive(path: Path, classes: int = 14, images: int = 3) -> None:
@@ -47,16 +41,56 @@ def image_archive(path: Path, classes: int = 14, images: int = 3) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
-def test_header_tells_command_hardware_cost_and_expected_result(config: Path) -> None:
-    said = header(config)
-    fields = dict(
-        re.findall(r"(Command|Hardware|Cost|Expected):\s*(.+?)(?=\s(?:Command|Hardware|Cost|Expected):|$)", said)
+def test_header_has_command_hardware_cost_and_expected_result(config: Path) -> None:
+    header = read_header(config)
+    assert shlex.split(header.command)[:4] == ["memdml", "fit", "--config", config.stem]
+    assert all(text.endswith(".") for text in (header.summary, header.hardware, header.cost, header.expected))
+    for result in re.findall(r"experiments/results/\S+\.\w+", header.expected):
+        assert (REPOSITORY / result).is_file()
+
+
+def test_a_configuration_without_a_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("# Trains. Cost: none.\nseed_everything: 0\n")
+    with pytest.raises(
+        ValueError, match=r"^Expected bare\.yaml to start with a comment of the form `# SUMMARY Command: "
+    ):
+        read_header(tmp_path / "bare.yaml")
+
+
+def test_every_configuration_is_listed_with_cost_and_expectation() -> None:
+    listed = " ".join(describe_configs().split())
+    for name in config_names():
+        assert f"{name} {read_header(FOLDER / f'{name}.yaml').summary} Cost: " in listed
+    assert "Cost: about 40 seconds. Expected: Recall@1 of 68.9 on new characters" in listed
+
+
+def test_a_local_file_comes_before_a_packaged_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("glyphs_memory") == FOLDER / "glyphs_memory.yaml"
+    Path("glyphs_memory").write_text("seed_everything: 1")
+    assert find_config("glyphs_memory") == Path("glyphs_memory")
+
+
+@pytest.mark.parametrize("source", ["seed_everything: 1", "{}", "nowhere.yaml", "a: 1\nb: 2\n"])
+def test_text_and_other_files_are_left_to_the_parser(source: str) -> None:
+    assert find_config(source) is None
+
+
+@pytest.mark.parametrize("source", ["glyph_memory", "experiments/glyphs_memory.yaml"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_an_unknown_name_gets_the_nearest_one(command: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", source])
+    assert stopped.value.code == (
+        "error: Expected a file or the name of a packaged configuration as --config but got "
+        f"'{source}'. Did you mean 'glyphs_memory'? `memdml configs` describes them: {', '.join(config_names())}."
     )
-    assert set(fields) == {"Command", "Hardware", "Cost", "Expected"}
-    command = shlex.split(fields["Command"])
-    assert command[:4] == ["memdml", "fit", "--config", f"experiments/{config.name}"]
-    for result in re.findall(r"experiments/results/\S+\.\w+", fields["Expected"]):
-        assert (FOLDER.parent / result).is_file()
+
+
+def test_a_configuration_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs", "glyphs_memory"])
+    assert capsys.readouterr().out == (FOLDER / "glyphs_memory.yaml").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*Scores are not comparable")
@@ -77,7 +111,7 @@ def test_configuration_trains(config: Path, tmp_path: Path, glyph_cache: str, mo
         own = f"--data.root={trees.TREES[name](tmp_path / 'tree')}"
         if name != "Omniglot":  # a small network, and no weights, which would have to be downloaded
             own += " --data.image_size=33 --model.weights=null --model.backbone=mobilenet_v3_small"
-    main(["fit", f"--config={config}", *f"{SMALL} {SHORT} {own}".split(), "--trainer.enable_progress_bar=false"])
+    main(["fit", f"--config={config.stem}", *f"{SMALL} {SHORT} {own}".split(), "--trainer.enable_progress_bar=false"])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["global_step"] == 2

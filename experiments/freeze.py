@@ -59,7 +59,7 @@ def frozen(backbone: torch.nn.Module, images: ImageDataset, seed: int, bar: tqdm
     rows = []
     for positions in torch.arange(len(images)).split(BATCH):
         seeds = (positions + seed * len(images)).tolist()
-        rows.append(backbone(images.draw(positions.tolist(), seeds)[0]))
+        rows.append(backbone(images.get_batch(positions.tolist(), seeds)[0]))
         bar.update(len(positions))
     return torch.cat(rows)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
+from torch.utils.data import DataLoader
 
 #: `mark_dynamic(tensor, 0)` lets `torch.compile` treat the length of a tensor as dynamic from the first call on. torch
 #: has it in `torch._dynamo` only. Without the mark a compiled step compiles once more for the second length of a
@@ -113,3 +114,17 @@ def help_formatter(most_classes: int) -> type:
             return f"{shown})" if names.count(",") > most_classes else text
 
     return HelpFormatter
+
+
+def loader_iterator(loader: DataLoader[Any]) -> Any:
+    """Return the iterator of a loader with persistent workers, which owns the workers; None before the first epoch.
+
+    Lightning stops the workers of a `DataLoader` at the end of a run through its attribute `_iterator`, and
+    `ClassBalancedLoader` passes this on to the loader inside it. Tested with torch 2.10 and 2.14, lightning 2.6.
+    """
+    return loader._iterator
+
+
+def set_loader_iterator(loader: DataLoader[Any], iterator: Any) -> None:
+    """Replace the iterator of a loader, see `loader_iterator`."""
+    loader._iterator = iterator

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"bfloat16", "checks", "compat"},
     "memory": {"checks", "compat"},
     "atomic_write": set(),
-    "data": {"atomic_write"},
+    "data": {"atomic_write", "compat"},
     "picture_style": set(),
     "html_page": set(),
     "csv_table": {"atomic_write"},

@@ -142,3 +142,13 @@ def test_assert_async_raises_with_its_message_for_a_false_condition_only():
     compat.assert_async(torch.tensor(True), "the reason")
     with pytest.raises(RuntimeError, match="the reason"):
         compat.assert_async(torch.tensor(False), "the reason")
+
+
+def test_a_loader_keeps_its_workers_in_its_iterator():
+    loader = DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)
+    assert compat.loader_iterator(loader) is None
+    assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+    iterator = compat.loader_iterator(loader)
+    iterator._shutdown_workers()
+    compat.set_loader_iterator(loader, None)
+    assert compat.loader_iterator(loader) is None

@@ -171,7 +171,7 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         image = self.open(position)
         return functional.to_pil_image(image) if isinstance(image, Tensor) else image
 
-    def draw(self, positions: Sequence[int], seeds: Sequence[int]) -> Any:
+    def get_batch(self, positions: Sequence[int], seeds: Sequence[int]) -> Any:
         """Return the batch at `positions`, where each sample draws from its own seed.
 
         Photographs are written into the batch as they are normalised, rather than copied into it afterwards.
@@ -208,7 +208,7 @@ class TensorImageDataset(ImageDataset):
 
     Example:
         >>> blank = TensorImageDataset(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), ["a", "b"], torch.tensor([3, 4]))
-        >>> images, labels, indices = blank.draw([1, 0], seeds=[7, 8])
+        >>> images, labels, indices = blank.get_batch([1, 0], seeds=[7, 8])
         >>> tuple(images.shape), labels.tolist(), indices.tolist()
         ((2, 1, 8, 8), [4, 3], [1, 0])
     """
@@ -224,7 +224,7 @@ class TensorImageDataset(ImageDataset):
         """Whether these are images `(N, C, H, W)`, and not features."""
         return self.images.ndim == 4
 
-    def draw(self, positions: Sequence[int], seeds: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
+    def get_batch(self, positions: Sequence[int], seeds: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
         """Return the batch at `positions`; one call of a `SeededTransform` serves all its images."""
         if not isinstance(self.transform, SeededTransform):
             return draw_seeded(self, positions, seeds)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_memdml.compat import loader_iterator, set_loader_iterator
 from lightning_memdml.data.images import draw_seeded
 from lightning_memdml.data.sampler import ClassBalancedSampler, Draw
 
@@ -20,13 +21,13 @@ class ClassBalancedLoader:
     epoch and its number: equal for any number of workers or ranks, and equal after a resume. Saved in the middle of an
     epoch (Lightning puts the state into its checkpoints), it goes on with the batch after the last one handed out.
 
-    It is no `torch.utils.data.DataLoader` on purpose. Under DDP, Lightning 2.6 would replace the sampler of one, and
-    never calls `set_epoch` of a batch sampler; another iterable it leaves alone. `__iter__` is a generator, so that
-    workers start at the first batch: Lightning makes the iterator of a resumed run before it sets the epoch.
+    It is not a `torch.utils.data.DataLoader`: under DDP, Lightning 2.6 would replace the sampler of a `DataLoader`, and
+    it never calls `set_epoch` of a batch sampler. `__iter__` is a generator, so that workers start at the first batch:
+    Lightning makes the iterator of a resumed run before it sets the epoch.
 
     Args:
-        data_set: Map-style data set of `(image, label, index)`. If it has a method `draw(positions, seeds)` that makes
-            a whole batch, as `ImageDataset` has, that is asked.
+        data_set: Map-style data set of `(image, label, index)`. If it has a method `get_batch(positions, seeds)`, as
+            `ImageDataset` has, it makes a whole batch at once.
         sampler: Draws the batches. Lightning calls its `set_epoch`.
         num_workers: Worker processes that open and transform images; 0 does it in the training process.
         pin_memory: Whether batches go to page-locked memory, from where a GPU copies them faster.
@@ -51,9 +52,9 @@ class ClassBalancedLoader:
         self.sampler = sampler
         self._handed_out = (0, 0)
         self._loader: DataLoader[Any] = DataLoader(
-            _Drawn(data_set),
+            _BatchDataset(data_set),
             batch_sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
@@ -73,14 +74,14 @@ class ClassBalancedLoader:
     def _iterator(self) -> Any:
         """The iterator that owns the workers.
 
-        At the end of a run Lightning stops them through it, as those of a `DataLoader`. The garbage collector would
-        wait 5 s for each.
+        At the end of a run Lightning stops the workers through it, as those of a `DataLoader`. The garbage collector
+        would wait 5 s for each.
         """
-        return self._loader._iterator
+        return loader_iterator(self._loader)
 
     @_iterator.setter
     def _iterator(self, iterator: Any) -> None:
-        self._loader._iterator = iterator
+        set_loader_iterator(self._loader, iterator)
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its batches handed out so far."""
@@ -108,19 +109,20 @@ class ClassBalancedLoader:
         self._handed_out = (state["epoch"], self.sampler.first_batch)
 
 
-class _Drawn(Dataset[Any]):
-    """Lets torch's loader fetch a list of draws as one batch."""
+class _BatchDataset(Dataset[Any]):
+    """Gives torch's loader a whole batch for a list of draws."""
 
     def __init__(self, data_set: Dataset[Any]) -> None:
         self.data_set = data_set
 
     def __getitems__(self, draws: Sequence[Draw]) -> Any:
         positions, seeds = zip(*draws, strict=True)
-        if hasattr(self.data_set, "draw"):
-            return self.data_set.draw(positions, seeds)
+        get_batch = getattr(self.data_set, "get_batch", None)
+        if get_batch is not None:
+            return get_batch(positions, seeds)
         return draw_seeded(self.data_set, positions, seeds)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """Pass on what is a batch already (a lambda could not be sent to spawned workers)."""
+def _unchanged(batch: Any) -> Any:
+    """Return a batch as it is (spawned workers cannot receive a lambda)."""
     return batch

@@ -261,7 +261,12 @@ class RetrievalDataModule(LightningDataModule):
         self.setup()
         self._require(self.train_set, "train")
         sampler = ClassBalancedSampler(
-            self.train_set.labels, self.batch_size, self.images_per_class, self.seed, self.batches_per_epoch
+            self.train_set.labels,
+            self.batch_size,
+            self.images_per_class,
+            self.seed,
+            self.batches_per_epoch,
+            same_every_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
         return ClassBalancedLoader(self.train_set, sampler, self._workers(), self._on_gpu())
 

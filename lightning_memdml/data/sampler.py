@@ -45,6 +45,8 @@ class ClassBalancedSampler:
         rank: Rank to draw for. By default rank and world size are asked from `torch.distributed` when a batch is drawn,
             as the process group may not be there before.
         world_size: Number of ranks; goes with `rank`.
+        same_every_epoch: Draw the batches of the first epoch in every epoch, with the same augmentation, to see whether
+            a network can learn them (`Trainer(overfit_batches=)`).
 
     Raises:
         ValueError: If there is only one class, a batch needs more classes than there are, or `batch_size` is
@@ -67,6 +69,7 @@ class ClassBalancedSampler:
         batches_per_epoch: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        same_every_epoch: bool = False,
     ) -> None:
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
         if (rank is None) != (world_size is None) or (rank is not None and not 0 <= rank < (world_size or 0)):
@@ -81,6 +84,7 @@ class ClassBalancedSampler:
         self.batches_per_epoch = batches_per_epoch
         self.epoch = 0
         self.first_batch = 0
+        self.same_every_epoch = same_every_epoch
         self._placement = None if rank is None or world_size is None else (rank, world_size)
         self._plan: tuple[tuple[int, int], np.ndarray] | None = None
 
@@ -110,7 +114,7 @@ class ClassBalancedSampler:
 
     def batch(self, number: int) -> list[Draw]:
         """Return this rank's draws of batch `number` of the current epoch."""
-        step = self.epoch * len(self) + number
+        step = number if self.same_every_epoch else self.epoch * len(self) + number
         which_pass, row = divmod(step, self.batches_per_pass)
         positions = self._pass(which_pass)[row]
         seeds = np.random.default_rng((self.seed, step, 1)).integers(2**63 - 1, size=len(positions))

@@ -91,7 +91,7 @@ def test_a_part_keeps_labels_paths_and_given_indices():
     part = whole.part(torch.tensor([4, 1]), None).part(torch.tensor([1]), torch.neg, torch.tensor([77]))
     image, label, index = part[0]
     assert (int(image), label, index, part.paths, part.labels.tolist()) == (255, 8, 77, ["b"], [8])
-    images, labels, indices = part.draw([0, 0], [1, 2])
+    images, labels, indices = part.get_batch([0, 0], [1, 2])
     assert (images.flatten().tolist(), labels.tolist(), indices.tolist()) == ([255, 255], [8, 8], [77, 77])
     assert len(whole) == 5
 
@@ -125,7 +125,7 @@ class Batches(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, number: int) -> object:
-        return self.images.draw([2, 0, 0], [5, 6, 7])
+        return self.images.get_batch([2, 0, 0], [5, 6, 7])
 
 
 def test_data_sets_can_be_sent_to_spawned_workers(tmp_path):

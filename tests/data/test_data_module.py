@@ -232,3 +232,31 @@ def test_a_data_set_that_does_not_say_its_images_is_told_what_to_define() -> Non
 
     with pytest.raises(NotImplementedError, match=r"Shoes has no list of images\. Define `records\(self\)`"):
         Shoes().setup()
+
+
+class Batches(LightningModule):
+    """Notes the images of every training batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, ...]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(tuple(batch[2].tolist()))
+        return self.weight * 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_overfit_batches_trains_on_the_same_batches_in_every_epoch() -> None:
+    module = Batches()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        overfit_batches=2, limit_val_batches=0, max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet
+    )
+    trainer.fit(module, Listed(*[(label, "train") for label in range(8) for _ in range(4)]))
+    assert len(module.seen) == 6
+    assert module.seen[:2] == module.seen[2:4] == module.seen[4:]
+    assert module.seen[0] != module.seen[1]

@@ -171,3 +171,12 @@ def test_wrong_arguments_are_named(options, message):
 def test_one_class_is_an_error():
     with pytest.raises(ValueError, match="at least 2 training classes but got 1"):
         ClassBalancedSampler(torch.zeros(8, dtype=torch.long), 4, 4)
+
+
+def test_the_same_batches_in_every_epoch_on_demand() -> None:
+    labels = torch.arange(20) // 2
+    for same in (True, False):
+        sampler = ClassBalancedSampler(labels, batch_size=4, images_per_class=2, same_every_epoch=same)
+        first = [sampler.batch(number) for number in range(2)]
+        sampler.set_epoch(3)
+        assert ([sampler.batch(number) for number in range(2)] == first) is same

@@ -250,7 +250,7 @@ class Batches(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`", "ignore:You requested to overfit")
 def test_overfit_batches_trains_on_the_same_batches_in_every_epoch() -> None:
     module = Batches()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -20,6 +20,7 @@ from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.commands import COMMANDS
 from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
 from lightning_memdml.data import RetrievalDataModule
+from lightning_memdml.data.paths import local_path
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.reference_scores import (
@@ -138,10 +139,15 @@ class MemdmlCLI(LightningCLI):
             self._ckpt_path, section["ckpt_path"] = section.get("ckpt_path"), None
 
     def before_instantiate_classes(self) -> None:
-        """Start from no other weights where a checkpoint holds the trained ones."""
+        """Write to folders of this machine, and start from no other weights where a checkpoint holds the trained ones.
+
+        Raises:
+            ValueError: If a folder for output is a URL of another machine.
+        """
         if self.subcommand is None:
             return
         section = self._section()
+        _use_local_folders(section.trainer)
         section["ckpt_path"] = self._ckpt_path
         if section.get("weights_only") is None:
             section["weights_only"] = True
@@ -280,6 +286,16 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
     if config is None or "data" not in config:
         return arguments
     return [arguments[0], "--config", write_yaml(config), *arguments[1:]]
+
+
+def _use_local_folders(trainer: Any) -> None:
+    """Expand `~` and `file://` in the folders that a run writes to, of which Lightning would make folders here."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    places = [(trainer, "default_root_dir"), *((getattr(logger, "init_args", {}), "save_dir") for logger in loggers)]
+    for options, name in places:
+        folder = options.get(name)
+        if folder is not None and ("://" in str(folder) or str(folder).startswith("~")):
+            options[name] = str(local_path(folder, name))
 
 
 def _is_run(folder: Path) -> bool:

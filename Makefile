@@ -47,9 +47,14 @@ $(VENV)/.installed: pyproject.toml requirements/locked.txt
 .venv-release/.installed: pyproject.toml requirements/locked.txt
 	$(call environment,.venv-release,$(PYTHON),--constraint requirements/locked.txt "build" "twine")
 
-demo: install
-	$(BIN)/python experiments/compare.py glyphs_batch glyphs_memory \
-		--picture runs/demo.png --output runs/demo.md
+# The environment for development if there is one, otherwise one without what only development needs.
+DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
+
+.venv-demo/.installed: pyproject.toml requirements/locked.txt
+	$(call environment,.venv-demo,$(PYTHON),--constraint requirements/locked.txt --editable .)
+
+demo: $(DEMO)/.installed
+	$(DEMO)/$(SCRIPTS)/memdml demo
 
 # The photographs are not part of the repository: see experiments/README.md.
 FEATURES := $(and $(wildcard data/birds.npz),$(wildcard data/grocery.npz),data/birds_features.npz data/grocery_features.npz)
@@ -58,7 +63,7 @@ study: install $(FEATURES)
 	$(BIN)/memdml study experiments/study/glyphs_*.yaml $(if $(FEATURES),experiments/study/features_*.yaml) --processes 2
 
 data/%_features.npz: data/%.npz data/mobilenet_v2.pth | install
-	OMP_NUM_THREADS= $(BIN)/python experiments/freeze.py $< $@ --weights data/mobilenet_v2.pth
+	OMP_NUM_THREADS= $(BIN)/memdml freeze $< $@ --weights data/mobilenet_v2.pth
 
 test: install
 	$(BIN)/python $(PYTEST)
@@ -117,7 +122,7 @@ bench: install
 	$(BIN)/python experiments/benchmarks/memory.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-release .venv-wheel .venv-lock
+	rm -rf $(VENV) .venv-demo .venv-oldest .venv-newest .venv-release .venv-wheel .venv-lock
 	rm -rf runs lightning_logs wandb build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(FEATURES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,10 +13,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from compare import build
 from matplotlib.figure import Figure
 
 from lightning_memdml import MemoryReport
+from lightning_memdml.demo import build_run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
 LINES = ("-", "--", "-.", ":")
@@ -32,7 +32,7 @@ Report = dict[str, float]
 def train(config: str, arguments: list[str], reports: int, seed: int) -> list[Report]:
     """Train one arm, and return its reports."""
     quiet = ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
-    cli = build(config, [*quiet, *arguments], seed)
+    cli = build_run(config, [*quiet, *arguments], seed)
     with tempfile.TemporaryDirectory() as folder:
         report = MemoryReport(max(1, cli.trainer.max_steps // reports), dirpath=folder)
         cli.trainer.callbacks.append(report)

@@ -56,6 +56,17 @@ COMMANDS: dict[str, Command] = {
         "check --data CUB200 --data.root DIR",
         ("check", "dataset", "datasets", "inspect"),
     ),
+    "demo": Command(
+        "Train on characters without and with a memory: a table and a picture.",
+        "lightning_memdml.demo:demo",
+        other_names=("example", "tour"),
+    ),
+    "freeze": Command(
+        "Write the features of all images once, so that heads train in seconds.",
+        "lightning_memdml.deploy.freeze:freeze",
+        "my/images features.npz --weights DEFAULT",
+        ("features",),
+    ),
     "weight-curves": Command(
         "Draw the weights of a loss, or of a checkpoint.",
         "lightning_memdml.study.commands:weight_curves",

@@ -55,6 +55,7 @@ MAY_IMPORT |= {
     "study": ROOMS,
     "deploy": ROOMS,
     "lightning_cli": {*ROOMS, "study", "deploy"},
+    "demo": {"atomic_write", "lightning_cli", "retrieval"},
     "cli": {"commands", "cli_messages", "warnings_filter"},
     "__main__": {"cli"},
     "__init__": ROOMS - {"cli_messages", "config_merging", "commands", "packaged_configs"},

@@ -32,6 +32,8 @@ for command in (
     f"weight-curves {LAST}",
     "study study.yaml",
     "configs",
+    f"demo {DATA} --data.batches_per_epoch=2 {RUN} --trainer.val_check_interval=2",
+    "freeze images features.npz --image_size=33 --views=2",
     "data check --data GlyphDataModule --data.num_classes 20",
 ):
     print("$ memdml", command, flush=True)
@@ -59,6 +61,10 @@ def test_no_command_prints_a_warning_or_an_advertisement(tmp_path: Path, glyph_c
     """In a process of its own, with the filters that a user has, imports included."""
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     Image.new("L", (28, 28), 90).save(tmp_path / "query.png")
+    for row in range(4):
+        (tmp_path / f"images/{row}").mkdir(parents=True)
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (40, 40), (60 * row, 90, 30)).save(tmp_path / f"images/{row}/{name}")
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     variables = {"LIGHTNING_MEMDML_CACHE": glyph_cache, "PYTHONWARNINGS": ""}
     done = run_python("-c", ALL_COMMANDS, cwd=tmp_path, env=variables)

@@ -28,7 +28,7 @@ class FeatureDataModule(RetrievalDataModule):
     to do; in YAML it is `backbone: {class_path: torch.nn.Identity}`, with F as `num_features`.
 
     Args:
-        path: The archive; `experiments/freeze.py` makes one of a table or archive of images.
+        path: The archive; `memdml freeze` makes one of a folder, table or archive of images.
         num_workers: Processes per loader. The features are in memory, so 0 is the fastest.
 
     Raises:
@@ -75,7 +75,7 @@ class FeatureDataModule(RetrievalDataModule):
     @cached_property
     def archive(self) -> dict[str, np.ndarray]:
         """The arrays at `path`, in memory."""
-        required_file(self.path, "FeatureDataModule", "Make it with experiments/freeze.py, and pass it as `path=`.")
+        required_file(self.path, "FeatureDataModule", "Make it with `memdml freeze`, and pass it as `path=`.")
         arrays = npz_arrays(self.path, ARRAYS)
         for name, kinds, dims in (("feature", "f", 3), ("label", "iu", 1), ("train", "b", 1)):
             array = arrays[name]

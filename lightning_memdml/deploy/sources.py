@@ -139,7 +139,7 @@ class FromFile:
         if shape is not None and len(shape) != 3:
             raise ValueError(
                 "Expected a network that was trained on images but this one was trained on features of them. Compute "
-                "features of these images in the same way (experiments/freeze.py), and pass `memdml index --data "
+                "features of these images in the same way (`memdml freeze`), and pass `memdml index --data "
                 "FeatureDataModule --data.path FILE`. To search that index, embed the features of the queries in a "
                 "program: `load_index(folder).search(embeddings)`."
             )

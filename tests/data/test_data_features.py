@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.children import run_python
 
 from lightning_memdml.cli import main
 from lightning_memdml.data.features import FeatureDataModule, RandomView
@@ -75,7 +74,7 @@ def test_arrays_that_do_not_fit_are_told(tmp_path: Path, arrays: dict[str, Any],
 
 
 def test_missing_and_damaged_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"experiments/freeze\.py"):
+    with pytest.raises(FileNotFoundError, match="Make it with `memdml freeze`, and pass it as `path=`"):
         module(tmp_path / "features.npz").setup()
     np.savez(tmp_path / "other.npz", jpeg=FEATURES)
     with pytest.raises(ValueError, match=r"no array feature, label, train\. Found: jpeg"):
@@ -134,9 +133,7 @@ def test_frozen_images_train_a_head_from_the_command_line(tmp_path: Path, monkey
         Image.fromarray(np.random.default_rng(row).integers(0, 255, (40, 40, 3), np.uint8)).save(name)
     rows = [f"{name},{label}\n" for name, label in zip(names, LABELS, strict=True)]
     Path("list.csv").write_text("path,label\n" + "".join(rows))
-    script = Path(__file__).parents[2] / "experiments/freeze.py"
-    options = ["--backbone", "resnet18", "--image_size", "33", "--views", "2"]
-    run_python(script, "list.csv", "features.npz", *options)
+    main(["freeze", "list.csv", "features.npz", "--backbone", "resnet18", "--image_size", "33", "--views", "2"])
     with np.load("features.npz") as made:
         assert made["feature"].shape[:2] == (len(made["label"]), 2)
         assert not np.array_equal(made["feature"][:, 0], made["feature"][:, 1])

@@ -146,7 +146,7 @@ def parse_command(words: list[str], where: str) -> None:
     arguments = [str(CHECKPOINT) if word.endswith(".ckpt") and not Path(word).exists() else word for word in words]
     depth = 0
 
-    def stop_after(parse: Any, only: str = "") -> Any:
+    def stop_after(parse: Any, only: str | tuple[str, ...] = "") -> Any:
         def parsed(self: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
@@ -168,7 +168,11 @@ def parse_command(words: list[str], where: str) -> None:
         patch.setattr("sys.argv", ["memdml"])
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", stop_after(jsonargparse.ArgumentParser.parse_args))
         known = argparse.ArgumentParser.parse_known_args
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after(known, "memdml study"))
+        patch.setattr(
+            argparse.ArgumentParser,
+            "parse_known_args",
+            stop_after(known, ("memdml study", "memdml configs", "memdml demo")),
+        )
         patch.setattr(LightningCLI, "instantiate_classes", stop)
         shown = f"{where}: `memdml {shlex.join(words)}`"
         try:

@@ -19,6 +19,7 @@ CHECKPOINT = "runs/memdml/version_0/checkpoints/last.ckpt"
 COMMANDS = [
     "--version",
     "configs",
+    f"demo {SHORT} --model.backbone.width 4",
     f"fit --config glyphs_memory {SHORT}",
     f"test --ckpt_path {CHECKPOINT}",
     f"predict --ckpt_path {CHECKPOINT}",

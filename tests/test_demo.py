@@ -1,0 +1,45 @@
+"""`memdml demo` from an empty folder, and its table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.children import run_python
+
+from lightning_memdml.demo import comparison_table
+
+SMALL = """--data.num_classes=20 --model.backbone.width=4 --trainer.max_steps=2 --trainer.val_check_interval=2
+    --trainer.enable_progress_bar=false"""
+
+
+def test_the_demo_leaves_a_table_and_a_picture_in_an_empty_folder(tmp_path: Path, glyph_cache: str) -> None:
+    command = ["-m", "lightning_memdml", "demo", *SMALL.split(), "--seeds", "0", "1", "--untrained"]
+    done = run_python(*command, cwd=tmp_path, env={"LIGHTNING_MEMDML_CACHE": glyph_cache})
+    table = (tmp_path / "runs/demo.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| before training", "| glyphs_batch", "| glyphs_memory"]
+    assert all(row[1] == "2" and re.fullmatch(r"\d+\.\d ± \d+\.\d", row[2]) for row in rows)
+    assert min(Image.open(tmp_path / "runs/demo.png").size) > 100
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["demo.md", "demo.png"]
+
+
+def test_a_wrong_name_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lightning_memdml.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: print(e)"
+    )
+    done = run_python("-c", code, "demo", "glyphs_batch", "glyphs_memry", *SMALL.split(), cwd=tmp_path)
+    assert "but got 'glyphs_memry'. Did you mean 'glyphs_memory'?" in done.stdout
+    assert "seed 0" not in done.stdout
+
+
+@pytest.mark.parametrize(("values", "cell"), [([61.04], "61.0"), ([60.0, 62.0], "61.0 ± 1.4")])
+def test_the_table_has_mean_and_sample_standard_deviation(values: list[float], cell: str) -> None:
+    runs = [
+        {"recall_at_1": value, "map_at_r": 1.0, "r_precision": 2.0, "ms_per_step": float("nan")} for value in values
+    ]
+    assert comparison_table({"arm": runs}).splitlines()[-1].startswith(f"| arm | {len(values)} | {cell} | ")
+    assert comparison_table({"arm": runs}).endswith(" | - |")

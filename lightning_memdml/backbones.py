@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_memdml.compat import BATCH_NORMS
 from lightning_memdml.heads import HeadInit, Pool, Pooling, initialize_head
+from lightning_memdml.timm_networks import PREFIX, FeatureMap, build_timm_network
 
 HeadKind = Literal["linear", "none"]
 Neck = Literal["layer", "batch"]
 WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
 # Files of a whole classifier carry it under one of these names; auxiliary classifiers go as well.
 CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
-# Trunks that would return three outputs while training.
 # The last layer before the pooling, by the class of torchvision's networks.
 LAST_LAYER = {
     **dict.fromkeys(("AlexNet", "ConvNeXt", "DenseNet", "EfficientNet", "MobileNetV2", "MobileNetV3"), "features"),
@@ -32,6 +32,7 @@ LAST_LAYER = {
     "ResNet": "layer4",
     "ShuffleNetV2": "conv5",
 }
+# Networks that would return three outputs while training.
 AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
 
@@ -77,7 +78,7 @@ class Embedder(nn.Module):
     """A backbone, pooling, a head, and L2 normalisation in float32 under any precision.
 
     Args:
-        backbone: Maps images to features: `(B, F)`, or a map `(B, F, H, W)` with `pooling`.
+        backbone: Maps images to features: `(B, F)`, or with `pooling` a map `(B, F, H, W)` or tokens `(B, N, F)`.
         num_features: Width F of the backbone's features.
         embedding_dim: Width D of the embedding.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training: their statistics stay,
@@ -85,7 +86,7 @@ class Embedder(nn.Module):
         head: `linear`, or `none` for the normalised features themselves; then D is F.
         head_init: How the linear head is initialised, see `initialize_head`.
         neck: A norm of the features before the head, `layer` or `batch`.
-        pooling: How feature maps become rows, see `Pool`.
+        pooling: How feature maps and tokens become rows, see `Pool`.
 
     Raises:
         ValueError: If an argument is not one of those named.
@@ -125,16 +126,17 @@ class Embedder(nn.Module):
         if not isinstance(features, Tensor):
             features = _pooled_output(features, self.backbone)
         if self.pool is not None:
-            if features.ndim != 4:
+            if features.ndim not in (3, 4):
                 raise ValueError(
-                    f"Expected the backbone to return a map (B, F, H, W) to pool but got {tuple(features.shape)}. "
-                    "Leave `pooling` out."
+                    "Expected the backbone to return a map (B, F, H, W) or tokens (B, N, F) to pool but got "
+                    f"{tuple(features.shape)}. Leave `pooling` out."
                 )
             features = self.pool(features)
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(
                 f"Expected the backbone to return features of shape (B, {self.num_features}) but got "
-                f"{tuple(features.shape)}. Pass the width as `num_features`, and for a map (B, F, H, W) also `pooling`."
+                f"{tuple(features.shape)}. Pass the width as `num_features`, and for a map (B, F, H, W) or tokens "
+                "(B, N, F) also `pooling`."
             )
         return features if self.neck is None else self.neck(features)
 
@@ -173,17 +175,20 @@ def build_backbone(
     """Return a backbone without its classifier, and the width of its features.
 
     Args:
-        backbone: The name of a torchvision classifier (`resnet50`), or any module that returns features.
-        weights: A file with a state dict, or for a torchvision name one of its enums (`IMAGENET1K_V2`, `DEFAULT`).
+        backbone: The name of a torchvision classifier (`resnet50`), `timm:` and a name of timm's list
+            (`timm:resnet18`), or any module that returns features.
+        weights: A file with a state dict, for a torchvision name one of its enums (`IMAGENET1K_V2`, `DEFAULT`), or
+            for a timm name `DEFAULT`, which downloads timm's.
         num_features: The width F, for a module without the attribute `num_features`.
-        feature_map: Return a torchvision network up to its last feature map `(B, F, H, W)`, before its own pooling. A
-            module is returned as it is.
+        feature_map: Return a named network up to its last feature map `(B, F, H, W)` or its tokens `(B, N, F)`, before
+            its own pooling. A module is returned as it is.
 
     Raises:
         ValueError: If the name is unknown, the width is not given, the weights do not fit, or the network has no
             feature map.
         FileNotFoundError: If `weights` names a file that does not exist.
-        ConnectionError: If torchvision's weights cannot be downloaded.
+        ConnectionError: If weights cannot be downloaded.
+        ImportError: If timm is needed and not installed.
 
     Example:
         >>> trunk, width = build_backbone("resnet18")
@@ -191,6 +196,14 @@ def build_backbone(
         512
     """
     path = _weights_file(weights)
+    if isinstance(backbone, str) and backbone.startswith(PREFIX):
+        if path is None and weights not in (None, "DEFAULT"):
+            raise ValueError(f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}.")
+        network, width = build_timm_network(backbone, pretrained=weights == "DEFAULT" and path is None)
+        if path is not None:
+            _load(network, path)
+        network.register_forward_pre_hook(_check_rgb)
+        return (FeatureMap(network), network.num_features) if feature_map else (network, width)
     if isinstance(backbone, str):
         model = _torchvision_model(backbone, weights, path)
         trunk, width = _up_to_feature_map(model, backbone) if feature_map else _without_classifier(model, backbone)
@@ -290,7 +303,7 @@ def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     images = inputs[0]
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"Expected RGB images of shape (B, 3, H, W) for torchvision's {type(model).__name__} but got "
+            f"Expected RGB images of shape (B, 3, H, W) for {type(model).__name__} but got "
             f"{tuple(images.shape)}. Convert the images to RGB, or use `SmallConvNet` for grey images."
         )
 

@@ -19,6 +19,7 @@ from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, batch_term, memory_term
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
+from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import build_arguments
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
@@ -79,8 +80,9 @@ class MetricLearner(LightningModule):
     checkpoint of a program does not contain modules and functions: pass `backbone=` and `loss=` again.
 
     Args:
-        backbone: The name of a torchvision classifier (`resnet50`), whose last layer is removed, or any module that
-            maps images to features `(B, F)`; `SmallConvNet` for small grey images.
+        backbone: The name of a torchvision classifier (`resnet50`), whose last layer is removed, `timm:` and a name of
+            timm's list (`timm:resnet18`; extra `timm`), or any module that maps images to features `(B, F)`;
+            `SmallConvNet` for small grey images.
         loss: The loss in the batch: a `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and
             labels.
         memory_loss: The loss against the memory, by default that of the batch; see `memory_term` for how it is called.
@@ -93,8 +95,8 @@ class MetricLearner(LightningModule):
         memory_excludes_own_image: Leave out pairs of an image with its own rows of earlier steps, which are found by
             their index. Otherwise they are positives.
         embedding_dim: Width D of the embedding.
-        weights: Weights of the backbone to start from: a file with a state dict, or the name of a torchvision enum
-            such as `IMAGENET1K_V2`.
+        weights: Weights of the backbone to start from: a file with a state dict, the name of a torchvision enum such
+            as `IMAGENET1K_V2`, or `DEFAULT` for those that torchvision or timm publishes.
         num_features: Width of the backbone's features, for a module without the attribute `num_features`.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training.
         optimizer: Called with the parameters.
@@ -102,8 +104,8 @@ class MetricLearner(LightningModule):
         lr_scheduler: Called with the optimizer.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
         k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
-        pooling: How the last feature map becomes one row: `average`, `maximum`, `both` or `gem` (a generalised mean
-            with a learned exponent). By default the network's own pooling.
+        pooling: How the last feature map, or the tokens of a transformer of timm, become one row: `average`, `maximum`,
+            `both`, `gem` (a generalised mean with a learned exponent) or `token`. By default the network's own pooling.
         neck: A norm of the features before the head: `layer`, `batch`, or none.
         head: `linear`, or `none` for the normalised features themselves, whatever `embedding_dim` is.
         head_init: How the linear head starts: `default`, `kaiming`, `orthogonal`, or fitted to the features of the
@@ -252,6 +254,11 @@ class MetricLearner(LightningModule):
         learner.on_load_checkpoint(checkpoint)
         learner.load_state_dict(checkpoint["state_dict"], strict=learner.strict_loading if strict is None else strict)
         return learner.to(next(iter(checkpoint["state_dict"].values())).device)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How a network of timm wants its images: `FolderDataModule(root, **learner.preprocessing)`; else empty."""
+        return preprocessing_of(self.model.backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(B, C, H, W)` to unit embeddings `(B, D)`."""

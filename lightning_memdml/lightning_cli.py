@@ -32,6 +32,7 @@ from lightning_memdml.reference_scores import (
 )
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
 from lightning_memdml.study.study_command import study
+from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import find_refused
 from lightning_memdml.trust_table import DEFAULT_LOGGER
 
@@ -139,11 +140,12 @@ class MemdmlCLI(LightningCLI):
             self._ckpt_path, section["ckpt_path"] = section.get("ckpt_path"), None
 
     def before_instantiate_classes(self) -> None:
-        """Write to folders of this machine, and start from no other weights where a checkpoint holds the trained ones.
+        """Prepare what is built: images as the backbone wants them, folders of this machine, weights of a checkpoint.
 
         Raises:
             ValueError: If a folder for output is a URL of another machine.
         """
+        _take_over_preprocessing(self._section())
         if self.subcommand is None:
             return
         section = self._section()
@@ -296,6 +298,23 @@ def _use_local_folders(trainer: Any) -> None:
         folder = options.get(name)
         if folder is not None and ("://" in str(folder) or str(folder).startswith("~")):
             options[name] = str(local_path(folder, name))
+
+
+def _take_over_preprocessing(section: Any) -> None:
+    """Set what the user left open about the size and statistics of images to what a `timm:` backbone wants.
+
+    It becomes part of the configuration, and so of the checkpoint and of all that is made from it.
+    """
+    options = section.data.get("init_args")
+    if options is None or not isinstance(section.model.backbone, str):
+        return
+    wanted = preprocessing_of(section.model.backbone)
+    taken = {name: value for name, value in wanted.items() if name in options and options[name] is None}
+    for name, value in taken.items():
+        options[name] = value
+    if taken:
+        shown = ", ".join(f"{name} {value}" for name, value in taken.items())
+        rank_zero_info(f"Images are prepared for {section.model.backbone}: {shown}.")
 
 
 def _is_run(folder: Path) -> bool:

@@ -229,7 +229,8 @@ class _Walk:
             remote = "://" in value or value.startswith(("\\\\", "//"))
             fits, expected = not remote and value.isprintable(), "a path on this machine"
         elif isinstance(rule, NetworkName):
-            fits, expected = value in _torchvision_names(), "the name of a classifier of torchvision"
+            fits = value in _torchvision_names() or re.fullmatch(rule.pattern, value) is not None
+            expected = "the name of a classifier of torchvision, or timm:NAME"
         elif isinstance(rule, Plain) and NUMBER.fullmatch(value):
             # YAML 1.1, and so PyYAML, reads 1e-5 as a text.
             return self.value(rule, int(value) if value.lstrip("-+").isdigit() else float(value), where)

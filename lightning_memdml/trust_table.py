@@ -49,7 +49,13 @@ class InputPath:
 
 @dataclass(frozen=True)
 class NetworkName:
-    """The name of one of torchvision's classifiers."""
+    """The name of one of torchvision's classifiers, or what matches the pattern.
+
+    Attributes:
+        pattern: `timm:` and a plain name, with or without a tag: nothing that timm would look up elsewhere.
+    """
+
+    pattern: str = r"timm:[a-z0-9_]+(\.[a-z0-9_]+)?"
 
 
 @dataclass(frozen=True)

@@ -180,5 +180,7 @@ def test_average_pooling_is_the_networks_own() -> None:
 def test_pooling_of_a_transformer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Expected a convolutional network of torchvision .* but got vit"):
         build_backbone("vit_b_16", feature_map=True)
-    with pytest.raises(ValueError, match=r"to return a map \(B, F, H, W\) to pool but got \(2, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"to return a map \(B, F, H, W\) or tokens \(B, N, F\) to pool but got \(2, 64\)"
+    ):
         MetricLearner(nn.Flatten(), ContrastiveLoss(), num_features=64, pooling="gem")(torch.rand(2, 1, 8, 8))

@@ -116,7 +116,9 @@ def test_pooling_by_its_formula() -> None:
     torch.testing.assert_close(GeneralizedMeanPool(p=1.0)(maps), average)
     torch.testing.assert_close(Pool("gem")(maps), (maps**3).mean(dim=(2, 3)) ** (1 / 3))
     torch.testing.assert_close(GeneralizedMeanPool(p=200.0)(maps), maximum, rtol=0.02, atol=0)
-    with pytest.raises(ValueError, match="Expected `pooling` to be one of average, maximum, both, gem but got 'mean'"):
+    with pytest.raises(
+        ValueError, match="Expected `pooling` to be one of average, maximum, both, gem, token but got 'mean'"
+    ):
         Pool("mean")  # type: ignore[arg-type]
 
 

@@ -124,6 +124,9 @@ HOSTILE = {
     ),
     "as data": ("data.class_path", "stranger.touch"),
     "as a network": ("model.backbone", FUNCTION),
+    "network of timm that is downloaded": ("model.backbone", "timm:hf-hub:someone/network"),
+    "network of timm at an address": ("model.backbone", "timm:https://example.org/network"),
+    "network of timm in a folder": ("model.backbone", "timm:local-dir:stranger"),
 }
 
 

@@ -48,6 +48,7 @@ class PixelCache:
         side: Shorter side of what `shrink` returns.
         folder: Where the file lies; made if it is not there.
         max_bytes: How much of the disk the files in the folder may take together.
+        interpolation: How `shrink` resizes.
 
     Raises:
         ValueError: If `max_bytes` is below 1.
@@ -62,6 +63,7 @@ class PixelCache:
         side: int,
         folder: Path,
         max_bytes: int,
+        interpolation: str = "bilinear",
     ) -> None:
         if max_bytes < 1:
             raise ValueError(
@@ -74,7 +76,7 @@ class PixelCache:
         # All headers lie together: to find that a place is empty must not touch a page for each.
         self.start = _pages(len(records) * HEADER.size)
         self.slot = _pages(6 * side * side)
-        self.path = folder / f"{_fingerprint(records, side)}.pixels"
+        self.path = folder / f"{_fingerprint(records, side, interpolation)}.pixels"
         folder.mkdir(parents=True, exist_ok=True)
         self._process: int | None = None
         self._open()
@@ -208,9 +210,10 @@ def _blocks(status: os.stat_result) -> int:
     return 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
 
 
-def _fingerprint(records: Sequence[Record], side: int) -> str:
+def _fingerprint(records: Sequence[Record], side: int, interpolation: str) -> str:
     """Return a name for the pixels of these images: other images, boxes, sizes or decoders have another."""
-    digest = blake2b(f"{FORMAT} {side} {version('pillow')} {version('torchvision')}".encode(), digest_size=16)
+    resized = f"{side}" if interpolation == "bilinear" else f"{side} {interpolation}"
+    digest = blake2b(f"{FORMAT} {resized} {version('pillow')} {version('torchvision')}".encode(), digest_size=16)
     for record in records:
         digest.update(f"\n{os.path.abspath(record.path)} {record.box}".encode(errors="surrogateescape"))
     return digest.hexdigest()

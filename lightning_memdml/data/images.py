@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 from lightning_memdml.data.paths import shown
 from lightning_memdml.data.pictures import crop, open_picture, upright
 from lightning_memdml.data.records import Record
-from lightning_memdml.data.transforms import PhotographTransform, SeededTransform, normalise
+from lightning_memdml.data.transforms import PhotographTransform, SeededTransform
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11
@@ -184,7 +184,7 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
                 pictures.append(self.transform.pixels(self.open(position)))
         batch = empty_batch(len(pictures), *pictures[0].shape)
         for picture, place in zip(pictures, batch, strict=True):
-            normalise(picture, out=place)
+            self.transform.normalise(picture, out=place)
         at = torch.tensor(positions)
         return batch, self.labels[at], self.indices[at]
 

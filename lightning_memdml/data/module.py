@@ -68,7 +68,8 @@ class RetrievalDataModule(LightningDataModule):
         val_fraction: Share of the training classes that is held out for validation, evenly spread over their order: at
             least 2 classes, at least 2 left to train. 0 trains on all and validates on nothing: the test
             classes are never looked at before `test`. Without effect on a data set with its own validation classes.
-        image_size: Side of the network's input in pixels.
+        image_size: Side of the network's input in pixels. On the command line this and the last four options are by
+            default those of a `timm:` backbone; otherwise 224 pixels.
         train_transform: Turns an opened image into the training input; by default the data set's own. Torch's random
             numbers in it are seeded for every draw; those of `random` and NumPy are not. A class of yours should be a
             `torch.nn.Module`: of what a checkpoint names, nothing else is built.
@@ -80,6 +81,11 @@ class RetrievalDataModule(LightningDataModule):
             image, as a uint8 tensor. For images in files; see `PixelCache`.
         pixel_cache_gb: How much of the disk (in 10^9 bytes) the folder may take; images beyond that are opened every
             time. An image takes about 0.25 MB at an `image_size` of 224.
+        mean: Mean of each channel, of values in [0, 1]; by default that of ImageNet. As the next three options, of
+            the default transforms of photographs only.
+        std: Standard deviation of each channel; by default that of ImageNet.
+        interpolation: How images are resized; by default `bilinear`.
+        crop_pct: Share of the resized image's shorter side that the evaluation keeps, in (0, 1]; by default 0.875.
 
     Raises:
         ValueError: If an argument is out of range, or too few classes are left to train.
@@ -102,11 +108,15 @@ class RetrievalDataModule(LightningDataModule):
         num_workers: int | None = None,
         seed: int = 0,
         val_fraction: float = 0.1,
-        image_size: int = 224,
+        image_size: int | None = None,
         train_transform: Callable[[Any], Any] | None = None,
         test_transform: Callable[[Any], Any] | None = None,
         pixel_cache: str | None = None,
         pixel_cache_gb: float = 64.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: transforms.Interpolation | None = None,
+        crop_pct: float | None = None,
     ) -> None:
         super().__init__()
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
@@ -121,7 +131,11 @@ class RetrievalDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.val_fraction = val_fraction
-        self.image_size = image_size
+        self.image_size = 224 if image_size is None else image_size
+        self.mean = transforms.IMAGENET_MEAN if mean is None else tuple(mean)
+        self.std = transforms.IMAGENET_STD if std is None else tuple(std)
+        self.interpolation: transforms.Interpolation = interpolation or "bilinear"
+        self.crop_pct = transforms.CROP if crop_pct is None else crop_pct
         self.train_transform = train_transform
         self.test_transform = test_transform
         self.pixel_cache = pixel_cache
@@ -160,15 +174,17 @@ class RetrievalDataModule(LightningDataModule):
 
     def default_train_transform(self) -> Callable[[Any], Any]:
         """Return the training transform of this data set."""
-        return transforms.TrainingTransform(self.image_size)
+        return transforms.TrainingTransform(
+            self.image_size, mean=self.mean, std=self.std, interpolation=self.interpolation, crop_pct=self.crop_pct
+        )
 
     def default_test_transform(self) -> Callable[[Any], Any]:
         """Return the transform of this data set for validation, test and prediction."""
-        return transforms.EvaluationTransform(self.image_size)
+        return transforms.EvaluationTransform(self.image_size, self.mean, self.std, self.interpolation, self.crop_pct)
 
     def shrink(self) -> transforms.Shrink | None:
         """Return the part that the default transforms begin with, which the pixel cache keeps; `None` for no cache."""
-        return transforms.Shrink(self.image_size)
+        return transforms.Shrink(self.image_size, self.interpolation, self.crop_pct)
 
     # The methods that Lightning calls.
 
@@ -220,7 +236,7 @@ class RetrievalDataModule(LightningDataModule):
         if self.pixel_cache is None or shrink is None or isinstance(images, TensorImageDataset):
             return images
         folder, max_bytes = local_path(self.pixel_cache, "pixel_cache"), round(1e9 * self.pixel_cache_gb)
-        cache = PixelCache(images.open_image, records, shrink, shrink.side, folder, max_bytes)
+        cache = PixelCache(images.open_image, records, shrink, shrink.side, folder, max_bytes, shrink.interpolation)
         rank_zero_info(f"Pixel cache: {cache.taken() / 1e9:.1f} of {max_bytes / 1e9:.1f} GB taken in {folder}.")
         return ImageDataset(cache, images.paths, images.labels)
 

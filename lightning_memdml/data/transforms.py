@@ -4,40 +4,72 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP = 224 / 256
+Interpolation = Literal["bilinear", "bicubic"]
 MAX_RATIO = 32  # longer to shorter side: resized by the shorter side, 1 x 30,000 pixels would become 6 GB
 
 
-def normalise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    r"""Return images with the ImageNet statistics, :math:`(x / 255 - \mathrm{mean}) / \mathrm{std}`.
+def normalise(
+    pixels: Tensor,
+    out: Tensor | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:
+    r"""Return normalised images, $(x / 255 - \mathrm{mean}) / \mathrm{std}$.
 
     Args:
         pixels: `(3, H, W)` or `(B, 3, H, W)`, uint8.
         out: Where the result goes, float32 of the same shape; by default a new tensor.
+        mean: Mean of each channel, of values in [0, 1]; by default that of ImageNet.
+        std: Standard deviation of each channel; by default that of ImageNet.
 
     Example:
         >>> normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
         tensor([2.2489, 2.4286, 2.6400])
     """
     # Plane by plane, and as one product and one sum: a fifth of the time of torchvision's transforms.
-    return torch.mul(pixels.contiguous(), _SCALE, out=out).add_(_SHIFT)
+    scale, shift = _scale_and_shift(mean, std)
+    return torch.mul(pixels.contiguous(), scale, out=out).add_(shift)
 
 
-_SCALE = 1 / (255 * torch.tensor(IMAGENET_STD).view(3, 1, 1))
-_SHIFT = -torch.tensor(IMAGENET_MEAN).view(3, 1, 1) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+@lru_cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    means, deviations = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    return 1 / (255 * deviations), -means / deviations
 
 
 class PhotographTransform(v2.Compose):
-    """Steps on the pixels of a photograph, and then `normalise`."""
+    """Steps on the pixels of a photograph, and then `normalise`.
+
+    Args:
+        steps: Transforms of an image to `(3, S, S)` uint8.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel, above 0.
+
+    Raises:
+        ValueError: If there are not three of each, or a deviation is not above 0.
+    """
+
+    def __init__(
+        self, steps: Sequence[nn.Module], mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ) -> None:
+        super().__init__(list(steps))
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"Expected `mean` and `std` of three channels, `std` above 0, but got {self.mean} and {self.std}."
+            )
 
     def pixels(self, image: Any) -> Tensor:
         """Return the image after the steps, `(3, S, S)` uint8."""
@@ -45,18 +77,32 @@ class PhotographTransform(v2.Compose):
 
     def forward(self, image: Any) -> Tensor:
         """Return the network's input, `(3, S, S)` float32."""
-        return normalise(self.pixels(image))
+        return self.normalise(self.pixels(image))
+
+    def normalise(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return normalised pixels, in `out` if it is given."""
+        return normalise(pixels, out, self.mean, self.std)
+
+    def extra_repr(self) -> str:
+        """Name the statistics if they are not those of ImageNet."""
+        if (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD):
+            return super().extra_repr()
+        return f"{super().extra_repr()}\nmean={self.mean}, std={self.std}"
 
 
 class TrainingTransform(PhotographTransform):
     """The training transform of XBM and most of the field: a random part of the image, sometimes mirrored.
 
-    Shorter side to `256 / 224 * image_size`, a random crop of `min_scale` to 1 of the area resized to a square,
-    mirrored half of the time, normalised with the ImageNet statistics.
+    Shorter side to `image_size / crop_pct`, a random crop of `min_scale` to 1 of the area resized to a square, mirrored
+    half of the time, normalised.
 
     Args:
         image_size: Side of the result in pixels.
         min_scale: Smallest part of the area that a crop may keep, in (0, 1].
+        mean: Mean of each channel, of values in [0, 1]; by default that of ImageNet.
+        std: Standard deviation of each channel; by default that of ImageNet.
+        interpolation: How images are resized: `bilinear` or `bicubic`.
+        crop_pct: Share of the resized image's shorter side that the evaluation keeps, in (0, 1].
 
     Example:
         >>> from PIL import Image
@@ -64,16 +110,30 @@ class TrainingTransform(PhotographTransform):
         torch.Size([3, 97, 97])
     """
 
-    def __init__(self, image_size: int = 224, min_scale: float = 0.2) -> None:
-        part = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), antialias=True)
-        super().__init__([Shrink(image_size), part, v2.RandomHorizontalFlip()])
+    def __init__(
+        self,
+        image_size: int = 224,
+        min_scale: float = 0.2,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        interpolation: Interpolation = "bilinear",
+        crop_pct: float = CROP,
+    ) -> None:
+        part = v2.RandomResizedCrop(
+            image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode(interpolation), antialias=True
+        )
+        super().__init__([Shrink(image_size, interpolation, crop_pct), part, v2.RandomHorizontalFlip()], mean, std)
 
 
 class EvaluationTransform(PhotographTransform):
-    """The test transform: shorter side to `256 / 224 * image_size`, the centre square, ImageNet statistics.
+    """The test transform: shorter side to `image_size / crop_pct`, the centre square, normalised.
 
     Args:
         image_size: Side of the result in pixels.
+        mean: Mean of each channel, of values in [0, 1]; by default that of ImageNet.
+        std: Standard deviation of each channel; by default that of ImageNet.
+        interpolation: How images are resized: `bilinear` or `bicubic`.
+        crop_pct: Share of the resized image's shorter side that is kept, in (0, 1].
 
     Example:
         >>> from PIL import Image
@@ -81,18 +141,30 @@ class EvaluationTransform(PhotographTransform):
         torch.Size([3, 129, 129])
     """
 
-    def __init__(self, image_size: int = 224) -> None:
-        super().__init__([Shrink(image_size), v2.CenterCrop(image_size)])
+    def __init__(
+        self,
+        image_size: int = 224,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        interpolation: Interpolation = "bilinear",
+        crop_pct: float = CROP,
+    ) -> None:
+        super().__init__([Shrink(image_size, interpolation, crop_pct), v2.CenterCrop(image_size)], mean, std)
 
 
 class Shrink(v2.Compose):
-    """The part that both transforms begin with, and nothing random: shorter side to `256 / 224 * image_size`.
+    """The part that both transforms begin with, and nothing random: shorter side to `image_size / crop_pct`.
 
     An image that has this size already is left as it is, so shrinking twice is shrinking once. Of an image that is
     more than 32 times as long as wide, the middle is used.
 
     Args:
         image_size: Side of the network's input in pixels.
+        interpolation: How images are resized: `bilinear` or `bicubic`.
+        crop_pct: Share of the resized image's shorter side that the evaluation keeps, in (0, 1].
+
+    Raises:
+        ValueError: If `interpolation` or `crop_pct` is out of range.
 
     Example:
         >>> from PIL import Image
@@ -100,10 +172,19 @@ class Shrink(v2.Compose):
         torch.Size([3, 436, 256])
     """
 
-    def __init__(self, image_size: int = 224) -> None:
-        self.side = round(image_size * 256 / 224)
+    def __init__(
+        self, image_size: int = 224, interpolation: Interpolation = "bilinear", crop_pct: float = CROP
+    ) -> None:
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"Expected `interpolation` to be one of {', '.join(get_args(Interpolation))} but got {interpolation!r}."
+            )
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"Expected `crop_pct`, a share of the image's side, in (0, 1] but got {crop_pct}.")
+        self.side = round(image_size / crop_pct)
+        self.interpolation = interpolation
         # As a tensor, three bytes of a pixel side by side, an image is resized twice as fast as by Pillow.
-        super().__init__([v2.PILToTensor(), v2.Resize(self.side, antialias=True)])
+        super().__init__([v2.PILToTensor(), v2.Resize(self.side, InterpolationMode(interpolation), antialias=True)])
 
     def forward(self, image: Any) -> Tensor:
         """Return the image `(3, H, W)` uint8, its shorter side `side` pixels long."""

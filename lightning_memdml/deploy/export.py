@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PhotographTransform, Shrink
+from lightning_memdml.data.transforms import PhotographTransform, Shrink
 from lightning_memdml.deploy.sources import FromFile, input_transform, tensor_shape
 from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
 
@@ -197,7 +197,7 @@ def _described(part: Any) -> list[dict[str, Any]]:
     if isinstance(part, PhotographTransform | Shrink) or type(part) is v2.Compose:
         steps = [step for inner in part.transforms for step in _described(inner)]
         if isinstance(part, PhotographTransform):
-            mean_and_std = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+            mean_and_std = {"mean": list(part.mean), "std": list(part.std)}
             steps += [{"do": "scale", "divide_by": 255}, {"do": "normalize", **mean_and_std}]
         return steps
     if isinstance(part, v2.Resize) and part.max_size is None and part.size is not None:

@@ -24,7 +24,8 @@ Train on characters drawn from fonts, without and with a memory: a table of scor
 About a minute on two CPU cores, without downloads.
 
   memdml demo
-  memdml demo glyphs_batch glyphs_memory glyphs_momentum --seeds 0 1 2 --untrained
+  memdml demo --seeds 0 1 2 --untrained
+  memdml demo --configs glyphs_memory glyphs_momentum --trainer.max_steps 500
 
 Each configuration is one arm. All arms of a seed start from the same weights and see the same batches; the number of
 steps is that of the configuration. Scores are those of the last step on the test classes, which are never trained on,
@@ -55,8 +56,8 @@ def demo(arguments: list[str]) -> None:
         "memdml demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "configs",
-        nargs="*",
+        "--configs",
+        nargs="+",
         default=["glyphs_batch", "glyphs_memory"],
         help="configurations to compare, as `memdml fit --config` takes them; by default glyphs_batch glyphs_memory",
     )

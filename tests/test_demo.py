@@ -11,7 +11,7 @@ from support.children import run_python
 
 from lightning_memdml.demo import comparison_table
 
-SMALL = """--data.num_classes=20 --model.backbone.width=4 --trainer.max_steps=2 --trainer.val_check_interval=2
+SMALL = """--data.num_classes 20 --model.backbone.width=4 --trainer.max_steps=2 --trainer.val_check_interval=2
     --trainer.enable_progress_bar=false"""
 
 
@@ -31,7 +31,7 @@ def test_a_wrong_name_is_refused_before_the_first_run(tmp_path: Path) -> None:
     code = (
         "import sys; from lightning_memdml.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: print(e)"
     )
-    done = run_python("-c", code, "demo", "glyphs_batch", "glyphs_memry", *SMALL.split(), cwd=tmp_path)
+    done = run_python("-c", code, "demo", "--configs", "glyphs_batch", "glyphs_memry", *SMALL.split(), cwd=tmp_path)
     assert "but got 'glyphs_memry'. Did you mean 'glyphs_memory'?" in done.stdout
     assert "seed 0" not in done.stdout
 

@@ -44,11 +44,6 @@ def build_timm_network(backbone: str, pretrained: bool = False) -> tuple[Any, in
         ImportError: If timm is not installed.
         ValueError: If the name is not in timm's list, or there are no weights for it.
         ConnectionError: If the weights cannot be downloaded.
-
-    Example:
-        >>> network, width = build_timm_network("timm:test_vit")
-        >>> width
-        64
     """
     timm, name = _timm(), backbone.removeprefix(PREFIX)
     _check_name(timm, name)
@@ -64,9 +59,10 @@ def build_timm_network(backbone: str, pretrained: bool = False) -> tuple[Any, in
         if not pretrained:
             raise
         # timm downloads through whichever library is installed, and each has errors of its own.
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ConnectionError(
-            f"Expected to download the weights of {backbone} but got {type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]} Pass a file as `weights`, or none to start from random ones."
+            f"Expected to download the weights of {backbone} but got {type(error).__name__}: {reason}. "
+            "Pass a file as `weights`, or none to start from random ones."
         ) from error
     return network, int(getattr(network, "head_hidden_size", None) or network.num_features)
 
@@ -81,8 +77,6 @@ def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
         ImportError: If timm is needed and not installed.
 
     Example:
-        >>> preprocessing_of("timm:test_vit")["image_size"]
-        160
         >>> preprocessing_of("resnet18")
         {}
     """

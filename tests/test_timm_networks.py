@@ -90,7 +90,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(
-        ConnectionError, match=r"weights of timm:test_vit but got OSError: no route to host Pass a file"
+        ConnectionError, match=r"weights of timm:test_vit but got OSError: no route to host\. Pass a file"
     ):
         build_backbone("timm:test_vit", "DEFAULT")
 

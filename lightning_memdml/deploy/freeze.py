@@ -17,6 +17,7 @@ from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import FolderDataModule, RetrievalDataModule, TableDataModule
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.transforms import TrainingTransform
+from lightning_memdml.timm_networks import preprocessing_of
 
 DESCRIPTION = """\
 Write the features that a network computes of every image, for `FeatureDataModule`: a head on top of them then trains in
@@ -25,6 +26,7 @@ seconds.
   memdml freeze my/images features.npz --weights DEFAULT
   memdml freeze my/table.csv features.npz --backbone resnet50 --weights DEFAULT --image_size 224"""
 BATCH = 32
+SIDE = 97  # of images in pixels, small enough for a CPU
 
 
 def freeze(arguments: list[str]) -> None:
@@ -37,7 +39,7 @@ def freeze_images(
     output: str,
     backbone: str = "mobilenet_v2",
     weights: str | None = None,
-    image_size: int = 97,
+    image_size: int | None = None,
     views: int = 4,
 ) -> None:
     """Write the features of every image of training and test.
@@ -46,9 +48,9 @@ def freeze_images(
         images: A folder with one folder per class, as `FolderDataModule` reads it, or a table or archive, as
             `TableDataModule` reads it.
         output: The `.npz` file to write.
-        backbone: A classifier of torchvision.
+        backbone: A classifier of torchvision, or `timm:` and the name of a network of timm.
         weights: A file, or the name of published weights, such as `DEFAULT`; random weights without it.
-        image_size: Side of the network's input in pixels.
+        image_size: Side of the network's input in pixels; by default that of a network of timm, otherwise 97.
         views: Of each image, at least 1: the first as for a test, the others augmented as for training.
 
     Raises:
@@ -60,8 +62,11 @@ def freeze_images(
         raise ValueError(f"Expected --views of at least 1 but got {views}.")
     if Path(output).suffix != ".npz":
         raise ValueError(f"Expected a file that ends in .npz as output but got {output}.")
-    augmented = TrainingTransform(image_size, min_scale=0.6)
-    data = _data_of(images, image_size, augmented)
+    preparation = {"image_size": SIDE, **preprocessing_of(backbone)}
+    if image_size is not None:
+        preparation["image_size"] = image_size
+    augmented = TrainingTransform(min_scale=0.6, **preparation)
+    data = _data_of(images, {**preparation, "train_transform": augmented, "val_fraction": 0})
     data.prepare_data()
     data.setup()
     if data.gallery_set is not data.query_set:
@@ -90,8 +95,7 @@ def freeze_images(
     )
 
 
-def _data_of(images: str, image_size: int, augmented: TrainingTransform) -> RetrievalDataModule:
-    options: dict[str, Any] = {"image_size": image_size, "train_transform": augmented, "val_fraction": 0}
+def _data_of(images: str, options: dict[str, Any]) -> RetrievalDataModule:
     if Path(images).is_dir() and Path(images).suffix != ".parquet":  # which may be a folder of such files
         return FolderDataModule(images, **options)
     return TableDataModule(images, **options)

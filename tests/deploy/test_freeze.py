@@ -11,7 +11,7 @@ from PIL import Image
 from support.children import run_python
 
 from lightning_memdml.cli import main
-from lightning_memdml.data import FeatureDataModule
+from lightning_memdml.data import FeatureDataModule, FolderDataModule
 
 CLASSES, IMAGES = 4, 3
 SMALL = ["--backbone=resnet18", "--image_size=33", "--views=2"]
@@ -106,3 +106,19 @@ def test_validation_images_are_counted(
         (folder / str(label)).rename(folder / role / str(label))
     main(["freeze", "images", "features.npz", *SMALL])
     assert "3 validation images are left out" in capsys.readouterr().out
+
+
+def test_a_network_of_timm_gets_images_as_it_wants_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.chdir(folder.parent)
+    sizes = []
+    monkeypatch.setattr(
+        "lightning_memdml.deploy.freeze.FolderDataModule",
+        lambda root, **options: (
+            sizes.append((options["image_size"], options["mean"])) or FolderDataModule(root, **options)
+        ),
+    )
+    main(["freeze", "images", "features.npz", "--backbone=timm:test_vit", "--views=1"])
+    assert sizes == [(160, [0.5, 0.5, 0.5])]
+    with np.load("features.npz") as made:
+        assert made["feature"].shape == (CLASSES * IMAGES, 1, 64)

@@ -15,6 +15,8 @@ NOT_FOR_USERS: list[tuple[type[Warning], str, str]] = [
     (UserWarning, "The dirpath has changed from", r"lightning\.pytorch\.callbacks\.model_checkpoint"),
     # A data module without validation classes has no validation loader.
     (UserWarning, "Total length of `list` across ranks is zero", r"lightning\.pytorch\.utilities\.data"),
+    # torch 2.10 reads an exported program from a buffer that cannot be written, and does not write it.
+    (UserWarning, "The given buffer is not writable", r"torch\.export\.pt2_archive\._package"),
     # Frozen batch norms stay in evaluation mode, as the option asks.
     (UserWarning, r"Found \d+ module\(s\) in eval mode", r"lightning\.pytorch\.loops\.fit_loop"),
 ]

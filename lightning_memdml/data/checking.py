@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.module import Problem, RetrievalDataModule
@@ -113,12 +113,15 @@ def _draw_set(sheet: Image.Image, top: int, title: str, images: ImageDataset, na
         for row, position in enumerate((images.labels == label).nonzero()[:IMAGES, 0].tolist()):
             corner = (left, top + TITLE + LABEL + row * (CELL + GAP))
             try:
-                picture = ImageOps.contain(images.picture(position).convert("RGB"), (CELL, CELL))
+                picture = images.picture(position).convert("RGB")
             except OSError:  # which `verify` names; here it is shown to be missing
                 draw.rectangle((*corner, corner[0] + CELL - 1, corner[1] + CELL - 1), outline=WRONG, width=2)
                 middle = (corner[0] + CELL // 2, corner[1] + CELL // 2)
                 draw.text(middle, "unreadable", fill=WRONG, anchor="mm", font=ImageFont.load_default(14))
                 continue
+            # `ImageOps.contain` of older versions of Pillow makes thin pictures 0 pixels high.
+            width, height = (max(1, round(side * CELL / max(picture.size))) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             sheet.paste(picture, (corner[0] + (CELL - picture.width) // 2, corner[1] + (CELL - picture.height) // 2))
 
 

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
@@ -124,7 +125,11 @@ def test_grey_of_any_depth_keeps_its_brightness(tmp_path, pixels):
 
 @pytest.mark.parametrize("suffix", ["png", "pgm"])
 def test_16_bits_outside_tiff_are_a_picture_however_dark(tmp_path, suffix):
-    Image.fromarray((200 * RAMP).astype(np.uint16)).save(tmp_path / f"a.{suffix}")
+    pixels = (200 * RAMP).astype(np.uint16)
+    if suffix == "png":
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+    else:  # which older versions of Pillow read, but do not write
+        (tmp_path / "a.pgm").write_bytes(b"P5 64 64 65535\n" + pixels.astype(">u2").tobytes())
     assert mean(tmp_path / f"a.{suffix}") < 1
 
 
@@ -203,14 +208,19 @@ def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
     assert abs(opened(tmp_path / "a.png").getpixel((3, 3))[0] - 127) <= 1
 
 
-def test_the_first_frame_of_several_is_taken_and_the_file_closed(tmp_path):
-    for name, kind in (("m.jpg", "MPO"), ("g.gif", "GIF"), ("t.tif", "TIFF"), ("w.webp", "WEBP"), ("p.png", "PNG")):
-        frames = [Image.new("RGB", (64, 64), (80 * i, 0, 0)) for i in range(3)]
-        frames[0].save(tmp_path / name, format=kind, save_all=True, append_images=frames[1:])
-        before = len(os.listdir("/proc/self/fd"))
-        kept = [opened(tmp_path / name) for _ in range(3)]
-        assert len(os.listdir("/proc/self/fd")) == before
-        assert max(kept[0].getpixel((3, 3))) < 8
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("m.jpg", "MPO"), ("g.gif", "GIF"), ("t.tif", "TIFF"), ("w.webp", "WEBP"), ("p.png", "PNG")],
+)
+def test_the_first_frame_of_several_is_taken_and_the_file_closed(tmp_path, name, kind):
+    if kind == "MPO" and PIL.__version__.startswith("10."):
+        pytest.skip("Pillow 10 writes small MPO files that it cannot read")
+    frames = [Image.new("RGB", (64, 64), (80 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / name, format=kind, save_all=True, append_images=frames[1:])
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [opened(tmp_path / name) for _ in range(3)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert max(kept[0].getpixel((3, 3))) < 8
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot read AVIF")

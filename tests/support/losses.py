@@ -23,7 +23,7 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor
@@ -65,7 +65,11 @@ def public_classes(kind: type) -> list[type]:
     found = set()
     for module in pkgutil.iter_modules(losses.__path__):
         members = vars(importlib.import_module(f"{losses.__name__}.{module.name}")).values()
-        found |= {member for member in members if isinstance(member, type) and issubclass(member, kind)}
+        found |= {
+            member
+            for member in members
+            if isinstance(member, type) and not get_origin(member) and issubclass(member, kind)
+        }
     return sorted((cls for cls in found - {kind} if not cls.__name__.startswith("_")), key=lambda cls: cls.__name__)
 
 

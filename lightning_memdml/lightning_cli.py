@@ -286,6 +286,11 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
         return arguments
     config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
     if config is None or "data" not in config:
+        if not any(argument.startswith("--model") for argument in arguments):
+            raise ValueError(
+                f"Expected a checkpoint of `memdml fit`, which holds its configuration, but got {given.ckpt_path}. Pass "
+                "--config FILE too, or the options of the model and the data."
+            )
         return arguments
     return [arguments[0], "--config", write_yaml(config), *arguments[1:]]
 

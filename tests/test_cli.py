@@ -560,3 +560,13 @@ def test_two_ranks_from_one_command(tmp_path: Path, glyph_cache: str) -> None:
     saved: dict[str, Any] = torch.load(tmp_path / LAST, weights_only=True)
     assert saved["global_step"] == 3
     assert len(saved["callbacks"]["MemoryCallback"]["memory"]["labels"]) == 40  # 3 steps of 2 ranks of 8 rows, cut
+
+
+def test_a_checkpoint_without_a_configuration_is_named(
+    memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "model.pt")
+    said = answer(memdml, "test --ckpt_path model.pt", capsys)
+    assert said.startswith(
+        "error: Expected a checkpoint of `memdml fit`, which holds its configuration, but got model.pt."
+    )

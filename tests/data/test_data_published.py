@@ -183,9 +183,9 @@ def test_every_data_set_has_a_test_tree_and_a_configuration(exported):
     assert name in trees.TREES, f"write a tree in the format of {name}, and add it to TREES in tests/data/trees.py"
     assert exported.source.count("root=") == 1
     assert exported.recall_levels
-    experiments = Path(__file__).parents[2] / "experiments"
-    assert [file for file in experiments.glob("*.yaml") if f"class_path: {name}\n" in file.read_text()], (
-        f"write a configuration of {name} into {experiments}"
+    configs = Path(data.__file__).parents[1] / "configs"
+    assert [file for file in configs.glob("*.yaml") if f"class_path: {name}\n" in file.read_text()], (
+        f"write a configuration of {name} into {configs}"
     )
 
 

@@ -288,8 +288,8 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
     if config is None or "data" not in config:
         if not any(argument.startswith("--model") for argument in arguments):
             raise ValueError(
-                f"Expected a checkpoint of `memdml fit`, which holds its configuration, but got {given.ckpt_path}. Pass "
-                "--config FILE too, or the options of the model and the data."
+                f"Expected a checkpoint of `memdml fit`, which holds its configuration, but got {given.ckpt_path}. "
+                "Pass --config FILE too, or the options of the model and the data."
             )
         return arguments
     return [arguments[0], "--config", write_yaml(config), *arguments[1:]]

@@ -13,7 +13,7 @@ import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_memdml.cli_messages import ArgumentParser
@@ -161,9 +161,20 @@ class MemdmlCLI(LightningCLI):
             rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a log folder that holds other files: Lightning's CSV log removes and overwrites some."""
+        """Make the log folder of this run alone.
+
+        A folder that holds other files is refused: Lightning's CSV log removes and overwrites some. Runs that start at
+        the same time without a version in their configuration get folders of their own.
+        """
         if self.subcommand is None or not self.trainer.is_global_zero:  # other ranks find what the first has begun
             return
+        options = self._section().trainer.logger
+        options = options if isinstance(options, list) else [options]
+        if len(options) == len(self.trainer.loggers):
+            self.trainer.loggers = [
+                _with_own_folder(logger, vars(given.init_args) if hasattr(given, "init_args") else {})
+                for logger, given in zip(self.trainer.loggers, options, strict=True)
+            ]
         for logger in self.trainer.loggers:
             folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) else None
             if folder is not None and folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
@@ -320,6 +331,17 @@ def _take_over_preprocessing(section: Any) -> None:
     if taken:
         shown = ", ".join(f"{name} {value}" for name, value in taken.items())
         rank_zero_info(f"Images are prepared for {section.model.backbone}: {shown}.")
+
+
+def _with_own_folder(logger: Logger, options: dict[str, Any]) -> Logger:
+    """Return a CSV log whose new folder no other process has; any other logger as it is."""
+    while isinstance(logger, CSVLogger) and options.get("version") is None:
+        try:
+            Path(logger.log_dir).mkdir(parents=True)
+            break
+        except FileExistsError:  # another run has just taken this version
+            logger = CSVLogger(**options)
+    return logger
 
 
 def _is_run(folder: Path) -> bool:

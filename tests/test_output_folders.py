@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_memdml.cli import main
 
@@ -38,3 +39,25 @@ def test_an_address_of_another_machine_is_refused_before_the_work(option: str, r
     name = option.rpartition(".")[2]
     assert f"Expected `{name}` to be a path on this machine but got 's3://bucket/runs'." in str(stop.value.code)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_that_another_run_takes_in_the_same_moment_is_left_to_it(
+    run_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run makes its folder after this one has looked for the next free version."""
+    look = CSVLogger._get_next_version
+    taken = []
+
+    def look_and_lose(logger: CSVLogger) -> int:
+        version = look(logger)
+        if not taken:
+            taken.append(Path(logger.root_dir, f"version_{version}").absolute())
+            taken[0].mkdir(parents=True)
+        return version
+
+    monkeypatch.setattr(CSVLogger, "_get_next_version", look_and_lose)
+    with run_in(tmp_path):
+        main(FIT)
+    assert list(taken[0].iterdir()) == []
+    assert (tmp_path / "runs/memdml/version_1/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "runs/memdml/version_1/config.yaml").is_file()

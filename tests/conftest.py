@@ -15,7 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 from support.children import PATIENCE
+from support.command_line import Command
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_memdml.cli import main
 
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -100,3 +103,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root may mount a small file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def memdml(tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # which a run sets, and which would last longer than the test
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["memdml"])
+    return lambda line: main(line.split())

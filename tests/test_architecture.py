@@ -1,4 +1,4 @@
-"""Imports point one way, and the package needs none of its optional libraries to import and train."""
+"""Imports point one way, optional libraries are not needed to import and train, and files are short."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ MAY_IMPORT |= {
     "__main__": {"cli"},
     "__init__": ROOMS - {"cli_messages", "config_merging", "commands", "packaged_configs"},
 }
+TESTS = Path(__file__).parent
 MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
 # Triton's decorators need it when the module is imported, so this module is imported where it is used.
 KERNELS = PACKAGE / "losses" / "backends" / "triton" / "kernel.py"
@@ -123,6 +124,14 @@ def test_the_rules_are_read_from_the_imports() -> None:
     )
     expected = {"lightning_memdml.memory.x", "lightning_memdml.losses.y", "lightning_memdml.data.glyphs"}
     assert set(imports(tree, file)) == expected
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, TESTS], ids=["package", "tests"])
+def test_no_file_is_too_long_to_be_read_at_once(folder: Path) -> None:
+    """A file of more than 400 lines does more than one thing: split it by what it does, or by what it tests."""
+    lines = {str(file.relative_to(folder)): file.read_bytes().count(b"\n") for file in folder.rglob("*.py")}
+    assert lines
+    assert {file: count for file, count in lines.items() if count > 400} == {}
 
 
 WITHOUT_OPTIONAL_LIBRARIES = """

@@ -9,88 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
-from torch import Tensor, nn
+from support.memory_training import Manual, Plain, fit, loader, pair_loss
+from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
-
-CLASSES, ROWS, BATCH, DIM = 5, 32, 4, 8
-
-
-def pair_loss(z: Tensor, y: Tensor, ref_z: Tensor | None = None, ref_y: Tensor | None = None) -> Tensor:
-    """The contrastive loss at margin 0.5, self left out by position."""
-    if ref_z is not None and len(ref_z) == 0:
-        return z[:0].sum()
-    z = z.float()
-    similarity = z @ (z if ref_z is None else ref_z).T
-    same = y[:, None] == (y if ref_y is None else ref_y)
-    cost = torch.where(same, 1 - similarity, torch.where(similarity > 0.5, similarity, 0.0))
-    if ref_z is None:
-        cost = cost * ~torch.eye(len(y), dtype=torch.bool)
-    return cost.sum(1).mean()
-
-
-def images(rows: int = ROWS) -> TensorDataset:
-    generator = torch.Generator().manual_seed(7)
-    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
-    return TensorDataset(torch.randn(rows, 6, generator=generator), labels, torch.arange(rows))
-
-
-def loader(rows: int = ROWS) -> DataLoader:
-    return DataLoader(images(rows), batch_size=BATCH)
-
-
-class Plain(LightningModule):
-    """What somebody trains already, with the four lines changed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, DIM))
-        self.losses: list[float] = []
-
-    def embed(self, images: Tensor) -> Tensor:
-        return normalize(self.net(images))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        x, y, indices = batch
-        z = self.embed(x)
-        loss = pair_loss(z, y) + pair_loss(z, y, *self.memory.read()[:2])
-        self.losses.append(float(loss.detach()))
-        return {"loss": loss, "embeddings": z, "labels": y, "indices": indices}
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        x, y, _ = batch
-        z = self.embed(x)
-        return {"loss": pair_loss(z, y), "embeddings": z, "labels": y}
-
-    test_step = predict_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
-class Manual(Plain):
-    """Two optimisers, stepped by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        outputs = super().training_step(batch, batch_idx)
-        self.manual_backward(outputs["loss"])
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-        return outputs
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.net[0], self.net[2])]
 
 
 class Watch(Callback):
@@ -104,25 +30,6 @@ class Watch(Callback):
         embeddings, _, indices = pl_module.memory.read()
         self.seen.append((indices.tolist(), pl_module.memory.steps.tolist()))
         self.rows.append(embeddings.clone())
-
-
-def fit(
-    module: LightningModule,
-    *callbacks: Callback,
-    train: Any = None,
-    val: Any = None,
-    ckpt: Any = None,
-    **flags: Any,
-) -> Trainer:
-    trainer = Trainer(
-        **{
-            "accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "callbacks": list(callbacks), **flags,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        }
-    )  # fmt: skip
-    trainer.fit(module, train or loader(), val, ckpt_path=ckpt)
-    return trainer
 
 
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -351,62 +258,6 @@ def test_nan_rows_never_enter_are_counted_and_warned_about_once() -> None:
     assert "2 of 4 embeddings" in said[0]
 
 
-def returns(what: Any) -> type[Plain]:
-    class Returns(Plain):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-            z = self.embed(batch[0])
-            return what(pair_loss(z, batch[1]), z, batch[1])
-
-    return Returns
-
-
-@pytest.mark.parametrize(
-    ("what", "error", "message"),
-    [
-        (
-            lambda loss, z, y: loss,
-            ValueError,
-            r"no `embeddings` and no `labels`.*\(loss\).*return \{\"loss\": loss, ",
-        ),
-        (
-            lambda loss, z, y: {"loss": loss, "embeddings": z},
-            ValueError,
-            r"got no `labels`.*\(loss, embeddings\)",
-        ),
-        (lambda loss, z, y: {"loss": loss, "labels": y}, ValueError, r"got no `embeddings` in .*Returns"),
-        (
-            lambda loss, z, y: {"loss": loss, "embeddings": z, "labels": y[:, None]},
-            ValueError,
-            r"`labels` of shape \(4,\) but got \(4, 1\)\. Pass `labels.squeeze\(1\)`",
-        ),
-        (
-            lambda loss, z, y: {"loss": loss, "embeddings": z, "labels": y.float()},
-            TypeError,
-            r"Pass `labels.long\(\)`",
-        ),
-    ],
-)
-def test_a_missing_or_wrong_output_names_the_line(what: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        fit(returns(what)(), MemoryCallback(size=8))
-
-
-def test_the_error_comes_in_the_first_step_also_during_warm_up() -> None:
-    with pytest.raises(
-        ValueError, match="the embeddings and labels of each training batch, which MemoryCallback needs"
-    ):
-        fit(returns(lambda loss, z, y: loss)(), MemoryCallback(size=8, start_step=1000))
-
-
-def test_manual_optimisation_that_returns_nothing_is_refused() -> None:
-    class Silent(Manual):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            super().training_step(batch, batch_idx)
-
-    with pytest.raises(ValueError, match=r"returned \(nothing\)"):
-        fit(Silent(), MemoryCallback(size=8))
-
-
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_skipped_batch_is_not_stored() -> None:
     class Skips(Plain):
@@ -416,53 +267,6 @@ def test_a_skipped_batch_is_not_stored() -> None:
     callback = MemoryCallback(size=100)
     fit(Skips(), callback)
     assert callback.memory.read()[2].tolist() == [i for i in range(32) if i // 4 % 2 == 0]
-
-
-def test_a_memory_that_is_not_read_gives_one_warning() -> None:
-    unread = returns(lambda loss, z, y: {"loss": loss, "embeddings": z, "labels": y})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(unread(), MemoryCallback(size=8))
-        fit(Plain(), MemoryCallback(size=8))
-    assert sum("does not read" in str(w.message) and "self.memory.read()" in str(w.message) for w in caught) == 1
-
-
-@pytest.mark.parametrize("owned", [nn.Linear(2, 2), torch.zeros(3), 5])
-def test_a_module_with_its_own_memory_is_refused(owned: Any) -> None:
-    module = Plain()
-    module.memory = owned
-    with pytest.raises(ValueError, match=r"to have no attribute `memory` of its own.*Rename"):
-        fit(module, MemoryCallback(size=8))
-    assert module.memory is owned
-
-
-def test_a_second_memory_callback_is_refused_with_a_sentence() -> None:
-    """By Lightning where both would be saved under one key, else by the callback."""
-
-    class Other(MemoryCallback):
-        state_key = "other"
-
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `MemoryCallback`"):
-        fit(Plain(), MemoryCallback(size=8), MemoryCallback(size=8))
-    with pytest.raises(
-        ValueError, match=r"Expected one MemoryCallback in the Trainer but got several\. Remove all but"
-    ):
-        fit(Plain(), MemoryCallback(size=8), Other(size=8))
-
-
-def test_a_memory_term_without_the_callback_is_refused() -> None:
-    class Short(Plain):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return against_memory(self, pair_loss, self.embed(batch[0]), batch[1])
-
-    with pytest.raises(ValueError, match=r"Short has no memory. Pass `Trainer\(callbacks=\[MemoryCallback"):
-        fit(Short())
-
-
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"start_step": -1}])
-def test_impossible_arguments_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="Expected"):
-        MemoryCallback(**arguments)
 
 
 def test_size_and_age_are_reported_at_the_start(caplog: pytest.LogCaptureFixture) -> None:

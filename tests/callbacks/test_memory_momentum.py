@@ -1,4 +1,4 @@
-"""Rows written by a momentum encoder, and rows per image, through the real Trainer in one process."""
+"""Rows written by a momentum encoder, through the real Trainer in one process."""
 
 from __future__ import annotations
 
@@ -13,55 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor, nn
+from support.momentum_training import Learner, fit, loader, same
+from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
-from lightning_memdml.losses.contrastive import ContrastiveLoss
-from lightning_memdml.memory.instance_memory import InstanceMemory
-
-IMAGES, BATCH, DIM = 24, 4, 8
-
-
-def images() -> TensorDataset:
-    generator = torch.Generator().manual_seed(7)
-    labels = torch.arange(IMAGES) % 5
-    return TensorDataset(torch.randn(IMAGES, 6, generator=generator), labels, torch.arange(IMAGES))
-
-
-def loader() -> DataLoader:
-    return DataLoader(images(), batch_size=BATCH)
-
-
-class Learner(LightningModule):
-    """A network with batch statistics and, if asked for, dropout; its losses written down."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, DIM)
-        )
-        self.loss = ContrastiveLoss(margin=0.3)
-        self.losses: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(self.net(x).float())
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        x, y, indices = batch
-        z = self(x)
-        references = self.memory.read()
-        loss = self.loss(z, y) + self.loss(z, y, *references[:2], indices=indices, ref_indices=references[2])
-        self.losses.append(float(loss.detach()))
-        return {"loss": loss, "embeddings": z, "labels": y, "indices": indices}
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Manual(Learner):
@@ -105,24 +61,6 @@ class Follow(Callback):
                 for mine, new in zip(self.average.parameters(), pl_module.net.parameters(), strict=True):
                     mine.copy_(now * mine + (1 - now) * new)
                 self.updates, self.step = self.updates + 1, trainer.global_step
-
-
-def fit(module: LightningModule, *callbacks: Callback, ckpt: Any = None, val: Any = None, **flags: Any) -> Trainer:
-    trainer = Trainer(
-        **{
-            "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "callbacks": list(callbacks), **flags,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        }
-    )  # fmt: skip
-    trainer.fit(module, loader(), val, ckpt_path=ckpt)
-    return trainer
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -360,40 +298,6 @@ def test_a_compiled_module_writes_rows_with_the_average_and_not_with_the_network
 def test_impossible_momentum_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match=r"`encoder_momentum` in \[0, 1\)"):
         MemoryCallback(encoder_momentum=momentum)
-
-
-# ------------------------------------------------------------------ one row per image
-
-
-def test_instance_memory_holds_every_image_once_and_resumes_exactly(tmp_path: Path) -> None:
-    """Its size is the number of training images, found by the callback."""
-    whole, parts = Learner(), Learner()
-    through, resumed = (MemoryCallback(memory=InstanceMemory(momentum=0.6)) for _ in range(2))
-    fit(whole, through, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), max_epochs=3)
-    assert through.memory.size == IMAGES
-    assert through.memory.read()[2].tolist() == list(range(IMAGES))
-    assert through.memory.steps.tolist() == [12 + index // BATCH for index in range(IMAGES)]
-    fit(parts, resumed, ckpt=tmp_path / "epoch=0.ckpt", max_epochs=3)
-    assert parts.losses == whole.losses[6:]
-    assert same(through.state_dict(), resumed.state_dict())
-
-
-def test_instance_memory_needs_indices_and_the_error_shows_the_line() -> None:
-    class Nameless(Learner):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-            outputs = super().training_step(batch, batch_idx)
-            return {name: outputs[name] for name in ("loss", "embeddings", "labels")}
-
-    with pytest.raises(ValueError, match=r'which image each row is of.*"indices": indices'):
-        fit(Nameless(), MemoryCallback(memory=InstanceMemory(size=IMAGES)))
-
-
-def test_a_memory_has_its_own_size_and_dtype() -> None:
-    for options in ({"size": 5}, {"dtype": "float16"}):
-        with pytest.raises(
-            ValueError, match="Expected `size` and `dtype`, or a `memory`, which has its own, but got both"
-        ):
-            MemoryCallback(memory=InstanceMemory(5), **options)
 
 
 def test_weights_kept_in_parts_are_refused() -> None:

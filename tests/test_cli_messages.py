@@ -1,0 +1,190 @@
+"""The error messages and hints of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import DATA, LOSS, MEMORY, NET, QUIET, TINY, Command
+
+from lightning_memdml import MetricLearner
+from lightning_memdml.cli_messages import readable
+from lightning_memdml.commands import COMMANDS
+
+
+def answer(memdml: Command, line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says to something wrong."""
+    with pytest.raises(SystemExit) as stop:
+        memdml(line)
+    said = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said if isinstance(stop.value.code, int) else str(stop.value.code)
+
+
+WRONG_ON_THE_COMMAND_LINE = {
+    "--model.loss Contrastve": "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?",
+    "--model.loss lightning_memdml.ContrastivLoss": "Did you mean 'lightning_memdml.ContrastiveLoss'?",
+    "--model.loss no_such_package.Loss": "No module named 'no_such_package'",
+    "--model.loss SmallConvNet": "model.loss: The class 'SmallConvNet' does not belong here.",
+    "--model.loss ContrastiveLoss --model.loss.margn 1": "ContrastiveLoss has no option 'margn'. Did you mean 'margi",
+    "--model.loss ContrastiveLoss --model.loss.margin wide": "model.loss.margin: Expected float but got 'wide'.",
+    "--model.loss DirectWeightLoss --model.loss.positive Expnential": "Did you mean 'Exponential'?",
+    "--model.loss DirectWeightLoss --model.loss.positive Threshold --model.loss.positive.treshold 1": "'threshold'?",
+    "--model.optimizer Adamm": "model.optimizer: There is no class 'Adamm'. Did you mean 'Adam'?",
+    "--model.lr_scheduler CosineAnealingLR": "Did you mean 'CosineAnnealingLR'?",
+    "--model.lr_scheduler_interval steps": "Expected one of step, epoch but got 'steps'. Did you mean 'step'?",
+    "--model.lss ContrastiveLoss": "There is no option '--model.lss'. Did you mean '--model.loss'?",
+    "--model.backbon resnet18": "Did you mean '--model.backbone'?",
+    "--optimizer SGD": "Did you mean '--model.optimizer'?",
+    "--trainr.max_steps 3": "Did you mean '--trainer.max_steps'?",
+    "--trainer.max_steps many": "trainer.max_steps: Expected int but got 'many'.",
+    "--trainer.callbacks+=MemoryCalback": "trainer.callbacks: There is no class 'MemoryCalback'. Did you mean 'MemoryC",
+    "--trainer.callbacks+=MemoryCallback --trainer.callbacks.siz=5": "MemoryCallback has no option 'siz'. Did you",
+    "--data GlyfDataModule": "data: There is no class 'GlyfDataModule'. Did you mean 'GlyphDataModule'?",
+    "--data.num_clases 20": "data: GlyphDataModule has no option 'num_clases'. Did you mean 'num_classes'?",
+    "--data FolderDataModule": "Expected --data.root",
+    "--config nowhere.yaml": "config: File does not exist",
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), WRONG_ON_THE_COMMAND_LINE.items())
+def test_wrong_name_on_the_command_line(
+    options: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = answer(memdml, f"fit {NET} --model.loss ContrastiveLoss {options}", capsys)
+    assert expected in said
+    assert len(said.splitlines()) < 8
+
+
+WRONG_IN_YAML = {
+    "model.loss: {class_path: Contrastve}": "Did you mean 'ContrastiveLoss'?",
+    "model.loss: {class_path: ContrastiveLoss, init_args: {margn: 1}}": "Did you mean 'margin'?",
+    "model.backbone: {class_path: SmalConvNet}": "model.backbone: There is no class 'SmalConvNet'. Did you mean",
+    "model.loss: {class_path: DirectWeightLoss, init_args: {negative: Powr}}": "model.loss.negative: There is no class",
+    "model.embeding_dim: 3": "Did you mean '--model.embedding_dim'?",
+    "model.optimizer: {class_path: torch.optim.Adamm}": "Did you mean 'torch.optim.Adam'?",
+    "data: {class_path: GlyfDataModule}": "Did you mean 'GlyphDataModule'?",
+    "data: {class_path: GlyphDataModule, init_args: {sed: 1}}": "Did you mean 'seed'?",
+    "trainer.max_step: 3": "Did you mean '--trainer.max_steps'?",
+    "trainer.callbacks: [{class_path: MemoryCalback}]": "Did you mean 'MemoryCallback'?",
+    "trainer.callbacks: [{class_path: MemoryCallback, init_args: {siz: 3}}]": "Did you mean 'size'?",
+    "model.backbone: null": "Expected --model.backbone, on the command line or in a file",
+    "model: [": "Problems parsing config",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), WRONG_IN_YAML.items())
+def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wrong.yaml").write_text(f"model.backbone: SmallConvNet\nmodel.loss: ContrastiveLoss\n{text}\n")
+    said = answer(memdml, "fit --config wrong.yaml", capsys)
+    assert expected in said
+    assert len(said.splitlines()) < 8
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fti", "There is no command 'fti'. Did you mean 'fit'?"),
+        ("weight-curve", "There is no command 'weight-curve'. Did you mean 'weight-curves'?"),
+        ("fit --model.loss ContrastiveLoss --model.backbone SmalConvNet", "Did you mean 'SmallConvNet'?"),
+        ("fit --model.loss ContrastiveLoss --model.backbone resnet05", "Did you mean 'resnet50'?"),
+        (f"{TINY} --model.memory_weight -1", "Expected `memory_weight` of at least 0 but got -1.0"),
+        (f"{TINY} --model.weights no.pth", "Expected the backbone's weights in the file no.pth but it does not exist"),
+        (f"{TINY} --trainer.callbacks null", r"Expected a memory"),
+        (f"{TINY} --data.batch_size 7", "Expected `batch_size` to be a multiple of `images_per_class`"),
+        (f"fit {NET} {LOSS} {QUIET} --data TableDataModule --data.path no.csv", "no.csv"),
+        (f"fit {LOSS} {MEMORY} {DATA} {QUIET} --model.backbone resnet18", "Expected RGB images"),
+        ("", f"Expected a command: {', '.join(COMMANDS)}."),
+        ("no-such", f"There is no command 'no-such'. There are {', '.join(COMMANDS)}."),
+        ("score", "Expected --embeddings, on the command line"),
+        ("score --embeddings e.parquet --k 5", "k: Expected a list, such as [5], but got '5'."),
+        (
+            "export --ckpt_path c.ckpt --formats [onx]",
+            "Expected one of onnx, torch but got 'onx'. Did you mean 'onnx'?",
+        ),
+        ("test", "or a checkpoint of `memdml fit` as --ckpt_path."),
+        (f"fit {LOSS} --model.loss HybridLoss", "Expected --model.loss.positive, --model.loss.negative, on the comm"),
+        (f"fit {NET} {LOSS} --data.path f.npz", "data: GlyphDataModule has no option 'path'."),
+        (
+            f"fit {NET} {LOSS} --data.seed=1 --data FolderDataModule",
+            "Expected --data before --data.seed, which it would",
+        ),
+        (f"fit {LOSS} {MEMORY} {QUIET} {DATA} --model.backbone.in_channels=3 --model.backbone=SmallConvNet", "before"),
+        ("test --ckpt_path nowhere.ckpt", "nowhere.ckpt: there is no such file"),
+        ("test --ckpt_path damaged.ckpt", "damaged.ckpt: it is damaged"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+def test_wrong_value_is_answered_by_the_sentence_alone(
+    line: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.ckpt").write_bytes(b"PK\x03\x04 half a file")
+    assert expected in answer(memdml, line, capsys)
+
+
+def test_error_from_elsewhere_keeps_its_traceback(memdml: Command) -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        memdml(f"{TINY} --model.optimizer.lr -1")
+
+
+def test_message_that_is_not_understood_is_handed_on() -> None:
+    assert readable("Something unheard of\n\nhappened") == "Something unheard of\nhappened"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+def test_a_damaged_image_is_a_sentence_from_a_worker_too(
+    workers: int, memdml: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in range(8):
+        folder = Path(f"pictures/{label}")
+        folder.mkdir(parents=True)
+        for number in range(2):
+            (folder / f"{number}.png").write_bytes(b"no picture")
+    said = answer(
+        memdml,
+        f"fit {NET} --model.backbone.in_channels=3 --model.loss=ContrastiveLoss {QUIET} --data=FolderDataModule "
+        f"--data.root=pictures --data.val_fraction=0 --data.batch_size=4 --data.images_per_class=2 "
+        f"--data.num_workers={workers}",
+        capsys,
+    )
+    assert said.startswith("error: Cannot read the image ")
+    assert "pictures/" in said
+    assert said.endswith("`verify()` of the data module names all such images.")
+
+
+def test_scores_without_a_checkpoint_are_told_to_be_those_of_no_training(memdml: Command) -> None:
+    with pytest.warns(UserWarning, match="There is no --ckpt_path: the network is taken as it is before any training"):
+        memdml(f"test {NET} --model.loss=ContrastiveLoss {DATA} {QUIET} --data.val_fraction=0")
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0, "Nothing is saved."), (1, "To go on: memdml fit --ckpt_path")])
+def test_an_interrupted_training_says_how_it_goes_on(
+    epochs: int, expected: str, memdml: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = MetricLearner.training_step
+
+    def interrupted(self: MetricLearner, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == epochs:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MetricLearner, "training_step", interrupted)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        memdml(f"{TINY} --trainer.max_epochs=3")
+    (said,) = (record.message for record in caplog.records if record.message.startswith("Interrupted."))
+    assert expected in said
+    assert not epochs or Path(said.split()[-1]).is_file()
+
+
+def test_a_checkpoint_without_a_configuration_is_named(
+    memdml: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "model.pt")
+    said = answer(memdml, "test --ckpt_path model.pt", capsys)
+    assert said.startswith(
+        "error: Expected a checkpoint of `memdml fit`, which holds its configuration, but got model.pt."
+    )

@@ -40,6 +40,14 @@ def image_archive(path: Path, classes: int = 14, images: int = 3) -> None:
     np.savez(path, jpeg=np.concatenate(files), offset=offset, label=np.repeat(np.arange(classes), images))
 
 
+def image_folder(path: Path, classes: int = 14, images: int = 3) -> None:
+    """A folder of tiny PNG files for each class."""
+    for index in range(classes * images):
+        file = path / f"class{index // images}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 36), (17 * (index // images), 80, 5 * index)).save(file)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
 def test_header_has_command_hardware_cost_and_expected_result(config: Path) -> None:
     header = read_header(config)
@@ -107,6 +115,9 @@ def test_configuration_trains(config: Path, tmp_path: Path, glyph_cache: str, mo
     elif name == "TableDataModule":
         image_archive(tmp_path / "tiny.npz")
         own = f"--data.path={tmp_path / 'tiny.npz'} --data.image_size=33"
+    elif name == "FolderDataModule":
+        image_folder(tmp_path / "tiny")
+        own = f"--data.root={tmp_path / 'tiny'} --data.image_size=33"
     else:
         own = f"--data.root={trees.TREES[name](tmp_path / 'tree')}"
         if name != "Omniglot":  # a small network, and no weights, which would have to be downloaded

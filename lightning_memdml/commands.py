@@ -99,7 +99,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "Write the network as ONNX and as a torch.export program.",
-        "lightning_memdml.deploy.export:export",
+        "lightning_memdml.deploy.export_command:export",
         f"--ckpt_path {LAST}",
         ("onnx", "save", "convert"),
     ),

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "csv_table": {"atomic_write"},
     "retrieval": {"lazy", "atomic_write", "bfloat16", "checks", "html_page", "picture_style"},
     "heads": set(),
+    "inference": {"atomic_write", "data"},
     "timm_networks": set(),
     "backbones": {"compat", "heads", "timm_networks"},
     "training_images": {"compat", "memory"},

@@ -13,7 +13,8 @@ from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.deploy.embedding import PROGRESS, embed
-from lightning_memdml.deploy.sources import (
+from lightning_memdml.deploy.trained import configuration_of, data_of, file_digest, load_learner
+from lightning_memdml.inference.sources import (
     FromFile,
     NamedImages,
     Part,
@@ -23,7 +24,6 @@ from lightning_memdml.deploy.sources import (
     part_of,
     tensor_shape,
 )
-from lightning_memdml.deploy.trained import configuration_of, data_of, file_digest, load_learner
 from lightning_memdml.retrieval.index import EmbeddingIndex, IndexedImages, build_index
 from lightning_memdml.retrieval.index_folder import require_replaceable, staged_folder
 from lightning_memdml.retrieval.index_kinds import OLD_NAMES, IndexKind, index_kinds, make_index_kind

@@ -226,7 +226,7 @@ def test_accents_are_one_class_however_they_are_written(tmp_path):
 
 
 def test_nested_folders_have_the_classes_of_training_in_an_index(tmp_path):
-    from lightning_memdml.deploy.sources import images_at
+    from lightning_memdml.inference.sources import images_at
 
     root = tree(tmp_path, {"train": "ab", "test": "cd"})
     draw(root / "test/c/deep/er/9.png")

@@ -14,7 +14,7 @@ from lightning_memdml import data
 from lightning_memdml.data import FolderDataModule, TableDataModule
 from lightning_memdml.data.paths import listed_path, local_path, shown
 from lightning_memdml.data.records import Record, first_rows
-from lightning_memdml.deploy.sources import images_at
+from lightning_memdml.inference.sources import images_at
 
 CLASSES = {"root": ("FolderDataModule", "CUB200", "Omniglot"), "path": ("TableDataModule", "FeatureDataModule")}
 NAMED = [(name, argument) for argument, names in CLASSES.items() for name in names]

@@ -21,9 +21,10 @@ from lightning_memdml import ContrastiveLoss, MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.data.images import upright
 from lightning_memdml.data.transforms import EvaluationTransform
-from lightning_memdml.deploy import export
-from lightning_memdml.deploy.sources import FromFile
+from lightning_memdml.deploy.export_command import export_model
 from lightning_memdml.deploy.trained import load_learner
+from lightning_memdml.inference import export
+from lightning_memdml.inference.sources import FromFile
 
 RunIn = Callable[[Path], AbstractContextManager[None]]
 LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
@@ -159,10 +160,10 @@ def test_without_the_extra_its_name_is_given(exported: Path, monkeypatch: pytest
     with pytest.raises(
         ImportError, match=r"Expected onnxscript for ONNX but it is not installed.*lightning-memdml\[export\]"
     ):
-        export.export_model(LAST, str(tmp_path), ["onnx"])
+        export_model(LAST, str(tmp_path), ["onnx"])
     with pytest.raises(SystemExit, match=r"error: Expected onnxscript for ONNX but it is not installed"):
         main(f"export --ckpt_path {LAST} --formats [onnx] --output {tmp_path}".split())
-    export.export_model(LAST, str(tmp_path), ["torch"])
+    export_model(LAST, str(tmp_path), ["torch"])
 
 
 def test_a_backbone_of_torchvision_is_exported_with_its_check_of_channels(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`memdml export`: a trained network for use without this package, as ONNX and as a program of `torch.export`."""
+"""A network for use without this package, as ONNX and as a program of `torch.export`, with its preprocessing."""
 
 from __future__ import annotations
 
@@ -18,42 +18,24 @@ from torchvision.transforms import InterpolationMode, v2
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.data.transforms import PhotographTransform, Shrink
-from lightning_memdml.deploy.sources import FromFile, input_transform, tensor_shape
-from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
+from lightning_memdml.inference.sources import FromFile
 
-DESCRIPTION = """\
-Export a trained network, which maps a batch of prepared images to unit embeddings.
-
-  memdml export --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt --output runs/export
-  memdml export --ckpt_path last.ckpt --formats [onnx]
-
-`model.onnx` runs in ONNX Runtime and elsewhere, `model.pt2` with `torch.export.load(...).module()`;
-`preprocessing.json` describes how an image becomes their input. Each file is compared with the network before it is
-kept."""
 Format = Literal["onnx", "torch"]
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 PREPROCESSING = "preprocessing.json"
 CLOSE = 1e-4  # largest accepted difference of an embedding's entries
 
 
-def export(arguments: list[str]) -> None:
-    """Run `memdml export` with what follows it on the command line."""
-    call(export_model, arguments, prog="memdml export", description=DESCRIPTION)
-
-
-def export_model(
-    ckpt_path: str,
-    output: str = "runs/export",
-    formats: Sequence[Format] = ("onnx", "torch"),
-    trust: bool = False,
+def export_network(
+    model: nn.Module, transform: FromFile, output: str | Path, formats: Sequence[Format] = ("onnx", "torch")
 ) -> dict[str, float]:
-    """Export a trained network, and describe beside it how its images are prepared.
+    """Write a network to files that run without this package, and describe beside them how its images are prepared.
 
     Args:
-        ckpt_path: A checkpoint of `memdml fit`.
+        model: Maps prepared images `(B, C, H, W)` to unit embeddings `(B, D)`; in evaluation mode.
+        transform: Turns an image file into the network's input.
         output: Folder of the files.
         formats: What to write: `onnx` (extra `export`), `torch`.
-        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
 
     Returns:
         File name -> largest difference from the network in the entries of unit embeddings, over batches of 1 and 5.
@@ -61,20 +43,16 @@ def export_model(
     Raises:
         ImportError: If the extra is missing.
         OSError: If the disk is full. The message names the file.
-        ValueError: If the checkpoint cannot be used, its transform cannot be described, or an exported model computes
-            something else than the network.
+        ValueError: If the transform cannot be described, or an exported model computes something else than the network.
     """
     if not formats:
         raise ValueError("Expected at least one of `formats` but got none. Pass onnx, torch or both.")
-    data = data_of(configuration_of(ckpt_path, trust=trust)["data"], ckpt_path, trust=trust)
-    transform = FromFile(input_transform(data), tensor_shape(data))
     sample = transform(Image.new("RGB", (64, 48)))
     described: dict[str, Any] = {
         "input": {"name": "images", "shape": ["batch", *sample.shape], "dtype": "float32"},
         "output": {"name": "embeddings", "normalized": True},
         "steps": steps_of(transform),
     }
-    model = load_learner(ckpt_path, trust=trust).model
     folder = Path(output)
     differences = {}
     for name in formats:

@@ -17,6 +17,7 @@ allocator.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -143,21 +144,12 @@ def ours(inputs: Inputs, names: list[str] | None) -> dict[str, Step]:
     _, labels, references, ref_labels = inputs
     max_shared = int(torch.isin(ref_labels, labels).sum())
     chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
-    steps = {name: step(loss, inputs, max_shared=max_shared) for name, loss in chosen.items()}
-
-    def with_triton(run: Step) -> Step:
-        def run_with_triton() -> None:
-            os.environ["LIGHTNING_MEMDML_FUSED"] = "1"
-            try:
-                run()
-            finally:
-                del os.environ["LIGHTNING_MEMDML_FUSED"]
-
-        return run_with_triton
-
     if references.is_cuda and references.dtype != torch.float32:
-        steps |= {f"{name} (Triton)": with_triton(run) for name, run in steps.items()}
-    return steps
+        for name, loss in list(chosen.items()):
+            by_triton = copy.deepcopy(loss)
+            by_triton.backend = "triton"
+            chosen[f"{name} (Triton)"] = by_triton
+    return {name: step(loss, inputs, max_shared=max_shared) for name, loss in chosen.items()}
 
 
 def masked_contrastive(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:

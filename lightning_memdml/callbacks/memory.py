@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.memory_setup import check_place, fit_to_train_set, make_memory
+from lightning_memdml.callbacks.memory_setup import check_place, describe_backends, fit_to_train_set, make_memory
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
 from lightning_memdml.memory.gather import RowGather
@@ -199,7 +199,8 @@ class MemoryCallback(Callback):
         made = "" if self._momentum is None else f", made by an encoder of momentum {self._momentum.momentum:g}"
         rank_zero_info(
             f"Memory: {len(self.memory)} of {self.memory.size} rows filled; "
-            f"rows are stored from optimiser step {self.start_step} on (now {trainer.global_step}){made}."
+            f"rows are stored from optimiser step {self.start_step} on (now {trainer.global_step}){made}"
+            f"{describe_backends(pl_module)}."
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_memdml.losses.backends import AUTO
+from lightning_memdml.losses.pair_loss import PairLoss
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.training_images import find_train_set
@@ -53,3 +55,11 @@ def check_place(pl_module: LightningModule, memory: Memory) -> None:
             f"Expected {type(pl_module).__name__} to have no attribute `memory` of its own, where MemoryCallback "
             f"attaches its memory during the fit, but got a {type(held).__name__}. Rename the attribute."
         )
+
+
+def describe_backends(pl_module: LightningModule) -> str:
+    """Return by which backends the pair losses of a module are computed, for the log; nothing if it has none."""
+    losses = [loss for loss in pl_module.modules() if isinstance(loss, PairLoss)]
+    parts = {part for loss in losses for part in loss.children()}  # the hybrid decides for both
+    chosen = {f"auto ({AUTO})" if loss.backend == "auto" else loss.backend for loss in losses if loss not in parts}
+    return f"; backend of the losses: {' and '.join(sorted(chosen))}" if chosen else ""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
-from lightning_memdml.losses.row_ops import HOST_DEVICES, exp_, row_max
+from lightning_memdml.losses.row_ops import HOST_DEVICES, WIDENING_DEVICES, exp_, row_max
 
 SAMPLE = 256  # columns that are looked at first
 DENSE_SHARE = 0.5  # above this share of columns to be kept, gathering them costs more than it saves
@@ -199,9 +199,9 @@ def add_block(
     """
     anchors, block, excluded = accumulators[0].anchors, references[columns], is_shared[columns]
     on_host = anchors.device.type in HOST_DEVICES
-    # A CPU widens references in 16 bits, which costs it less than rounding the anchors. A GPU multiplies in 16 bits
-    # with sums in float32, and gets indices as a mask: the host would wait for their number.
-    if on_host or anchors.dtype != torch.float32:
+    # A CPU widens references in 16 bits, which costs it less than rounding the anchors. A CUDA GPU multiplies in 16
+    # bits with sums in float32. A GPU gets indices as a mask: the host would wait for their number.
+    if anchors.device.type not in WIDENING_DEVICES or anchors.dtype != torch.float32:
         block = block.to(anchors.dtype)
     similarity = scratch[: anchors.shape[0] * block.shape[0]].view(anchors.shape[0], block.shape[0])
     if block.dtype == anchors.dtype:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import softplus
 
 
@@ -29,6 +29,7 @@ class BinomialDevianceLoss(PairLoss):
         alpha: Scale of the positives, above 0.
         beta: Scale of the negatives, above 0.
         base: The similarity $\lambda$ that separates the sides.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `alpha` or `beta` is not above 0.
@@ -45,8 +46,8 @@ class BinomialDevianceLoss(PairLoss):
 
     needs_negatives = False
 
-    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5) -> None:
-        super().__init__()
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base = base
 

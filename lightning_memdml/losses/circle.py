@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
 
@@ -32,6 +32,7 @@ class CircleLoss(PairLoss):
     Args:
         margin: The relaxation $m$.
         scale: The factor $\gamma$, above 0.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `scale` is not above 0.
@@ -48,8 +49,8 @@ class CircleLoss(PairLoss):
 
     exponential = True
 
-    def __init__(self, margin: float = 0.4, scale: float = 80.0) -> None:
-        super().__init__()
+    def __init__(self, margin: float = 0.4, scale: float = 80.0, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         self.margin, self.scale = margin, check_positive("scale", scale)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:

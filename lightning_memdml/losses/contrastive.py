@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_similarity
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 
 
 class ContrastiveLoss(PairLoss):
@@ -24,6 +24,7 @@ class ContrastiveLoss(PairLoss):
     Args:
         margin: Cosine similarity in [-1, 1] above which a negative is pushed. Against a memory a higher margin
             than in the batch often helps, such as 0.7 against 0.5, since stored embeddings are outdated.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `margin` is outside [-1, 1].
@@ -40,8 +41,8 @@ class ContrastiveLoss(PairLoss):
 
     needs_negatives = False
 
-    def __init__(self, margin: float = 0.5) -> None:
-        super().__init__()
+    def __init__(self, margin: float = 0.5, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         self.margin = check_similarity("margin", margin)
 
     def negative_threshold(self, context: Context) -> float:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.row_ops import hardest, row_max
 
 Context = tuple[Tensor, ...]
@@ -151,6 +152,8 @@ class LossDefinition(ABC):
     #: For a loss that takes its sides from other losses: those whose totals over negatives it needs. The first one
     #: gives the negatives' weights. The context and the totals that `combine` gets are then lists, one entry per part.
     parts: tuple[LossDefinition, ...] = ()
+    #: How the negatives in a memory are added, see `lightning_memdml.losses.backends`.
+    backend: Backend = "auto"
 
     # ---------------------------------------------------------------- what a loss defines
     def context(self, similarity: Tensor, mask: Tensor) -> Context:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import hardest
 from lightning_memdml.losses.weights import Constant, Threshold, WeightFunction
 
@@ -37,6 +37,7 @@ class DirectWeightLoss(PairLoss):
         normalize: `None`, or `"sum"` to divide each side's weights by their sum over the anchor's row.
         hardest_positives: How many of the least similar positives of each anchor to keep. Default: all.
         hardest_negatives: How many of the most similar negatives of each anchor to keep. Default: all.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `normalize` is something else, or a number of pairs is below 1. When called, if a function
@@ -65,8 +66,10 @@ class DirectWeightLoss(PairLoss):
         normalize: Literal["sum"] | None = None,
         hardest_positives: int | None = None,
         hardest_negatives: int | None = None,
+        *,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(backend)
         if normalize not in (None, "sum"):
             raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}. Leave it out.')
         self.positive = Constant() if positive is None else _check_function("positive", positive)
@@ -110,12 +113,12 @@ def _weigh(function: Weight, similarity: Tensor) -> Tensor:
     weights = function(similarity)
     if isinstance(weights, int | float):
         return torch.full_like(similarity, weights)
-    if not isinstance(weights, type(similarity)):  # or a symbol, when a kernel is generated
+    if not hasattr(weights, "to"):
         raise TypeError(
             f"Expected {function} to return a tensor of weights but got {type(weights).__name__}. "
             "Compute them with torch."
         )
-    if isinstance(weights, Tensor) and weights.shape != similarity.shape:
+    if weights.shape != similarity.shape:
         raise ValueError(
             f"Expected {function} to return weights of shape {tuple(similarity.shape)}, one for each similarity, "
             f"but got {tuple(weights.shape)}. Use element-wise operations."

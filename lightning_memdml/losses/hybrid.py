@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 
 
 class HybridLoss(PairLoss):
@@ -23,6 +23,7 @@ class HybridLoss(PairLoss):
     Args:
         positive: The loss that weighs the positives.
         negative: The loss that weighs the negatives.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         TypeError: If one of them is not a `PairLoss`, or is a hybrid itself.
@@ -42,8 +43,8 @@ class HybridLoss(PairLoss):
                 [0., 0., 0.]])
     """
 
-    def __init__(self, positive: PairLoss, negative: PairLoss) -> None:
-        super().__init__()
+    def __init__(self, positive: PairLoss, negative: PairLoss, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         for name, loss in (("positive", positive), ("negative", negative)):
             if not isinstance(loss, PairLoss) or isinstance(loss, HybridLoss):
                 raise TypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax
 
 
@@ -27,6 +27,7 @@ class LiftedStructureLoss(PairLoss):
 
     Args:
         margin: Number added inside the hinge.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     References:
         Song et al. 2016, arXiv 1511.06452; similarity form of Wang et al. 2019, arXiv 1904.06627.
@@ -41,8 +42,8 @@ class LiftedStructureLoss(PairLoss):
 
     exponential = True
 
-    def __init__(self, margin: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, margin: float = 0.0, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         self.margin = margin
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:

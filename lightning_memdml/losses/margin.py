@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 
 MIN_SQUARED_DISTANCE = 1e-6  # so the weight 1/d is at most 1000, also of identical pairs
 
@@ -29,6 +29,7 @@ class MarginLoss(PairLoss):
     Args:
         margin: Half the width of the zone around the boundary, a Euclidean distance of at least 0.
         beta: The boundary, a Euclidean distance between unit vectors, in (0, 2).
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `margin` or `beta` is out of range.
@@ -45,8 +46,8 @@ class MarginLoss(PairLoss):
 
     needs_negatives = False
 
-    def __init__(self, margin: float = 0.2, beta: float = 1.2) -> None:
-        super().__init__()
+    def __init__(self, margin: float = 0.2, beta: float = 1.2, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         if margin < 0:
             raise ValueError(f"Expected `margin` of at least 0 but got {margin}. Pass a width, such as 0.2.")
         if not 0 < beta < 2:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, row_max, softplus
 
 
@@ -35,6 +35,7 @@ class MultiSimilarityLoss(PairLoss):
         beta: Scale of the negatives, above 0.
         base: The similarity $\lambda$ that separates the sides.
         epsilon: Width of the mining, a difference of similarities. `None` keeps all pairs.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `alpha` or `beta` is not above 0.
@@ -52,8 +53,16 @@ class MultiSimilarityLoss(PairLoss):
     exponential = True
     needs_hardest = True
 
-    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 50.0,
+        base: float = 0.5,
+        epsilon: float | None = 0.1,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base, self.epsilon = base, epsilon
         self.needs_negatives = epsilon is not None

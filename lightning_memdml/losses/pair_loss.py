@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memdml.checks import check_pairs
+from lightning_memdml.losses.backends import Backend, check_backend
 from lightning_memdml.losses.definition import (
     AnchorTerms,
     Context,
@@ -27,7 +28,7 @@ from lightning_memdml.losses.definition import (
 from lightning_memdml.losses.sharded import Ranks, evaluate_sharded
 from lightning_memdml.losses.streaming import evaluate
 
-__all__ = ["AnchorTerms", "Context", "NegativeTerms", "NegativeTotals", "PairLoss"]
+__all__ = ["AnchorTerms", "Backend", "Context", "NegativeTerms", "NegativeTotals", "PairLoss"]
 
 
 class PairLoss(nn.Module, LossDefinition, ABC):
@@ -44,6 +45,16 @@ class PairLoss(nn.Module, LossDefinition, ABC):
 
     Denominator: summed over pairs, averaged over the B anchors. An anchor without positives or without negatives adds
     what remains of its terms. No pair at all, or references of zero rows, give a differentiable 0.
+
+    Args:
+        backend: How the loss is computed against references without a gradient. `blocks`: two matrix products for each
+            block of references. `triton`: one kernel for both products, on NVIDIA GPUs, for references in 16 bits and
+            losses with element-wise weights; where it does not apply, a warning names the reason and blocks are used.
+            `auto`: `blocks`, until a GPU has shown the kernel to be faster. In a `HybridLoss` that of the hybrid
+            counts.
+
+    Raises:
+        ValueError: If `backend` is none of these.
 
     Example:
         A loss that weighs every positive 1, and every negative by its similarity:
@@ -65,8 +76,9 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         tensor(1.3077)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend = "auto") -> None:
         super().__init__()
+        self.backend = check_backend(backend)
         self.loss_id = register_loss(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

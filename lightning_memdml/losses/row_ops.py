@@ -10,6 +10,9 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 #: Types of devices from which the host reads a number at no cost. From others it would have to wait for it.
 HOST_DEVICES = {"cpu"}
+#: Types of devices on which torch multiplies 16-bit numbers with sums in float32, `torch.mm(out_dtype=)`. Elsewhere
+#: (Apple's MPS, for example) references in 16 bits are widened before they are multiplied.
+WIDENING_DEVICES = {"cuda"}
 
 
 def row_max(block: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
     shares = make_accumulators(loss, block.contexts, block.anchors, references)
     for share in shares:  # gives the further sums their shape, where this share has no plain negative
         share.add(block.similarity[:, :0].clone(), block.references[:0], slice(0, 0))
-    add_plain_negatives(shares, references, shared.mask)
+    add_plain_negatives(shares, references, shared.mask, loss.backend)
     plain = (~shared.mask).sum().expand(all_anchors.shape[0], 1).to(anchors.dtype)
     states = [plain, *(share.state()[block.place] for share in shares)]
     received = ranks.all_to_all(torch.cat(states, dim=1), counts)

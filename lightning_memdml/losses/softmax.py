@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_positive
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
 
@@ -15,8 +15,8 @@ class _SoftmaxLoss(PairLoss):
 
     exponential = True
 
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
+    def __init__(self, temperature: float, backend: Backend) -> None:
+        super().__init__(backend)
         self.temperature = check_positive("temperature", temperature)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
@@ -41,6 +41,7 @@ class InfoNCELoss(_SoftmaxLoss):
 
     Args:
         temperature: The temperature $t$, above 0.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -55,8 +56,8 @@ class InfoNCELoss(_SoftmaxLoss):
         tensor(2.6872)
     """
 
-    def __init__(self, temperature: float = 0.07) -> None:
-        super().__init__(temperature)
+    def __init__(self, temperature: float = 0.07, *, backend: Backend = "auto") -> None:
+        super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Sum one cross-entropy per positive."""
@@ -84,6 +85,7 @@ class SupConLoss(_SoftmaxLoss):
 
     Args:
         temperature: The temperature $t$, above 0.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -98,8 +100,8 @@ class SupConLoss(_SoftmaxLoss):
         tensor(1.9180)
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
+    def __init__(self, temperature: float = 0.1, *, backend: Backend = "auto") -> None:
+        super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Compare the softmax with an even spread over the positives."""
@@ -132,6 +134,7 @@ class NCALoss(_SoftmaxLoss):
 
     Args:
         temperature: The temperature $t$, above 0.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -146,8 +149,8 @@ class NCALoss(_SoftmaxLoss):
         tensor(1.9180)
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
+    def __init__(self, temperature: float = 0.1, *, backend: Backend = "auto") -> None:
+        super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Compare the probabilities of the two sides."""

@@ -11,7 +11,7 @@ Two observations make this as fast as the two matrix products alone:
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_memdml import bfloat16, compat
 from lightning_memdml.losses.accumulators import SAMPLE, NegativeAccumulator, add_block, make_accumulators
+from lightning_memdml.losses.backends import AUTO, Backend
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
 from lightning_memdml.losses.row_ops import HOST_DEVICES
@@ -84,7 +85,7 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
     for accumulator in accumulators:
         accumulator.add(block.similarity.clone(), block.references, shared.columns, ~block.negative)
-    add_plain_negatives(accumulators, pairs.references, shared.mask)
+    add_plain_negatives(accumulators, pairs.references, shared.mask, loss.backend)
     number = block.negative.sum(dim=1) + (pairs.references.shape[0] - shared.valid.sum())
     value, gradient = finish(loss, block, accumulators, number)
     return value[block.place], gradient[block.place]
@@ -165,8 +166,10 @@ def compare_with_shared(loss: LossDefinition, pairs: Pairs, shared: SharedRefere
     return SharedBlock(anchors, references, similarity, positive, negative, contexts, order.argsort())
 
 
-def add_plain_negatives(accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor) -> None:
-    """Add every reference that is not shared, block by block, by the backend that fits the device and the loss.
+def add_plain_negatives(
+    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, backend: Backend
+) -> None:
+    """Add every reference that is not shared, by the chosen backend, and block by block where it does not apply.
 
     Where a block has few references above a threshold, the next one goes through the prefilter. Where the prefilter
     keeps too many, the block is added as a whole.
@@ -175,12 +178,11 @@ def add_plain_negatives(accumulators: list[NegativeAccumulator], references: Ten
         accumulators: Of the parts of one loss, with the same anchors.
         references: `(M, D)`.
         is_shared: True for the references to leave out, `(M,)`.
+        backend: That of the loss.
     """
     anchors = accumulators[0].anchors
-    if references.device.type in TRITON_DEVICES and os.environ.get("LIGHTNING_MEMDML_FUSED") == "1":
-        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
-
-        accumulators = kernel.add_plain_negatives(accumulators, references, is_shared)
+    if (AUTO if backend == "auto" else backend) == "triton":
+        accumulators = _add_by_triton(accumulators, references, is_shared)
         if not accumulators:
             return
     prefilter = active = None
@@ -200,6 +202,28 @@ def add_plain_negatives(accumulators: list[NegativeAccumulator], references: Ten
             few = add_block(accumulators, references, is_shared, columns, scratch)
             active = prefilter if few and active is None else None  # not again at once where it kept too many
         columns = slice(columns.stop, columns.stop + (width if active is None else largest))
+
+
+def _add_by_triton(
+    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
+) -> list[NegativeAccumulator]:
+    """Add every reference that is not shared by the kernel, and return the accumulators it cannot serve."""
+    if references.device.type in TRITON_DEVICES:
+        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
+
+        reason = kernel.reason_against(references)
+        if reason is None:
+            accumulators, reason = kernel.add_plain_negatives(accumulators, references, is_shared)
+    else:
+        reason = f"references on {references.device}"
+    if reason is not None:
+        warnings.warn(
+            "Expected contiguous references in float16 or bfloat16 of at most 512 numbers on an NVIDIA GPU, and a "
+            f'loss with element-wise weights, for `backend="triton"` but got {reason}. Blocks are used instead: leave '
+            "`backend` out, or store the memory in 16 bits.",
+            stacklevel=2,
+        )
+    return accumulators
 
 
 def finish(

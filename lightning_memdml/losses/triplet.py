@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.pair_loss import AnchorTerms, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums
 
 # Up to this number of positives per anchor, comparing a block with each of them is faster than bisection.
@@ -39,6 +39,7 @@ class TripletLoss(PairLoss):
     Args:
         margin: By how much a positive must be more similar than a negative. Hinge form only.
         soft: Use the soft form, which ignores `margin`.
+        backend: How the loss is computed against a memory, see `PairLoss`.
 
     References:
         Schroff et al. 2015, arXiv 1503.03832; batch-all and soft form of Hermans et al. 2017, arXiv 1703.07737.
@@ -50,8 +51,8 @@ class TripletLoss(PairLoss):
         tensor(0.2533)
     """
 
-    def __init__(self, margin: float = 0.1, soft: bool = False) -> None:
-        super().__init__()
+    def __init__(self, margin: float = 0.1, soft: bool = False, *, backend: Backend = "auto") -> None:
+        super().__init__(backend)
         self.margin, self.soft = margin, soft
         self.fill_value = 0.0 if soft else -torch.inf  # adds 0 to the sums of powers, or to the counts
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
+from lightning_memdml.losses import ContrastiveLoss, HybridLoss, SupConLoss
 
 
 class Watch(Callback):
@@ -277,6 +278,16 @@ def test_size_and_age_are_reported_at_the_start(caplog: pytest.LogCaptureFixture
     assert "0 of 16 rows filled; rows are stored from optimiser step 1 on" in said[0]
     assert "16 rows x 8, 0.0 MB on cpu; at 4 rows per batch" in said[1]
     assert said[1].endswith("full memory is 2 steps old.")
+
+
+def test_the_log_names_the_backend_of_the_losses(caplog: pytest.LogCaptureFixture) -> None:
+    module = Plain()
+    module.loss = HybridLoss(ContrastiveLoss(), SupConLoss(), backend="triton")
+    module.memory_loss = ContrastiveLoss()
+    with caplog.at_level("INFO"):
+        fit(module, MemoryCallback(size=16))
+    expected = "; backend of the losses: auto (blocks) and triton."
+    assert any(record.getMessage().endswith(expected) for record in caplog.records)
 
 
 def test_a_compiled_module_trains_as_an_eager_one_and_compiles_a_fixed_number_of_times() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -79,7 +80,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(kernel, "_launch", recorded)
     monkeypatch.setattr(kernel, "DTYPES", (torch.float16, DTYPE))
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
-    monkeypatch.setenv("LIGHTNING_MEMDML_FUSED", "1")
+    for loss in (*LOSSES.values(), *WITHOUT_KERNEL.values()):
+        monkeypatch.setattr(loss, "backend", "triton")
     return shapes
 
 
@@ -99,7 +101,9 @@ def pairs(rows: int, references: int, dim: int, dtype: torch.dtype, seed: int = 
 def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-12) -> None:
     value, gradient = streaming.evaluate(loss, given)
     wide = given._replace(anchors=given.anchors.double(), references=given.references.double())
-    wanted, wanted_gradient = streaming.evaluate(loss, wide)
+    in_float64 = copy.copy(loss)
+    in_float64.backend = "blocks"
+    wanted, wanted_gradient = streaming.evaluate(in_float64, wide)
     scale = wanted.abs().max().clamp_min(least), wanted_gradient.norm(dim=1).max().clamp_min(least)
     assert ((value - wanted).abs().max() / scale[0]).item() <= tolerance
     assert ((gradient - wanted_gradient).norm(dim=1).max() / scale[1]).item() <= tolerance
@@ -120,7 +124,10 @@ def test_the_error_in_half_precision_is_that_of_rounding_the_weights(name: str) 
 
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)
 def test_a_loss_without_a_kernel_takes_the_blocks(name: str, launches: list) -> None:
-    check(WITHOUT_KERNEL[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
+    with pytest.warns(
+        UserWarning, match=r"got a loss whose weights need .*\. Blocks are used instead: leave `backend`"
+    ):
+        check(WITHOUT_KERNEL[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
     assert len(launches) == (name == "half")
 
 
@@ -136,14 +143,17 @@ def test_any_shape(rows: int, references: int, dim: int, name: str, seed: int) -
 def test_weights_beyond_half_precision() -> None:
     """In float16, 65,504 is the largest number and 6e-8 the smallest: weights are scaled by the row."""
     for center in (-1.0, 2.0):  # weights up to e^40, and up to e^-20
-        check(ml.DirectWeightLoss(negative=ml.Exponential(20, center)), pairs(20, 700, 24, torch.float16), 2e-3)
+        loss = ml.DirectWeightLoss(negative=ml.Exponential(20, center), backend="triton")
+        check(loss, pairs(20, 700, 24, torch.float16), 2e-3)
 
 
 def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
     wide = pairs(4, 50, 513, DTYPE)
-    check(LOSSES["contrastive"], wide, TOLERANCE)
+    with pytest.warns(UserWarning, match="of at most 512 numbers on an NVIDIA GPU.* but got 513 numbers"):
+        check(LOSSES["contrastive"], wide, TOLERANCE)
     narrow = pairs(4, 50, 16, DTYPE)
-    check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), TOLERANCE)
+    with pytest.warns(UserWarning, match="but got references that are not contiguous"):
+        check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), TOLERANCE)
     none = narrow._replace(references=narrow.references[:0], ref_labels=narrow.ref_labels[:0])
     check(LOSSES["contrastive"], none._replace(ref_indices=narrow.ref_indices[:0]), TOLERANCE)
     assert launches == []
@@ -154,7 +164,8 @@ def test_gpus_of_other_generations_take_the_blocks(
     generation: int, launches: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "_device", lambda device: kernel._Device(generation, 132, 227 << 10))
-    check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
+    with pytest.warns(UserWarning, match=f"but got a GPU of compute capability {generation}"):
+        check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
     assert launches == []
 
 
@@ -196,12 +207,14 @@ class Compiled:
             built = self.kernel.warmup(*args, grid=grid, **options)
             cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
             estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
-            print(json.dumps([grid, built.metadata.shared, estimate, built.asm["ptx"].count("wgmma.mma_async")]))
+            loop = next(line for line in built.asm["ttir"].splitlines() if "scf.for" in line)
+            products = built.asm["ptx"].count("wgmma.mma_async")
+            print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop]))
         return launch
 
 kernel._add_negatives = Compiled(kernel._add_negatives)
-contrastive, mined = ml.ContrastiveLoss(), ml.MultiSimilarityLoss()
-hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss())
+contrastive, mined = ml.ContrastiveLoss(backend="triton"), ml.MultiSimilarityLoss(backend="triton")
+hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton")
 for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive)):
     driver.set_active(Driver(capability))
     kernel._device = lambda device: kernel._Device(capability // 10, 132, kilobytes << 10)
@@ -217,8 +230,9 @@ for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, h
 @pytest.mark.usefixtures("fake_gpu")
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
-    done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None, "LIGHTNING_MEMDML_FUSED": "1"})
-    grids, used, estimated, warp_group_products = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None})
+    grids, used, estimated, warp_group_products, moves = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
     assert grids == ([4, 33], [4, 33], [4, 33], [8, 16]), "one program for nearly every processor"
     assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"
     assert [number > 0 for number in warp_group_products] == [False, True, True, True], "tensor cores of 9.0 alone"
+    assert all(moves), "a pointer moves from tile to tile: offsets from the first one overflow 32 bits in long shares"

@@ -1,9 +1,29 @@
-"""Faster ways to add plain negatives than `accumulators.add_block`, on hardware that has them.
+"""Ways to add plain negatives, and the one place where a way is chosen.
 
-- `bfloat16_prefilter` serves every loss, on CPUs with fast bfloat16 products: it skips most references of a loss with a
-  threshold at half the price of the first product. It may refuse a block, which is then added as a whole.
+- `accumulators.add_block` serves every loss on every device: blocks of references, two matrix products each.
+- `bfloat16_prefilter` is part of the blocks on CPUs with fast bfloat16 products: it skips most references of a loss
+  with a threshold at half the price of the first product. It may refuse a block, which is then added as a whole.
 - `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products and all
   references. It returns the accumulators of other losses, to which the references are then added block by block.
 
-`lightning_memdml.losses.streaming.add_plain_negatives` chooses.
+A loss names its backend in its argument `backend`, and `lightning_memdml.losses.streaming.add_plain_negatives` uses it.
 """
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Backend = Literal["auto", "blocks", "triton"]
+#: What `auto` means, on every device: the Triton kernel becomes the default when a GPU has shown it to be faster.
+AUTO: Backend = "blocks"
+
+
+def check_backend(backend: Backend) -> Backend:
+    """Return the name of a backend.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f'Expected `backend` to be "auto", "blocks" or "triton" but got {backend!r}. Leave it out.')
+    return backend

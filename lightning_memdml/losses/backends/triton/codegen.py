@@ -117,6 +117,7 @@ class Symbol:
     """A block of similarities, or a result computed from it. It behaves like a tensor for element-wise operations."""
 
     dtype = torch.float32
+    shape = ("B", "n")
 
     def __init__(self, recorder: _Recorder, name: str, mask: bool = False) -> None:
         self.recorder, self.name, self.mask = recorder, name, mask
@@ -238,6 +239,8 @@ def generate_terms(loss: LossDefinition, context: Context, rows: int) -> Terms:
     Raises:
         UnsupportedOpError: If they are not element-wise.
     """
+    if loss.hardest_negatives is not None:
+        raise UnsupportedOpError("the hardest negatives of the whole row")
     recorder = _Recorder(rows)
     similarity: Any = Symbol(recorder, "similarity")
     try:

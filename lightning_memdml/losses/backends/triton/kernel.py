@@ -78,13 +78,14 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     peak = tl.full((anchors_per_program,), 1.1754943508222875e-38, tl.float32)  # largest absolute weight so far
     start = tl.program_id(1) * share
     stop = tl.minimum(start + share, num_references)
-    rows_of_share = references + start.to(tl.int64) * dim
+    tile_start = references + start.to(tl.int64) * dim  # moves from tile to tile: offsets into a tile fit 32 bits
     for first in tl.range(start, stop, references_per_tile):
         j = tl.arange(0, references_per_tile)
         drop = (tl.load(is_shared + first + j, mask=first + j < stop, other=1) != 0)[None, :]
         # Beyond the end the last row is read again and dropped: a mask would cost registers.
         j = tl.minimum(j, num_references - 1 - first)
-        places = rows_of_share + ((first - start + j) * dim)[:, None] + d[None, :]
+        places = tile_start + (j * dim)[:, None] + d[None, :]
+        tile_start += references_per_tile * dim
         tile = tl.load(places) if dim == padded_dim else tl.load(places, mask=(d < dim)[None, :], other=0.0)
         similarity = tl.dot(x, tl.trans(tile), input_precision="ieee")
         if needs_hardest:
@@ -140,32 +141,46 @@ def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
     return triton.jit(namespace[name])
 
 
+def reason_against(references: Tensor) -> str | None:
+    """Return what of the references the kernel cannot serve, or `None` if it can.
+
+    Args:
+        references: `(M, D)`.
+    """
+    generation = _device(references.device).generation
+    if references.dtype not in DTYPES:
+        return f"{references.dtype}".removeprefix("torch.")
+    if references.shape[1] > max(TILES):
+        return f"{references.shape[1]} numbers"
+    if not references.is_contiguous():
+        return "references that are not contiguous"
+    return None if generation in GENERATIONS else f"a GPU of compute capability {generation}"
+
+
 def add_plain_negatives(
     accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
-) -> list[NegativeAccumulator]:
-    """Add every reference that is not shared, and return the accumulators for whose loss there is no kernel.
+) -> tuple[list[NegativeAccumulator], str | None]:
+    """Add every reference that is not shared.
 
     Args:
         accumulators: Of the parts of one loss, with the same anchors.
         references: `(M, D)`.
         is_shared: True for the references to leave out, `(M,)`.
+
+    Returns:
+        The accumulators for whose loss there is no kernel, and why.
     """
-    fits = references.dtype in DTYPES and references.shape[1] <= max(TILES) and references.is_contiguous()
-    if not fits or references.shape[0] == 0 or _device(references.device).generation not in GENERATIONS:
-        return accumulators
-    return [accumulator for accumulator in accumulators if not _add(accumulator, references, is_shared)]
-
-
-def _add(accumulator: NegativeAccumulator, references: Tensor, is_shared: Tensor) -> bool:
-    """Add the references to one accumulator if its loss is element-wise, and return whether it was done."""
-    if accumulator.loss.hardest_negatives is not None:
-        return False
-    try:
-        terms = generate_terms(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
-    except UnsupportedOpError:
-        return False
-    accumulator.merge(_launch(accumulator, terms, references, is_shared))
-    return True
+    left, reason = [], None
+    for accumulator in accumulators:
+        try:
+            terms = generate_terms(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
+        except UnsupportedOpError as error:
+            left.append(accumulator)
+            reason = f"a loss whose weights need {error}"
+            continue
+        if references.shape[0]:
+            accumulator.merge(_launch(accumulator, terms, references, is_shared))
+    return left, reason
 
 
 def _launch(accumulator: NegativeAccumulator, terms: Terms, references: Tensor, is_shared: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from lightning_memdml.data import RetrievalDataModule as RetrievalDataModule
 from lightning_memdml.data import StanfordOnlineProducts as StanfordOnlineProducts
 from lightning_memdml.data import TableDataModule as TableDataModule
 from lightning_memdml.data import VehicleID as VehicleID
-from lightning_memdml.learner import LinearRamp as LinearRamp
 from lightning_memdml.learner import MetricLearner as MetricLearner
 from lightning_memdml.losses import Band as Band
 from lightning_memdml.losses import BinomialDevianceLoss as BinomialDevianceLoss
@@ -48,6 +47,8 @@ from lightning_memdml.memory import InstanceMemory as InstanceMemory
 from lightning_memdml.memory import MomentumEncoder as MomentumEncoder
 from lightning_memdml.memory import ShardedMemory as ShardedMemory
 from lightning_memdml.retrieval import RetrievalMetrics as RetrievalMetrics
+from lightning_memdml.schedules import LinearRamp as LinearRamp
+from lightning_memdml.schedules import WarmupCosine as WarmupCosine
 
 __all__: list[str]
 __version__: str

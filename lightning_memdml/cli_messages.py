@@ -20,6 +20,7 @@ from lightning_memdml import callbacks, data, losses, memory
 from lightning_memdml.backbones import SmallConvNet, nearest
 from lightning_memdml.commands import unknown_command
 from lightning_memdml.compat import help_formatter
+from lightning_memdml.schedules import LinearRamp, WarmupCosine
 
 CLASSES: dict[str, Any] = {
     **{name: made for module in (torch.optim, torch.optim.lr_scheduler) for name, made in vars(module).items()},
@@ -28,7 +29,7 @@ CLASSES: dict[str, Any] = {
         for module in (lightning_loggers, lightning_callbacks, memory, data, callbacks, losses)
         for name in module.__all__
     },
-    SmallConvNet.__name__: SmallConvNet,
+    **{made.__name__: made for made in (SmallConvNet, LinearRamp, WarmupCosine)},
 }
 CLASS_NAMES = [name for name in CLASSES if name[0].isupper()]
 MANY_CLASSES = 40

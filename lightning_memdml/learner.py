@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,52 +16,15 @@ from lightning_memdml.heads import FITTED, HeadInit, Pooling
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, batch_term, memory_term
+from lightning_memdml.parameter_groups import build_optimizer, check_rates
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
+from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
+from lightning_memdml.schedules import Schedule, scheduler_options
 from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import build_arguments
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
-
-
-class Schedule(ABC):
-    """A number for every optimiser step, defined by a subclass."""
-
-    @abstractmethod
-    def __call__(self, step: int) -> float:
-        """Return the number at optimiser step `step`, counted from 0."""
-
-
-class LinearRamp(Schedule):
-    """A straight line from one number to another, constant before and after.
-
-    Args:
-        start_step: Optimiser step until which the number is `start`.
-        stop_step: Optimiser step from which on it is `stop`, above `start_step`.
-        start: The number before.
-        stop: The number after.
-
-    Raises:
-        ValueError: If `stop_step` is not above `start_step`.
-
-    Example:
-        >>> ramp = LinearRamp(start_step=100, stop_step=300)
-        >>> [ramp(step) for step in (0, 100, 150, 300, 1000)]
-        [0.0, 0.0, 0.25, 1.0, 1.0]
-    """
-
-    def __init__(self, start_step: int, stop_step: int, start: float = 0.0, stop: float = 1.0) -> None:
-        if stop_step <= start_step:
-            raise ValueError(
-                f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}. Pass a later step."
-            )
-        self.start_step, self.stop_step = start_step, stop_step
-        self.start, self.stop = start, stop
-
-    def __call__(self, step: int) -> float:
-        """Return the number at optimiser step `step`."""
-        progress = (step - self.start_step) / (self.stop_step - self.start_step)
-        return self.start + min(1.0, max(0.0, progress)) * (self.stop - self.start)
 
 
 class MetricLearner(LightningModule):
@@ -101,7 +63,10 @@ class MetricLearner(LightningModule):
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training.
         optimizer: Called with the parameters.
         backbone_lr: Learning rate of the backbone; by default that of all parameters.
-        lr_scheduler: Called with the optimizer.
+        layer_decay: Learning rate of each block of the backbone, divided by that of the next one, in (0, 1]. Blocks are
+            the stages of a convolutional network, or the layers of a transformer. The last one has the backbone's rate.
+        loss_lr: Learning rate of the parameters of `loss` and `memory_loss`, such as proxies; by default that of all.
+        lr_scheduler: Called with the optimizer: `WarmupCosine`, or any scheduler of torch.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
         k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
         pooling: How the last feature map, or the tokens of a transformer of timm, become one row: `average`, `maximum`,
@@ -140,6 +105,8 @@ class MetricLearner(LightningModule):
         freeze_batch_norm: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         backbone_lr: float | None = None,
+        layer_decay: float | None = None,
+        loss_lr: float | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         k: Sequence[int] | None = None,
@@ -176,6 +143,7 @@ class MetricLearner(LightningModule):
                 "Expected `memory_excludes_own_image` with `memory_includes_batch` but got False: the batch's own rows "
                 "are in the memory then, and each image would be its own nearest positive. Leave one of them out."
             )
+        check_rates(backbone_lr, layer_decay, loss_lr, (loss, memory_loss))
         trunk, width = build_backbone(backbone, weights, num_features, feature_map=pooling is not None)
         self.model = Embedder(trunk, width, embedding_dim, freeze_batch_norm, head, head_init, neck, pooling)
         self.head_init = head_init
@@ -186,7 +154,7 @@ class MetricLearner(LightningModule):
         self.memory_includes_batch = memory_includes_batch
         self.memory_excludes_own_image = memory_excludes_own_image
         self.optimizer = optimizer
-        self.backbone_lr = backbone_lr
+        self.backbone_lr, self.layer_decay, self.loss_lr = backbone_lr, layer_decay, loss_lr
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.k = k
@@ -310,28 +278,13 @@ class MetricLearner(LightningModule):
         return weight
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with a separate parameter group for a backbone with its own learning rate."""
-        optimizer = self.optimizer(self._parameter_groups())
+        """Return the optimizer, with a group of parameters for each learning rate, and the scheduler, if any."""
+        losses, rates = (self.loss, self.memory_loss), (self.backbone_lr, self.layer_decay, self.loss_lr)
+        optimizer = build_optimizer(self.optimizer, self, self.model.backbone, losses, *rates)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        # A scheduler that reads a metric waits for the validation that gives it.
-        monitor = getattr(scheduler, "monitor", None)
-        interval = self.lr_scheduler_interval if monitor is None else "epoch"
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": monitor},
-        }
-
-    def _parameter_groups(self) -> list[Any]:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if self.backbone_lr is None:
-            return trained
-        backbone = set(self.model.backbone.parameters())
-        return [
-            {"params": [parameter for parameter in trained if parameter not in backbone]},
-            {"params": [parameter for parameter in trained if parameter in backbone], "lr": self.backbone_lr},
-        ]
+        options = scheduler_options(self.lr_scheduler(optimizer), self.lr_scheduler_interval, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": options}
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

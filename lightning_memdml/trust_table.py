@@ -183,7 +183,7 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
             "lightning_memdml.memory", ("EmbeddingMemory", "InstanceMemory", "ShardedMemory"), rules={"dtype": DTYPE}
         ),
     ),
-    "schedule": (Classes("lightning_memdml.learner", ("LinearRamp",)),),
+    "schedule": (Classes("lightning_memdml.schedules", ("LinearRamp",)),),
     "backbone": (
         Classes(
             "lightning_memdml.backbones",
@@ -222,6 +222,7 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
         ),
     ),
     "scheduler": (
+        Classes("lightning_memdml.schedules", ("WarmupCosine",)),
         Classes(
             "torch.optim.lr_scheduler",
             (

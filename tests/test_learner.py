@@ -23,7 +23,7 @@ from lightning_memdml import (
     MultiSimilarityLoss,
     SmallConvNet,
 )
-from lightning_memdml.learner import LinearRamp
+from lightning_memdml.schedules import LinearRamp
 
 # ------------------------------------------------------------------ what it trains on
 

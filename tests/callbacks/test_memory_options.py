@@ -17,10 +17,10 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_memdml.callbacks.memory import MemoryCallback
-from lightning_memdml.learner import LinearRamp
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.losses.contrastive import ContrastiveLoss
 from lightning_memdml.memory.instance_memory import InstanceMemory
+from lightning_memdml.schedules import LinearRamp
 
 IMAGES, BATCH, DIM = 30, 5, 8
 

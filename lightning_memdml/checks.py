@@ -1,14 +1,13 @@
 """Checks of arguments that several parts of the package share. Imports torch only.
 
-`check_embeddings` and `check_labels` are the one validation of rows and of integers per row:
+`check_rows` is the one check of embeddings and of the integers that belong to them:
 
-- losses call them through `check_pairs`;
-- a memory checks a batch before it stores it: `check_embeddings("embeddings", embeddings)`, then
-  `check_labels("labels", labels, rows=len(embeddings))`, and the same for `indices`;
+- losses call it through `check_pairs`;
+- a memory checks a batch with it before it stores the batch;
 - retrieval passes the names of its own arguments, such as `"gallery_embeddings"`, and adds what only it needs (finite
   rows, indices of at least 0).
 
-They return nothing: the caller converts afterwards (`.float()`, `.to(device, torch.int64)`). They read types and shapes
+It returns nothing: the caller converts afterwards (`.float()`, `.to(device, torch.int64)`). It reads types and shapes
 only, never a value, so the host does not wait for a GPU.
 """
 
@@ -21,22 +20,23 @@ from torch import Tensor
 UNIT_TOLERANCE = 1e-2
 
 
-def check_embeddings(name: str, embeddings: Tensor) -> None:
-    """Check for a floating-point tensor of shape `(B, D)`. D is at least 1, or 0 where there are no rows.
+def check_rows(name: str, embeddings: Tensor, **columns: Tensor) -> None:
+    """Check embeddings, and the tensors that have one integer for each of them, such as labels and indices.
 
     Args:
-        name: The name of the argument in the caller, for the message.
-        embeddings: What the caller was given.
+        name: The name of the embeddings in the caller, for the message.
+        embeddings: Must be a floating-point tensor `(B, D)`. D is at least 1, or 0 where there are no rows.
+        **columns: By their names in the caller. Each must be an integer tensor `(B,)`.
 
     Raises:
-        TypeError: If it is not a tensor, or not of a floating-point dtype.
-        ValueError: If it has another shape.
+        TypeError: If an argument is not a tensor, or of a wrong dtype.
+        ValueError: If an argument has another shape.
 
     Example:
-        >>> check_embeddings("embeddings", torch.ones(2, 3))
-        >>> check_embeddings("embeddings", torch.ones(2, 3, dtype=torch.int64))
+        >>> check_rows("embeddings", torch.ones(2, 3), labels=torch.tensor([0, 1]))
+        >>> check_rows("embeddings", torch.ones(2, 3), labels=torch.tensor([[0], [1]]))
         Traceback (most recent call last):
-        TypeError: Expected `embeddings` of a floating-point dtype but got torch.int64. Pass `embeddings.float()`.
+        ValueError: Expected `labels` of shape (2,) but got (2, 1). Pass `labels.squeeze(1)`.
     """
     if not isinstance(embeddings, Tensor):
         raise TypeError(
@@ -52,37 +52,19 @@ def check_embeddings(name: str, embeddings: Tensor) -> None:
         raise TypeError(
             f"Expected `{name}` of a floating-point dtype but got {embeddings.dtype}. Pass `{name}.float()`."
         )
-
-
-def check_labels(name: str, labels: Tensor, rows: int) -> None:
-    """Check for an integer tensor of shape `(rows,)`: labels, image indices, or any other integer per row.
-
-    Args:
-        name: The name of the argument in the caller, for the message.
-        labels: What the caller was given.
-        rows: The number of rows, usually `len(embeddings)`.
-
-    Raises:
-        TypeError: If it is not a tensor, or not of an integer dtype.
-        ValueError: If it has another shape.
-
-    Example:
-        >>> check_labels("labels", torch.tensor([0, 1]), rows=2)
-        >>> check_labels("labels", torch.tensor([[0], [1]]), rows=2)
-        Traceback (most recent call last):
-        ValueError: Expected `labels` of shape (2,) but got (2, 1). Pass `labels.squeeze(1)`.
-    """
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"Expected `{name}` to be an integer tensor of shape ({rows},) but got {type(labels).__name__}. "
-            f"Pass `torch.as_tensor({name})`."
-        )
-    if tuple(labels.shape) != (rows,):
-        is_column = tuple(labels.shape) == (rows, 1)
-        remedy = f"`{name}.squeeze(1)`" if is_column else "one integer for each row of the embeddings"
-        raise ValueError(f"Expected `{name}` of shape ({rows},) but got {tuple(labels.shape)}. Pass {remedy}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"Expected `{name}` of an integer dtype but got {labels.dtype}. Pass `{name}.long()`.")
+    rows = embeddings.shape[0]
+    for name, column in columns.items():
+        if not isinstance(column, Tensor):
+            raise TypeError(
+                f"Expected `{name}` to be an integer tensor of shape ({rows},) but got {type(column).__name__}. "
+                f"Pass `torch.as_tensor({name})`."
+            )
+        if tuple(column.shape) != (rows,):
+            is_matrix = tuple(column.shape) == (rows, 1)
+            remedy = f"`{name}.squeeze(1)`" if is_matrix else "one integer for each row of the embeddings"
+            raise ValueError(f"Expected `{name}` of shape ({rows},) but got {tuple(column.shape)}. Pass {remedy}.")
+        if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
+            raise TypeError(f"Expected `{name}` of an integer dtype but got {column.dtype}. Pass `{name}.long()`.")
 
 
 def check_pairs(
@@ -122,14 +104,10 @@ def check_pairs(
             "Expected `ref_indices` together with `ref_embeddings` but got `ref_indices` alone. "
             "Pass `indices` for the images of the batch."
         )
-    sides = [("", embeddings, labels, indices)]
+    check_rows("embeddings", embeddings, labels=labels, **({} if indices is None else {"indices": indices}))
     if ref_embeddings is not None and ref_labels is not None:
-        sides.append(("ref_", ref_embeddings, ref_labels, ref_indices))
-    for prefix, rows, classes, images in sides:
-        check_embeddings(f"{prefix}embeddings", rows)
-        check_labels(f"{prefix}labels", classes, rows.shape[0])
-        if images is not None:
-            check_labels(f"{prefix}indices", images, rows.shape[0])
+        known = {} if ref_indices is None else {"ref_indices": ref_indices}
+        check_rows("ref_embeddings", ref_embeddings, ref_labels=ref_labels, **known)
     if ref_embeddings is not None and ref_embeddings.shape[0] and ref_embeddings.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"Expected `ref_embeddings` of shape (M, {embeddings.shape[1]}), as wide as `embeddings`, but got "

@@ -15,7 +15,7 @@ from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, HeadInit, Pooling
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory_term import Loss, batch_term, memory_term
+from lightning_memdml.memory_term import Loss, loss_term
 from lightning_memdml.parameter_groups import build_optimizer, check_rates
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
@@ -47,7 +47,7 @@ class MetricLearner(LightningModule):
             `SmallConvNet` for small grey images.
         loss: The loss in the batch: a `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and
             labels.
-        memory_loss: The loss against the memory, by default that of the batch; see `memory_term` for how it is called.
+        memory_loss: The loss against the memory, by default that of the batch; see `loss_term` for how it is called.
             Small networks, whose embeddings change fast, need a higher margin here.
         memory_weight: Weight of the memory term, at least 0: a number, or a `LinearRamp` or any function of the
             optimiser step (`Trainer.global_step`).
@@ -237,11 +237,20 @@ class MetricLearner(LightningModule):
         """Return the loss, and what the memory callback stores."""
         images, labels, indices = _unpack(batch)
         embeddings = self(images)
-        loss = batch_term(self.loss, embeddings, labels, indices)
+        loss = loss_term(self.loss, embeddings, labels, indices=indices)
         memory: Memory | None = getattr(self, "memory", None)  # attached by `MemoryCallback` for the time of the fit
         if memory is not None:
             self.log("train/batch_loss", loss)
-            memory_loss = self._memory_loss(memory, embeddings, labels, indices)
+            weight = self._scheduled(self.memory_weight) if callable(self.memory_weight) else self.memory_weight
+            against = self.loss if self.memory_loss is None else self.memory_loss
+            # Without indices, an image's own row is like any other of its class.
+            known = indices if self.memory_excludes_own_image else None
+            rows = memory.read()
+            if self.memory_includes_batch and len(memory):
+                # Without indices, numbers of the rows in the batch are enough to leave each image's own row out.
+                known = torch.arange(len(labels), device=labels.device) if known is None else known
+                rows = memory.read_with(embeddings.detach(), labels, known)
+            memory_loss = weight * loss_term(against, embeddings, labels, rows, known)
             self.log("train/memory_loss", memory_loss)
             loss = loss + memory_loss
         elif self.memory_loss is not None or self.memory_includes_batch:
@@ -252,19 +261,6 @@ class MetricLearner(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         outputs = {"loss": loss, "embeddings": embeddings, "labels": labels}
         return outputs if indices is None else {**outputs, "indices": indices}
-
-    def _memory_loss(self, memory: Memory, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> Tensor:
-        """Return the weighted loss against the memory; a differentiable 0 while it has no rows."""
-        weight = self._scheduled(self.memory_weight) if callable(self.memory_weight) else self.memory_weight
-        loss = self.loss if self.memory_loss is None else self.memory_loss
-        if not self.memory_excludes_own_image:
-            indices = None  # unknown: an image's own row is like any other of its class
-        rows = memory.read()
-        if self.memory_includes_batch and len(memory):
-            # Without indices, numbers of the rows in the batch are enough to leave each image's own row out.
-            indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
-            rows = memory.read_with(embeddings.detach(), labels, indices)
-        return weight * memory_term(loss, embeddings, labels, rows, indices)
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         """Return the weight of the memory term in this step, and log it."""

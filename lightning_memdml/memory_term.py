@@ -1,4 +1,4 @@
-"""Calls any loss on a batch, and on a batch against the rows of a memory, each kind of loss by its own convention."""
+"""Calls any loss on a batch by itself, or against the rows of a memory, each kind of loss by its own convention."""
 
 from __future__ import annotations
 
@@ -15,46 +15,27 @@ from lightning_memdml.memory.rows import MemoryRows
 Loss = PairLoss | Callable[..., Any]
 
 
-def batch_term(loss: Loss, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> Tensor:
-    """Return the loss of a batch by itself.
-
-    Args:
-        loss: A `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and labels.
-        embeddings: `(B, D)` of unit length.
-        labels: `(B,)`.
-        indices: `(B,)`, the data-set index of each row's image. A `PairLoss` leaves out pairs of equal indices.
-
-    Example:
-        >>> from lightning_memdml.losses import ContrastiveLoss
-        >>> batch_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]))
-        tensor(1.)
-    """
-    if isinstance(loss, PairLoss):
-        return loss(embeddings, labels, indices=indices)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return loss(_at_least_float32(embeddings), labels)
-
-
-def memory_term(
-    loss: Loss, embeddings: Tensor, labels: Tensor, rows: MemoryRows, indices: Tensor | None = None
+def loss_term(
+    loss: Loss, embeddings: Tensor, labels: Tensor, rows: MemoryRows | None = None, indices: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of a batch against what `memory.read()` returned.
+    """Return the loss of a batch by itself or, with `rows`, against what `memory.read()` returned.
 
-    Three kinds of losses are called in three ways:
+    A `PairLoss` is called with all that is known: indices, the bound of shared rows, the other ranks. Any other loss is
+    called as `loss(embeddings, labels)`, and against rows in one of two ways:
 
-    - a `PairLoss` with all that the rows carry: indices, the bound of shared rows, the other ranks;
     - a loss with a parameter `ref_emb`, as those of pytorch-metric-learning, with `ref_emb=, ref_labels=`;
     - any other function as `loss(embeddings, labels, ref_embeddings, ref_labels)`, and if it has a parameter
       `ref_indices`, also with `indices=, ref_indices=`.
 
-    The last two are called in full precision, since similarities in bfloat16 would be off by up to 4e-3.
+    They are called in full precision, since similarities in bfloat16 would be off by up to 4e-3.
 
     Args:
-        loss: The loss.
+        loss: A `PairLoss`, a loss of pytorch-metric-learning, or any function.
         embeddings: `(B, D)` of unit length.
         labels: `(B,)`.
-        rows: What `memory.read()` returned; three tensors in a plain tuple do as well.
-        indices: `(B,)`, the data-set index of each row's image; None is unknown. Pairs of equal indices are left out.
+        rows: What `memory.read()` returned, or three tensors in a plain tuple; `None` for the batch by itself.
+        indices: `(B,)`, the data-set index of each row's image; `None` is unknown. A `PairLoss` leaves out pairs of
+            equal indices.
 
     Returns:
         A scalar, the mean over the B anchors for a `PairLoss`; a differentiable 0 while the memory has no rows.
@@ -64,10 +45,17 @@ def memory_term(
 
     Example:
         >>> from lightning_memdml.losses import ContrastiveLoss
+        >>> loss_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]))
+        tensor(1.)
         >>> rows = MemoryRows(torch.eye(2), torch.tensor([0, 1]), torch.tensor([-1, -1]))
-        >>> memory_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]), rows)
+        >>> loss_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]), rows)
         tensor(1.)
     """
+    if rows is None:
+        if isinstance(loss, PairLoss):
+            return loss(embeddings, labels, indices=indices)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return loss(_at_least_float32(embeddings), labels)
     if not isinstance(rows, MemoryRows):
         rows = MemoryRows(*rows)
     ref_embeddings, ref_labels, ref_indices = rows

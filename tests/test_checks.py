@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_memdml import ContrastiveLoss
-from lightning_memdml.checks import check_embeddings, check_labels
+from lightning_memdml.checks import check_rows
 
 X = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 Y = torch.tensor([0, 0, 1, 1])
@@ -116,8 +116,7 @@ def test_references_on_another_device_are_refused():
 
 
 def test_a_tensor_without_rows_may_have_no_columns():
-    check_embeddings("embeddings", torch.zeros(0, 0))
-    check_labels("labels", torch.zeros(0, dtype=torch.int64), rows=0)
+    check_rows("embeddings", torch.zeros(0, 0), labels=torch.zeros(0, dtype=torch.int64))
 
 
 def test_nan_embeddings_give_a_nan_loss_for_the_loss_scaler():

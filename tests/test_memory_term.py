@@ -1,4 +1,4 @@
-"""`memory_term` calls every kind of loss against the rows of a memory by its own convention."""
+"""`loss_term` calls every kind of loss against the rows of a memory by its own convention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from lightning_memdml import ContrastiveLoss, EmbeddingMemory
 from lightning_memdml.memory import MemoryRows
-from lightning_memdml.memory_term import batch_term, memory_term
+from lightning_memdml.memory_term import loss_term
 
 
 def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,10 +72,10 @@ class Recorded(ContrastiveLoss):
 def test_a_pair_loss_is_given_all_that_the_rows_carry() -> None:
     loss, rows, (z, y, indices) = Recorded(), memory_of(8).read(), batch(4)
     expected = ContrastiveLoss()(z, y, rows.embeddings, rows.labels, indices=indices, ref_indices=rows.indices)
-    assert torch.equal(memory_term(loss, z, y, rows, indices), expected)
+    assert torch.equal(loss_term(loss, z, y, rows, indices), expected)
     assert set(loss.options) == {"indices", "ref_indices"}
     rows.bound = (4, 16)
-    assert torch.equal(memory_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
+    assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
     assert loss.options == {"max_shared": 16}
 
 
@@ -87,7 +87,7 @@ def test_any_other_loss_is_called_by_its_parameters_in_full_precision(
 ) -> None:
     loss, rows, (z, y, indices) = kind(), memory_of(8, stored).read(), batch(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = memory_term(loss, z.to(given), y, rows, indices)
+        value = loss_term(loss, z.to(given), y, rows, indices)
     full = torch.float64 if given is torch.float64 else torch.float32
     assert value.dtype is full
     assert [tensor.dtype for tensor in loss.arguments[:4]] == [full, torch.int64, full, torch.int64]
@@ -101,7 +101,7 @@ def test_any_other_loss_is_called_by_its_parameters_in_full_precision(
 def test_an_empty_memory_gives_a_differentiable_zero(loss: Any) -> None:
     z, y, _ = batch(4)
     z.requires_grad_()
-    term = memory_term(loss, z, y, EmbeddingMemory(4).read())
+    term = loss_term(loss, z, y, EmbeddingMemory(4).read())
     term.backward()
     assert term == 0
     assert torch.equal(z.grad, torch.zeros_like(z))
@@ -112,14 +112,14 @@ def test_a_share_of_a_memory_needs_a_pair_loss(loss: Any) -> None:
     rows = MemoryRows(*memory_of(8).read())
     rows.ranks = range(16)
     with pytest.raises(ValueError, match="Expected a PairLoss against a ShardedMemory"):
-        memory_term(loss, *batch(4)[:2], rows)
+        loss_term(loss, *batch(4)[:2], rows)
 
 
 def test_the_batch_term_of_a_function_is_in_full_precision() -> None:
     z, y, indices = batch(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert batch_term(lambda z, y: z @ z.T, z.bfloat16(), y, indices).dtype is torch.float32
-    assert torch.equal(batch_term(ContrastiveLoss(), z, y, indices), ContrastiveLoss()(z, y, indices=indices))
+        assert loss_term(lambda z, y: z @ z.T, z.bfloat16(), y, indices=indices).dtype is torch.float32
+    assert torch.equal(loss_term(ContrastiveLoss(), z, y, indices=indices), ContrastiveLoss()(z, y, indices=indices))
 
 
 @pytest.mark.parametrize("loss", [ContrastiveLoss(), plain, MetricLearningLoss()])
@@ -128,7 +128,7 @@ def test_a_compiled_term_is_one_graph_that_is_compiled_for_an_empty_and_for_a_fi
     counter, memory = CompileCounterWithBackend("aot_eager"), EmbeddingMemory(20)
 
     def step(z: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-        return memory_term(loss, z, y, memory.read(), indices)
+        return loss_term(loss, z, y, memory.read(), indices)
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     for seed in range(8):

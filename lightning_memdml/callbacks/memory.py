@@ -18,7 +18,7 @@ from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import as_rows
-from lightning_memdml.memory_term import Loss, memory_term
+from lightning_memdml.memory_term import Loss, loss_term
 from lightning_memdml.training_images import find_encoder
 
 
@@ -232,7 +232,9 @@ class MemoryCallback(Callback):
         """Embed as many training images as there are rows, each rank its part of every batch."""
         encoder = self.momentum_encoder or find_encoder(pl_module, self.encoder)
         for rows in prefill_rows(trainer, encoder, self.memory.size or 0, self.encoder_batch_norm):
-            self._store(trainer, *rows)
+            embeddings, labels, indices = self._gather(*rows)
+            dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
+            self._warn_dropped(dropped, len(labels))
         self._prefilled = True
 
     def on_train_batch_end(
@@ -248,31 +250,32 @@ class MemoryCallback(Callback):
         if self._enabled and self._step >= self.start_step:
             if self._momentum is not None:
                 embeddings = self._momentum.rows(trainer, pl_module, outputs, batch, like=embeddings).detach().float()
-            self._store(trainer, embeddings, labels, indices)
+            if dist.is_available() and dist.is_initialized():
+                embeddings, labels, indices = self._gather(embeddings, labels, indices)
+            dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
+            if dropped:
+                self._warn_dropped(dropped, len(labels))
+            if "size" not in self._reported and len(labels):
+                self._report_size(embeddings, batches_per_step=trainer.accumulate_grad_batches)
         if self._momentum is not None and trainer.global_step > self._step:
             self._momentum.update(pl_module)
 
-    def _store(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Gather the rows of all ranks and enqueue them."""
-        if dist.is_available() and dist.is_initialized():
-            embeddings, labels, indices = self._gather(embeddings, labels, indices)
-        dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
+    def _report_size(self, embeddings: Tensor, batches_per_step: int) -> None:
+        self._reported.add("size")
+        rows, dim = embeddings.shape
+        age = math.ceil((self.memory.size or 0) / (rows * batches_per_step))
+        rank_zero_info(
+            f"Memory: {self.memory.size} rows x {dim}, {self.memory.nbytes / 1e6:.1f} MB on {embeddings.device}; at "
+            f"{rows} rows per batch of all ranks, the oldest row of a full memory is {age} steps old."
+        )
+
+    def _warn_dropped(self, dropped: int, rows: int) -> None:
         if dropped and "dropped" not in self._reported:
             self._reported.add("dropped")
             rank_zero_warn(
-                f"{dropped} of {len(labels)} embeddings of the batch at optimiser step {self._step} were NaN, "
-                "infinite or zero and did not enter the memory. `memory.dropped` counts them from now on."
+                f"{dropped} of {rows} embeddings of the batch at optimiser step {self._step} were NaN, infinite or "
+                "zero and did not enter the memory. `memory.dropped` counts them from now on."
             )
-        if "size" not in self._reported and len(labels):
-            self._reported.add("size")
-            self._report_size(len(labels) * trainer.accumulate_grad_batches, len(labels), embeddings)
-
-    def _report_size(self, rows_per_step: int, rows: int, embeddings: Tensor) -> None:
-        rank_zero_info(
-            f"Memory: {self.memory.size} rows x {embeddings.shape[1]}, {self.memory.nbytes / 1e6:.1f} MB on "
-            f"{embeddings.device}; at {rows} rows per batch of all ranks, the oldest row of a full memory is "
-            f"{math.ceil((self.memory.size or 0) / rows_per_step)} steps old."
-        )
 
     def _warn_unread(self, pl_module: LightningModule) -> None:
         if "unread" not in self._reported:
@@ -312,7 +315,7 @@ def against_memory(
     Args:
         module: The LightningModule in training.
         loss: A `PairLoss`, a loss of pytorch-metric-learning, or a function, which is called as
-            `loss(embeddings, labels, ref_embeddings, ref_labels)`, see `memory_term`.
+            `loss(embeddings, labels, ref_embeddings, ref_labels)`, see `loss_term`.
         embeddings: `(B, D)`.
         labels: `(B,)`.
         indices: `(B,)`, the data-set index of each row's image; pairs of one image are left out.
@@ -333,7 +336,7 @@ def against_memory(
         )
     given = {"embeddings": embeddings.detach(), "labels": labels}
     callback.given = given if indices is None else {**given, "indices": indices}
-    return memory_term(loss, embeddings, labels, memory.read(), indices)
+    return loss_term(loss, embeddings, labels, memory.read(), indices)
 
 
 def step_embeddings(owner: str, pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_embeddings, check_labels
+from lightning_memdml.checks import check_rows
 from lightning_memdml.compat import mark_dynamic
 
 # Rows of the integer metadata.
@@ -94,11 +94,9 @@ def as_rows(embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -
         >>> as_rows(torch.ones(2, 3), torch.tensor([0, 4]))[1:]
         (tensor([0, 4]), tensor([-1, -1]))
     """
-    check_embeddings("embeddings", embeddings)
-    check_labels("labels", labels, rows=len(embeddings))
+    check_rows("embeddings", embeddings, labels=labels, **({} if indices is None else {"indices": indices}))
     if indices is None:
         indices = torch.full((len(embeddings),), UNKNOWN_INDEX)
-    check_labels("indices", indices, rows=len(embeddings))
     labels, indices = (column.detach().to(embeddings.device, torch.int64) for column in (labels, indices))
     return embeddings.detach().float(), labels, indices
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
-from lightning_memdml.checks import check_embeddings
+from lightning_memdml.checks import check_rows
 from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
 from lightning_memdml.retrieval.retrieval_sets import (
     UNKNOWN,
@@ -139,7 +139,7 @@ class RetrievalMetrics(Metric):
         if role not in _ROLES:
             raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))} but got {role!r}.")
         number = self._gallery_number(role, gallery)
-        check_embeddings("embeddings", embeddings)
+        check_rows("embeddings", embeddings)
         labels = as_integers("labels", labels, embeddings)
         indices = _or_not_given("indices", indices, embeddings).clamp_min(_NOT_GIVEN if indices is None else UNKNOWN)
         groups = _or_not_given("groups", groups, embeddings)

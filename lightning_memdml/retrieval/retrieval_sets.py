@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_embeddings, check_labels
+from lightning_memdml.checks import check_rows
 
 UNKNOWN = -1  # the index of an image that is not known; it equals no other
 
@@ -131,7 +131,7 @@ def check_finite_embeddings(name: str, embeddings: Tensor) -> None:
         TypeError: If it is not a floating-point tensor.
         ValueError: If it has another shape, or rows are not finite; their positions are named.
     """
-    check_embeddings(name, embeddings)
+    check_rows(name, embeddings)
     check_finite(name, embeddings)
 
 
@@ -169,7 +169,7 @@ def as_integers(name: str, values: Tensor, embeddings: Tensor) -> Tensor:
         TypeError: If `values` is not an integer tensor.
         ValueError: If it has not one value per row.
     """
-    check_labels(name, values, len(embeddings))
+    check_rows("embeddings", embeddings, **{name: values})
     return values.to(embeddings.device, torch.int64)
 
 

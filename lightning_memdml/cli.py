@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_memdml.commands import run
+from lightning_memdml.latest_run import follow_latest
+from lightning_memdml.verbosity import is_verbose, take_verbose
 from lightning_memdml.warnings_filter import hide_what_users_cannot_change
 
 
@@ -24,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With a sentence, if a name, an option, a file or a value is wrong.
     """
-    hide_what_users_cannot_change()
     # Lightning starts the other ranks with `sys.argv`, so the arguments have to be there.
-    if arguments is not None:
-        sys.argv[1:] = arguments
+    given = take_verbose(sys.argv[1:] if arguments is None else arguments)
+    sys.argv[1:] = [follow_latest(argument) for argument in given]
+    if not is_verbose():
+        hide_what_users_cannot_change()
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:

@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 
 TRAINER = "lightning_memdml.lightning_cli:run_trainer"
-LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
+LAST = "runs/latest/checkpoints/last.ckpt"
 COMMANDS: dict[str, Command] = {
     "fit": Command(
         "Train.",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_memdml.cli_messages import ArgumentParser
@@ -22,6 +22,7 @@ from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.paths import local_path
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
+from lightning_memdml.latest_run import point_latest_at
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.reference_scores import (
     ReferenceScores,
@@ -30,11 +31,16 @@ from lightning_memdml.reference_scores import (
     score_after_training,
     score_before_training,
 )
+from lightning_memdml.run_display.logs import quiet_logs
+from lightning_memdml.run_display.score_lines import ScoreLines
+from lightning_memdml.run_display.step_bar import StepBar
+from lightning_memdml.run_folders import remove_unused, require_run_folder, with_own_folder, without_foreign_files
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
 from lightning_memdml.study.study_command import study
 from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import find_refused
 from lightning_memdml.trust_table import DEFAULT_LOGGER
+from lightning_memdml.verbosity import is_verbose
 
 KEYWORDS = ("best", "last", "hpc", "registry")  # words that Lightning takes for `--ckpt_path`
 # Below every configuration. As defaults of the parser they would hand their options on to other classes.
@@ -62,8 +68,15 @@ PREDICT = {
 
 def run_trainer(arguments: list[str]) -> None:
     """Run `memdml fit`, `validate`, `test` or `predict` with what `sys.argv` holds."""
+    if not is_verbose():
+        quiet_logs()
     sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
-    cli = MemdmlCLI()
+    made: list[Path] = []
+    try:
+        cli = MemdmlCLI(made)
+    except BaseException:
+        remove_unused(made)
+        raise
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # or the next run of this process would be logged into this one
@@ -92,10 +105,13 @@ class MemdmlCLI(LightningCLI):
     """Lightning's CLI with this package's defaults: glyphs, and a CSV log under `runs/`.
 
     Args:
+        made: Gets the folders that are made for the run.
         **options: Of `LightningCLI`: with `args=[...], run=False` it builds what the arguments say, and runs nothing.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, made: list[Path] | None = None, **options: Any) -> None:
+        self._made = [] if made is None else made
+        self._lines = ScoreLines()
         self._ckpt_path: str | None = None
         self._reference: ReferenceScores | None = None
         super().__init__(
@@ -160,6 +176,28 @@ class MemdmlCLI(LightningCLI):
         else:
             rank_zero_warn("There is no --ckpt_path: the network is taken as it is before any training.")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer; that of a command prints scores, and without `--verbose` no table of modules."""
+        if self.subcommand is not None:
+            options = self.config_init[self.subcommand].trainer
+            given = options.callbacks or []
+            callbacks = [*(given if isinstance(given, list) else [given]), self._lines]
+            is_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            if options.enable_progress_bar is not False and not is_own_bar:
+                callbacks.append(StepBar())
+            kwargs = {"callbacks": callbacks, **kwargs}
+            if options.enable_model_summary is None and not is_verbose():
+                kwargs["enable_model_summary"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def validate(self, **options: Any) -> None:
+        """Run `Trainer.validate`; `ScoreLines` prints the table."""
+        self.trainer.validate(**{**options, "verbose": False})
+
+    def test(self, **options: Any) -> None:
+        """Run `Trainer.test`; `ScoreLines` prints the table."""
+        self.trainer.test(**{**options, "verbose": False})
+
     def after_instantiate_classes(self) -> None:
         """Make the log folder of this run alone.
 
@@ -172,16 +210,12 @@ class MemdmlCLI(LightningCLI):
         options = options if isinstance(options, list) else [options]
         if len(options) == len(self.trainer.loggers):
             self.trainer.loggers = [
-                _with_own_folder(logger, vars(given.init_args) if hasattr(given, "init_args") else {})
+                with_own_folder(logger, vars(given.init_args) if hasattr(given, "init_args") else {}, self._made)
                 for logger, given in zip(self.trainer.loggers, options, strict=True)
             ]
         for logger in self.trainer.loggers:
-            folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) else None
-            if folder is not None and folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
-                raise ValueError(
-                    f"Expected an empty folder or a run for the log but got {folder}, which holds other files. Pass "
-                    "another --trainer.logger.name or --trainer.logger.version."
-                )
+            if isinstance(logger, CSVLogger):
+                require_run_folder(Path(logger.log_dir))
 
     def _section(self) -> Any:
         """Return the part of the configuration that belongs to the command."""
@@ -207,7 +241,17 @@ class MemdmlCLI(LightningCLI):
         return find_refused(config.get("fit", config))
 
     def after_fit(self) -> None:
-        """Compare with the network before the training, and save the trained state as `last.ckpt`."""
+        """Compare with the network before the training, and save the trained state as `last.ckpt`.
+
+        Raises:
+            ValueError: If the checkpoint that was resumed was already at the last step.
+        """
+        ckpt_path, step = self.config.fit.get("ckpt_path"), self.trainer.global_step
+        if ckpt_path is not None and not self._lines.has_trained:
+            raise ValueError(
+                f"Expected a checkpoint of an unfinished run but {ckpt_path} is at step {step:,}, where this run ends. "
+                f"To go on, pass a larger --trainer.max_steps, such as {2 * step}, or a larger --trainer.max_epochs."
+            )
         if self._reference is not None:
             trained = score_after_training(self.model.model, self.datamodule, self.trainer.strategy.root_device)
             print(reference_table(self._reference, trained))
@@ -217,7 +261,12 @@ class MemdmlCLI(LightningCLI):
         checkpoint = folder / "checkpoints" / "last.ckpt"
         self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
         trust = " --trust" if self._needs_trust() else ""
-        rank_zero_info(f"Trained. Next: memdml test --ckpt_path {checkpoint}{trust}")
+        done = (
+            f"Trained {step:,} step{'' if step == 1 else 's'}."
+            if self._lines.has_trained
+            else "Saved without training."
+        )
+        rank_zero_info(f"{done} Next: memdml test --ckpt_path {checkpoint}{trust}")
 
     def after_predict(self) -> None:
         """Write the embeddings with paths, labels and classes: of all test images, or of queries and of the gallery."""
@@ -237,7 +286,7 @@ class MemdmlCLI(LightningCLI):
             )
             file_format = self.config.predict.file_format
             for file in write_embeddings(folder / f"{name}{rank}", arrays["embeddings"], columns, file_format):
-                rank_zero_info(f"{len(arrays['labels'])} rows in {file}")
+                rank_zero_info(f"{len(arrays['labels']):,} rows in {file}")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -256,7 +305,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not let a file decide which files are removed."""
-        _without_foreign_files(checkpoint, trainer.ckpt_path)
+        without_foreign_files(checkpoint, trainer.ckpt_path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print how to resume after an interruption."""
@@ -268,8 +317,10 @@ class SaveRunConfig(SaveConfigCallback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the configuration into the checkpoint, so that it can be moved."""
+        """Put the configuration into the checkpoint, so that it can be moved, and let `latest` lead to the run."""
         checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
+        if trainer.is_global_zero and trainer.loggers and trainer.loggers[0].save_dir is not None:
+            point_latest_at(run_folder(trainer), Path(trainer.loggers[0].save_dir))
 
     def _text(self) -> str:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
@@ -331,44 +382,3 @@ def _take_over_preprocessing(section: Any) -> None:
     if taken:
         shown = ", ".join(f"{name} {value}" for name, value in taken.items())
         rank_zero_info(f"Images are prepared for {section.model.backbone}: {shown}.")
-
-
-def _with_own_folder(logger: Logger, options: dict[str, Any]) -> Logger:
-    """Return a CSV log whose new folder no other process has; any other logger as it is."""
-    while isinstance(logger, CSVLogger) and options.get("version") is None:
-        try:
-            Path(logger.log_dir).mkdir(parents=True)
-            break
-        except FileExistsError:  # another run has just taken this version
-            logger = CSVLogger(**options)
-    return logger
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run: it has the configuration of one."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(config, dict) and {"trainer", "model"} <= config.keys()
-
-
-def _without_foreign_files(checkpoint: dict[str, Any], ckpt_path: str | Path | None) -> None:
-    """Leave in the states of `ModelCheckpoint` only the checkpoints that lie beside the one that is loaded.
-
-    Lightning removes what these states name when a better checkpoint replaces it, folders with all in them.
-    """
-    folder = Path(ckpt_path or ".").resolve().parent
-
-    def is_ours(path: Any) -> bool:
-        file = Path(str(path))
-        return file.suffix == ".ckpt" and file.is_file() and not file.is_symlink() and file.resolve().parent == folder
-
-    for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, dict) or "best_model_path" not in state:
-            continue
-        for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
-            state[name] = state[name] if is_ours(state.get(name)) else ""
-        state["best_k_models"] = {
-            path: score for path, score in state.get("best_k_models", {}).items() if is_ours(path)
-        }

@@ -55,6 +55,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packaged_configs": set(),
     "config_merging": {"cli_messages", "packaged_configs"},
     "warnings_filter": set(),
+    "verbosity": set(),
+    "latest_run": set(),
+    "run_folders": set(),
+    "run_display": {"losses"},
     "reference_scores": {"backbones", "data", "heads", "retrieval"},
     "data_check": {"data", "cli_messages", "atomic_write"},
 }
@@ -64,7 +68,7 @@ MAY_IMPORT |= {
     "deploy": ROOMS,
     "lightning_cli": {*ROOMS, "study", "deploy"},
     "demo": {"atomic_write", "lightning_cli", "retrieval"},
-    "cli": {"commands", "cli_messages", "warnings_filter"},
+    "cli": {"commands", "cli_messages", "latest_run", "verbosity", "warnings_filter"},
     "__main__": {"cli"},
     "__init__": ROOMS - {"cli_messages", "config_merging", "commands", "packaged_configs"},
 }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_memdml.callbacks.run_pictures import log_picture
@@ -178,7 +178,9 @@ def _updated_metrics(pl_module: LightningModule) -> RetrievalMetrics:
 
 
 def _log(trainer: Trainer, stage: Stage, written: Mapping[str, Path]) -> None:
-    """Give pictures and page to W&B, if it logs the run."""
+    """Print where pictures and page are, and give them to W&B, if it logs the run."""
+    if ".html" in written:
+        rank_zero_info(f"Page: {written['.html']}")
     for name, kind in ((stage, ".png"), (f"{stage}_map", "map")):
         if kind in written:
             log_picture(trainer, f"gallery/{name}", written[kind])

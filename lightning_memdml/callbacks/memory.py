@@ -198,8 +198,8 @@ class MemoryCallback(Callback):
         """Report fill and start."""
         made = "" if self._momentum is None else f", made by an encoder of momentum {self._momentum.momentum:g}"
         rank_zero_info(
-            f"Memory: {len(self.memory)} of {self.memory.size} rows filled; "
-            f"rows are stored from optimiser step {self.start_step} on (now {trainer.global_step}){made}"
+            f"Memory: {len(self.memory):,} of {self.memory.size:,} rows filled; "
+            f"rows are stored from optimiser step {self.start_step:,} on (now {trainer.global_step:,}){made}"
             f"{describe_backends(pl_module)}."
         )
 
@@ -265,7 +265,7 @@ class MemoryCallback(Callback):
         rows, dim = embeddings.shape
         age = math.ceil((self.memory.size or 0) / (rows * batches_per_step))
         rank_zero_info(
-            f"Memory: {self.memory.size} rows x {dim}, {self.memory.nbytes / 1e6:.1f} MB on {embeddings.device}; at "
+            f"Memory: {self.memory.size:,} rows x {dim}, {self.memory.nbytes / 1e6:.1f} MB on {embeddings.device}; at "
             f"{rows} rows per batch of all ranks, the oldest row of a full memory is {age} steps old."
         )
 

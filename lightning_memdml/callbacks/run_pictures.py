@@ -1,4 +1,4 @@
-"""Gives pictures of a run to the loggers that show them."""
+"""Prints where the pictures of a run are, and gives them to the loggers that show them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 
 def log_picture(trainer: Trainer, name: str, path: Path) -> None:
-    """Give a picture to W&B, if it logs the run.
+    """Print the path of a picture, and give it to W&B, if it logs the run.
 
     Args:
         trainer: Of the run.
         name: Such as `memory/report`.
         path: The picture's file.
     """
+    rank_zero_info(f"Picture: {path}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=trainer.global_step)

@@ -11,7 +11,7 @@ from lightning_memdml.inference.sources import FromFile, input_transform, tensor
 DESCRIPTION = """\
 Export a trained network, which maps a batch of prepared images to unit embeddings.
 
-  memdml export --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt --output runs/export
+  memdml export --ckpt_path runs/latest/checkpoints/last.ckpt --output runs/export
   memdml export --ckpt_path last.ckpt --formats [onnx]
 
 `model.onnx` runs in ONNX Runtime and elsewhere, `model.pt2` with `torch.export.load(...).module()`;

@@ -31,7 +31,7 @@ from lightning_memdml.retrieval.index_kinds import OLD_NAMES, IndexKind, index_k
 DESCRIPTION = """\
 Embed images with a trained network, and build an index of them.
 
-  memdml index --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt
+  memdml index --ckpt_path runs/latest/checkpoints/last.ckpt
   memdml index --ckpt_path last.ckpt --source my/images --output runs/my_index
   memdml index --ckpt_path last.ckpt --source catalogue.csv --kind ivf --nprobe 16
 

@@ -25,7 +25,7 @@ Draw the weight that a loss gives a pair of each similarity, and write the numbe
 
   memdml weight-curves --loss DirectWeightLoss --loss.negative Power --loss.negative.threshold 0.5
   memdml weight-curves --loss+ ContrastiveLoss --loss.margin 0.6 --loss+ MultiSimilarityLoss
-  memdml weight-curves --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt
+  memdml weight-curves --ckpt_path runs/latest/checkpoints/last.ckpt
 
 Where the weight depends on the similarity alone, the curve is exact. Where other pairs change it, real pairs are
 weighed: of a checkpoint, a training batch against its memory; without one, characters compared pixel by pixel."""

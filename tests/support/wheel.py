@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = "--trainer.max_steps 5 --trainer.val_check_interval 5 --trainer.enable_progress_bar false"
-CHECKPOINT = "runs/memdml/version_0/checkpoints/last.ckpt"
+CHECKPOINT = "runs/latest/checkpoints/last.ckpt"
 COMMANDS = [
     "--version",
     "configs",

@@ -51,11 +51,13 @@ class MetricLearner(LightningModule):
             Small networks, whose embeddings change fast, need a higher margin here.
         memory_weight: Weight of the memory term, at least 0: a number, or a `LinearRamp` or any function of the
             optimiser step (`Trainer.global_step`).
-        memory_includes_batch: Compare with the memory as it is after the batch was enqueued, leaving out each image's
-            own row: the order in the code of XBM's authors. By default the batch is enqueued after the step. In both
+        memory_includes_batch: Compare with the memory as it is after the batch was enqueued, leaving out each row's own
+            entry: the order in the code of XBM's authors. By default the batch is enqueued after the step. In both
             cases an empty memory gives no term, and under DDP the batch is that of the rank.
         memory_excludes_own_image: Leave out pairs of an image with its own rows of earlier steps, which are found by
-            their index. Otherwise they are positives.
+            their index. Otherwise they are positives, as in the code of XBM's authors. There, with
+            `memory_includes_batch`, the memory of the first step that stores is the batch itself.
+        batch_excludes_own_image: Leave out pairs of two views of one image in the batch. Otherwise they are positives.
         embedding_dim: Width D of the embedding.
         weights: Weights of the backbone to start from: a file with a state dict, the name of a torchvision enum such
             as `IMAGENET1K_V2`, or `DEFAULT` for those that torchvision or timm publishes.
@@ -99,6 +101,7 @@ class MetricLearner(LightningModule):
         memory_weight: float | Schedule = 1.0,
         memory_includes_batch: bool = False,
         memory_excludes_own_image: bool = True,
+        batch_excludes_own_image: bool = True,
         embedding_dim: int = 128,
         weights: str | None = None,
         num_features: int | None = None,
@@ -138,11 +141,6 @@ class MetricLearner(LightningModule):
                 "Expected a PairLoss against the memory with `memory_includes_batch`, as only such a loss leaves out "
                 f"the pairs of an image with itself, but got {memory_loss or loss}. Pass one as `memory_loss`."
             )
-        if memory_includes_batch and not memory_excludes_own_image:
-            raise ValueError(
-                "Expected `memory_excludes_own_image` with `memory_includes_batch` but got False: the batch's own rows "
-                "are in the memory then, and each image would be its own nearest positive. Leave one of them out."
-            )
         check_rates(backbone_lr, layer_decay, loss_lr, (loss, memory_loss))
         trunk, width = build_backbone(backbone, weights, num_features, feature_map=pooling is not None)
         self.model = Embedder(trunk, width, embedding_dim, freeze_batch_norm, head, head_init, neck, pooling)
@@ -153,6 +151,7 @@ class MetricLearner(LightningModule):
         self.memory_weight = memory_weight
         self.memory_includes_batch = memory_includes_batch
         self.memory_excludes_own_image = memory_excludes_own_image
+        self.batch_excludes_own_image = batch_excludes_own_image
         self.optimizer = optimizer
         self.backbone_lr, self.layer_decay, self.loss_lr = backbone_lr, layer_decay, loss_lr
         self.lr_scheduler = lr_scheduler
@@ -237,7 +236,7 @@ class MetricLearner(LightningModule):
         """Return the loss, and what the memory callback stores."""
         images, labels, indices = _unpack(batch)
         embeddings = self(images)
-        loss = loss_term(self.loss, embeddings, labels, indices=indices)
+        loss = loss_term(self.loss, embeddings, labels, indices=indices if self.batch_excludes_own_image else None)
         memory: Memory | None = getattr(self, "memory", None)  # attached by `MemoryCallback` for the time of the fit
         if memory is not None:
             self.log("train/batch_loss", loss)
@@ -246,10 +245,11 @@ class MetricLearner(LightningModule):
             # Without indices, an image's own row is like any other of its class.
             known = indices if self.memory_excludes_own_image else None
             rows = memory.read()
-            if self.memory_includes_batch and len(memory):
-                # Without indices, numbers of the rows in the batch are enough to leave each image's own row out.
-                known = torch.arange(len(labels), device=labels.device) if known is None else known
+            starts = memory.stores_batch and not self.memory_excludes_own_image
+            if self.memory_includes_batch and (len(memory) or starts):
                 rows = memory.read_with(embeddings.detach(), labels, known)
+                # Without indices, numbers of the rows in the batch are enough to leave out each row's own entry.
+                known = torch.arange(len(labels), device=labels.device) if known is None else known
             memory_loss = weight * loss_term(against, embeddings, labels, rows, known)
             self.log("train/memory_loss", memory_loss)
             loss = loss + memory_loss

@@ -259,9 +259,10 @@ def test_rows_of_the_own_image_are_left_out_by_index_unless_asked_for() -> None:
     assert counts[False][0] == counts[True][0] + 2
 
 
-def test_an_image_cannot_be_its_own_positive_in_the_batch_that_just_entered() -> None:
-    with pytest.raises(ValueError, match="`memory_excludes_own_image` with `memory_includes_batch`"):
-        learner(memory_includes_batch=True, memory_excludes_own_image=False)
+def test_one_row_per_image_cannot_hold_older_copies_of_an_image() -> None:
+    model = learner(memory_includes_batch=True, memory_excludes_own_image=False)
+    with pytest.raises(ValueError, match=r"^Expected the index of each image to read an InstanceMemory .* got none\."):
+        trainer(MemoryCallback(memory=InstanceMemory())).fit(model, loader())
 
 
 @pytest.mark.parametrize("includes", [True, False])

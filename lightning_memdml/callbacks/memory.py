@@ -160,6 +160,7 @@ class MemoryCallback(Callback):
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
         self._enabled = enabled
+        self.memory.stores_batch = enabled and self._step >= self.start_step
         if not enabled:
             self.memory.reset()
 
@@ -225,7 +226,8 @@ class MemoryCallback(Callback):
         """Note how many steps the weights have taken that make this batch's embeddings."""
         self._step = trainer.global_step
         self.given = {}
-        if self.prefill and not self._prefilled and self._enabled and self._step >= self.start_step:
+        self.memory.stores_batch = self._enabled and self._step >= self.start_step
+        if self.memory.stores_batch and self.prefill and not self._prefilled:
             self._fill(trainer, pl_module)
 
     def _fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,7 +249,7 @@ class MemoryCallback(Callback):
         embeddings, labels, indices = as_rows(**found)
         if not self.memory.was_read and len(self.memory):
             self._warn_unread(pl_module)
-        if self._enabled and self._step >= self.start_step:
+        if self.memory.stores_batch:
             if self._momentum is not None:
                 embeddings = self._momentum.rows(trainer, pl_module, outputs, batch, like=embeddings).detach().float()
             if dist.is_available() and dist.is_initialized():

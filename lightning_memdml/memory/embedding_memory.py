@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import COLUMNS, TENSORS, MemoryRows, RowTable, as_rows, unit_rows
+from lightning_memdml.memory.rows import COLUMNS, TENSORS, UNKNOWN_INDEX, MemoryRows, RowTable, as_rows, unit_rows
 from lightning_memdml.memory.validation import check_size, check_state, check_storage
 
 
@@ -237,17 +237,20 @@ class EmbeddingMemory(TableMemory):
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(size, dtype)
 
-    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
         """Return what `read` would return if these rows had been enqueued, without enqueueing them: copies.
 
         Args:
             embeddings: `(B, D)` of unit length.
             labels: `(B,)`.
-            indices: `(B,)`.
+            indices: `(B,)`. None: 0 to B - 1 for these rows, and -1 for all others.
         """
-        pairs = zip(self.read(), (embeddings.detach(), labels, indices), strict=True)
-        stored, classes, images = (torch.cat([old, new.to(old)])[-self.size :] for old, new in pairs)
-        return MemoryRows(stored, classes, images)
+        old, classes, images = self.read()
+        old = old.reshape(len(old), embeddings.shape[1])  # the width is not known before the first row
+        if indices is None:
+            images, indices = torch.full_like(images, UNKNOWN_INDEX), torch.arange(len(labels))
+        pairs = (old, embeddings.detach()), (classes, labels), (images, indices)
+        return MemoryRows(*(torch.cat([held, new.to(held)])[-self.size :] for held, new in pairs))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the valid rows as CPU copies, their place in the table, and the counters."""

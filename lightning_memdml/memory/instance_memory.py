@@ -58,14 +58,23 @@ class InstanceMemory(TableMemory):
         self.momentum = momentum
         super().__init__(size, dtype)
 
-    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
         """Return what `read` would return if these rows had been enqueued, without enqueueing them: copies.
 
         Args:
             embeddings: `(B, D)` of unit length.
             labels: `(B,)`.
             indices: `(B,)`.
+
+        Raises:
+            ValueError: If there are no indices.
         """
+        if indices is None:
+            raise ValueError(
+                "Expected the index of each image to read an InstanceMemory with the batch in it but got none. Its one "
+                "row per image is the image's own: leave `memory_excludes_own_image=False` out, and let the data set "
+                "return (image, label, index)."
+            )
         self.was_read = True
         other = InstanceMemory(self.size, self.momentum, self.dtype)
         other._table.embeddings = self._table.embeddings.clone()

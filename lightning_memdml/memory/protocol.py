@@ -25,10 +25,12 @@ class Memory(ABC):
         size: Rows kept at most. None: as many as there are training images, which the callback then sets.
         was_read: Whether `read` was called since `reset`. The callback warns while it is False; True for a memory that
             does not count.
+        stores_batch: Whether the batch of the current step will be stored after it; the callback sets it.
     """
 
     size: int | None
     was_read: bool = True
+    stores_batch: bool = False
 
     @abstractmethod
     def enqueue(
@@ -50,10 +52,16 @@ class Memory(ABC):
     def read(self) -> MemoryRows:
         """Return the valid rows; before the first, tensors of zero rows."""
 
-    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
+    def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
         """Return what `read` would return if these rows had been enqueued, without enqueueing them.
 
         Needed for `MetricLearner(memory_includes_batch=True)` only.
+
+        Args:
+            embeddings: `(B, D)` of unit length.
+            labels: `(B,)`.
+            indices: `(B,)`, the data-set index of each row's image. None: by position; these rows have the indices 0 to
+                B - 1 in what is returned, and all others -1, so that a loss can leave out each row's own entry alone.
 
         Raises:
             ValueError: If the memory cannot do that.

@@ -8,6 +8,7 @@ from lightning_memdml.callbacks import WeightCurveLogger as WeightCurveLogger
 from lightning_memdml.callbacks import against_memory as against_memory
 from lightning_memdml.data import CUB200 as CUB200
 from lightning_memdml.data import Cars196 as Cars196
+from lightning_memdml.data import CJKDataModule as CJKDataModule
 from lightning_memdml.data import DeepFashion2 as DeepFashion2
 from lightning_memdml.data import FeatureDataModule as FeatureDataModule
 from lightning_memdml.data import FolderDataModule as FolderDataModule

@@ -1,6 +1,7 @@
 """Data modules: a base that makes sets and loaders of records, and one file per data set."""
 
 from lightning_memdml.data.cars196 import Cars196
+from lightning_memdml.data.cjk import CJKDataModule
 from lightning_memdml.data.cub200 import CUB200
 from lightning_memdml.data.deep_fashion2 import DeepFashion2
 from lightning_memdml.data.features import FeatureDataModule
@@ -17,6 +18,7 @@ from lightning_memdml.data.vehicle_id import VehicleID
 
 __all__ = [
     "CUB200",
+    "CJKDataModule",
     "Cars196",
     "DeepFashion2",
     "FeatureDataModule",

@@ -284,17 +284,19 @@ def draw_centred(character: str, font: ImageFont.FreeTypeFont, side: int) -> np.
     return np.asarray(canvas)[None]
 
 
-def distort(images: Tensor, seeds: Sequence[int]) -> Tensor:
+def distort(images: Tensor, seeds: Sequence[int], strength: float = 1.0) -> Tensor:
     """Rotate, shear, scale and warp pictures at random, and halve their size.
 
     Args:
         images: `(N, 1, 2S, 2S)` uint8.
         seeds: The seed of each picture, which alone decides how it is distorted.
+        strength: Factor of all distortions; 0 is none.
 
     Returns:
         `(N, 1, S, S)` uint8.
     """
     draws = torch.from_numpy(2 * transforms.uniform(seeds, 4 + 2 * 4 * 4) - 1).float()  # (N, 36) in [-1, 1)
+    draws *= strength
     angle, shear, width, height = (draws[:, :4] * torch.tensor([0.25, 0.25, 0.15, 0.15])).unbind(dim=1)
     zero = torch.zeros_like(angle)
     rotation = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1).view(-1, 2, 3)

@@ -1,9 +1,12 @@
 """Memory-based deep metric learning on PyTorch Lightning."""
 
 from lightning_memdml.backbones import SmallConvNet as SmallConvNet
+from lightning_memdml.callbacks import ChannelsLast as ChannelsLast
 from lightning_memdml.callbacks import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks import MemoryCallback as MemoryCallback
+from lightning_memdml.callbacks import MemoryChoice as MemoryChoice
 from lightning_memdml.callbacks import MemoryReport as MemoryReport
+from lightning_memdml.callbacks import TrainingLength as TrainingLength
 from lightning_memdml.callbacks import WeightCurveLogger as WeightCurveLogger
 from lightning_memdml.callbacks import against_memory as against_memory
 from lightning_memdml.data import CUB200 as CUB200

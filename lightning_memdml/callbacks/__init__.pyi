@@ -1,9 +1,12 @@
 """When it is remembered: Trainer hooks around the plain objects, for any LightningModule."""
 
+from lightning_memdml.callbacks.channels_last import ChannelsLast as ChannelsLast
 from lightning_memdml.callbacks.gallery_logger import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks.memory import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks.memory import against_memory as against_memory
+from lightning_memdml.callbacks.memory_choice import MemoryChoice as MemoryChoice
 from lightning_memdml.callbacks.memory_report import MemoryReport as MemoryReport
+from lightning_memdml.callbacks.training_length import TrainingLength as TrainingLength
 from lightning_memdml.callbacks.weight_curves import WeightCurveLogger as WeightCurveLogger
 
 __all__: list[str]

@@ -1,0 +1,230 @@
+"""Chooses how much the memory term counts, by short trainings that validation classes decide between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tqdm import tqdm
+
+from lightning_memdml.callbacks.memory import MemoryCallback
+from lightning_memdml.losses import ContrastiveLoss, DirectWeightLoss, Threshold
+from lightning_memdml.memory import EmbeddingMemory
+from lightning_memdml.memory_term import Loss, batch_term, memory_term
+from lightning_memdml.retrieval import rank_queries
+
+
+class MemoryTerm(NamedTuple):
+    """A way to count the memory.
+
+    Attributes:
+        name: For the table.
+        loss: The loss against the memory; None is no memory.
+        weight: Its weight.
+    """
+
+    name: str
+    loss: Loss | None
+    weight: float
+
+
+class MemoryChoice(Callback):
+    """Chooses the weight of the memory term of a `MetricLearner`, or that there is none, before the training.
+
+    The memory holds many more positives of an anchor than the batch, and how much they may outweigh the batch differs
+    between data sets: what gains two points on one costs two on another. So this callback trains the network for a few
+    steps in each of these ways, always from the same start and on the same batches:
+
+    - without a memory;
+    - with the `memory_loss` and `memory_weight` of the learner, the weight multiplied by each of `factors`;
+    - with the weights of each side summing to 1 for every anchor, if the loss against the memory is contrastive.
+
+    The way with the best MAP@R on the validation classes is used for the training, which starts where it would have
+    started without the trials. The learning rates of a trial are those of the learner, and fall to 0 in a straight
+    line. Rows are stored after a tenth of its steps, in an `EmbeddingMemory` without a momentum encoder.
+
+    Under DDP every rank trains on its own part of the batches, and the mean score decides. A resumed run keeps the
+    choice of its checkpoint. Without validation classes nothing is tried, and the learner stays as it is.
+
+    Args:
+        steps: Length of a trial in optimiser steps, at least 10; 0 tries nothing, and the learner stays as it is.
+        factors: Factors of the learner's `memory_weight`, above 0.
+
+    Attributes:
+        chosen: Name of the way that was chosen; None before the fit.
+        scores: Name of every way -> its MAP@R on the validation classes.
+
+    Raises:
+        ValueError: If an argument is out of range; in `fit`, without a `MemoryCallback` or with another module than a
+            `MetricLearner`.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_memdml import MemoryCallback
+        >>> callbacks = [MemoryCallback(size=1.0, start_step=50), MemoryChoice(steps=100)]
+        >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, steps: int = 100, factors: Sequence[float] = (1.0, 0.3)) -> None:
+        if 0 != steps < 10 or not factors or min(factors) <= 0:
+            raise ValueError(
+                "Expected `steps` of 0 or at least 10 and `factors` above 0 but got "
+                f"{steps} and {list(factors)}. Pass 100 and [1.0, 0.3], for example."
+            )
+        self.steps, self.factors = steps, tuple(factors)
+        self.chosen: str | None = None
+        self.scores: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the choice of another run; that of a checkpoint is restored later."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.chosen, self.scores = None, {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose, unless the run is resumed, and set the learner's memory term."""
+        callback = _memory_callback(trainer)
+        terms = self.terms(pl_module)
+        is_new = trainer.ckpt_path is None and trainer.global_step == 0
+        if self.steps and is_new:
+            self._choose(trainer, pl_module, terms, callback.memory.size or 1)
+        for term in terms:
+            if term.name == self.chosen:
+                use_memory_term(pl_module, callback, term)
+
+    def terms(self, learner: Any) -> list[MemoryTerm]:
+        """Return the ways to be tried.
+
+        Raises:
+            ValueError: If the module has no `memory_weight` that is a number.
+        """
+        own = getattr(learner, "memory_weight", None)
+        if not isinstance(own, int | float):
+            raise ValueError(
+                f"Expected a MetricLearner whose `memory_weight` is a number, which MemoryChoice sets, but got "
+                f"{own} in {type(learner).__name__}. Leave MemoryChoice out."
+            )
+        loss = learner.loss if learner.memory_loss is None else learner.memory_loss
+        terms = [MemoryTerm("no memory", None, 0.0)]
+        terms += [MemoryTerm(f"weight {own * factor:g}", loss, own * factor) for factor in self.factors]
+        if isinstance(loss, ContrastiveLoss):
+            sides = DirectWeightLoss(negative=Threshold(loss.margin), normalize="sum")
+            terms.append(MemoryTerm("each side sums to 1", sides, own))
+        return terms
+
+    def _choose(self, trainer: Trainer, learner: Any, terms: list[MemoryTerm], size: int) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not len(getattr(data, "val_set", ())):
+            rank_zero_warn(
+                "Expected validation classes, by which MemoryChoice chooses the memory term, but there are none: it "
+                "stays as it is. Pass --data.val_fraction 0.2, for example."
+            )
+            return
+        rank_zero_info(
+            f"Choosing the memory term on validation classes: {len(terms)} short trainings of {self.steps} steps."
+        )
+        start = {name: value.clone() for name, value in learner.state_dict().items()}
+        with torch.random.fork_rng(_devices(learner)):
+            for term in terms:
+                score = self._try(trainer, learner, data, term, size)
+                total = trainer.strategy.reduce(torch.tensor(score, device=learner.device), reduce_op="mean")
+                self.scores[term.name] = float(total)
+                learner.load_state_dict(start)
+        learner.zero_grad(set_to_none=True)
+        self.chosen = max(self.scores, key=lambda name: self.scores[name])
+        rank_zero_info(choice_table(self.scores, self.chosen))
+
+    def _try(self, trainer: Trainer, learner: Any, data: Any, term: MemoryTerm, size: int) -> float:
+        """Train in one way, and return MAP@R on the validation classes."""
+        made = learner.configure_optimizers()
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)
+        memory = EmbeddingMemory(size)
+        memory.to(learner.device)
+        shown = tqdm(
+            self._batches(data.train_dataloader()), term.name, self.steps, delay=1, leave=False,
+            disable=not trainer.is_global_zero,
+        )  # fmt: skip
+        for step, batch in enumerate(shown):
+            images, labels, *rest = trainer.strategy.batch_to_device(list(batch))
+            indices = rest[0] if rest else None
+            embeddings = learner(images)
+            loss = batch_term(learner.loss, embeddings, labels, indices)
+            if term.loss is not None:
+                loss = loss + term.weight * memory_term(term.loss, embeddings, labels, memory.read(), indices)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+            if step >= self.steps // 10:
+                memory.enqueue(embeddings.detach(), labels, indices, step=step)
+        return _map_at_r(trainer, learner, data)
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
+        """Yield the batches of as many steps, epoch by epoch."""
+        left, epoch = self.steps, 0
+        while left:
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                yield batch
+                left -= 1
+                if not left:
+                    return
+            epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the choice and its scores."""
+        return {"chosen": self.chosen, "scores": self.scores}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the choice of a checkpoint."""
+        self.chosen, self.scores = state_dict["chosen"], dict(state_dict["scores"])
+
+
+def use_memory_term(learner: Any, callback: MemoryCallback, term: MemoryTerm) -> None:
+    """Set the memory term of a learner, or switch its memory off."""
+    if term.loss is None:
+        callback.enabled = False
+    else:
+        learner.memory_loss, learner.memory_weight = term.loss, term.weight
+
+
+def choice_table(scores: dict[str, float], chosen: str) -> str:
+    """Return what was tried as a table.
+
+    Example:
+        >>> print(choice_table({"no memory": 0.171, "weight 1": 0.184}, "weight 1"))
+        Memory term          MAP@R % of validation classes
+        no memory                17.1
+        weight 1                 18.4  chosen
+    """
+    lines = [f"{'Memory term':20} MAP@R % of validation classes"]
+    lines += [f"{name:20}{100 * score:9.1f}{'  chosen' * (name == chosen)}" for name, score in scores.items()]
+    return "\n".join(lines)
+
+
+def _memory_callback(trainer: Any) -> MemoryCallback:
+    for callback in trainer.callbacks:
+        if isinstance(callback, MemoryCallback):
+            return callback
+    raise ValueError(
+        "Expected a MemoryCallback, about whose memory MemoryChoice decides, but there is none. Pass "
+        "`Trainer(callbacks=[MemoryCallback(size=1.0), MemoryChoice()])`."
+    )
+
+
+def _devices(module: LightningModule) -> list[torch.device]:
+    return [module.device] if module.device.type == "cuda" else []
+
+
+@torch.no_grad()
+def _map_at_r(trainer: Trainer, learner: LightningModule, data: Any) -> float:
+    was_training = learner.training
+    learner.eval()
+    images = (trainer.strategy.batch_to_device(batch[0]) for batch in data.val_dataloader())
+    rows = [learner(batch).float().cpu() for batch in images]
+    learner.train(was_training)
+    ranks = rank_queries(torch.cat(rows), data.val_set.labels, indices=data.val_set.indices)
+    return float(ranks.scores(k=(1,))["map_at_r"])

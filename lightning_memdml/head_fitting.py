@@ -14,7 +14,9 @@ from lightning_memdml.heads import FeatureStatistics, HeadInit, fit_head
 from lightning_memdml.training_images import BATCH_SIZE, find_train_set, load_images
 
 
-def fit_head_to_training_images(trainer: Trainer, model: Embedder, init: HeadInit) -> None:
+def fit_head_to_training_images(
+    trainer: Trainer, model: Embedder, init: HeadInit, statistics: FeatureStatistics | None = None
+) -> None:
     """Fit a head in closed form to the features of all training images, which are computed once.
 
     Every rank computes the features of its share of the images. The sums over them are added up, so that all ranks get
@@ -24,10 +26,19 @@ def fit_head_to_training_images(trainer: Trainer, model: Embedder, init: HeadIni
         trainer: The Trainer, whose data and process group are set up.
         model: The embedder, whose linear head is fitted in place.
         init: `pca` or `whitening`.
+        statistics: The sums over the features, if the first rank knows them already: no image is opened then.
 
     Raises:
         ValueError: If there is no training set with an integer `labels` per image.
     """
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    known = trainer.strategy.broadcast(None if statistics is None else statistics.sums())
+    fit_head(head, _sum_features(trainer, model, init) if known is None else FeatureStatistics.from_sums(*known), init)
+
+
+def _sum_features(trainer: Trainer, model: Embedder, init: HeadInit) -> FeatureStatistics:
+    """Return the sums over the features of all training images, of which every rank computes a share."""
     images = getattr(trainer.datamodule, "plain_train_set", None)  # type: ignore[attr-defined]
     images = find_train_set(trainer) if images is None else images
     labels = getattr(images, "labels", None)
@@ -37,11 +48,9 @@ def fit_head_to_training_images(trainer: Trainer, model: Embedder, init: HeadIni
             f"but got {'none' if images is None else type(images).__name__}. Add `labels`, or pass "
             "`head_init='default'`."
         )
-    head = model.head
-    assert isinstance(head, nn.Linear)
     device = trainer.strategy.root_device
     classes = labels.unique()
-    statistics = FeatureStatistics(head.in_features, len(classes))
+    statistics = FeatureStatistics(model.num_features, len(classes))
     own = torch.arange(trainer.global_rank, len(labels), trainer.world_size).split(BATCH_SIZE)
     loaded = load_images(trainer, images, [part.tolist() for part in own])
     shown = tqdm(loaded, "Fitting the head", len(own), delay=1, disable=not trainer.is_global_zero, leave=False)
@@ -53,7 +62,7 @@ def fit_head_to_training_images(trainer: Trainer, model: Embedder, init: HeadIni
     model.train(was_training)
     for total in statistics.sums():
         total.copy_(_sum_over_ranks(trainer, total.to(device)))
-    fit_head(head, statistics, init)
+    return statistics
 
 
 def _sum_over_ranks(trainer: Any, tensor: Tensor) -> Tensor:

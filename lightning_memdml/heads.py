@@ -142,6 +142,14 @@ class FeatureStatistics:
         self.class_sums = torch.zeros(num_classes, num_features, dtype=torch.float64)
         self.class_counts = torch.zeros(num_classes, dtype=torch.float64)
 
+    @classmethod
+    def from_sums(cls, products: Tensor, class_sums: Tensor, class_counts: Tensor) -> FeatureStatistics:
+        """Return statistics with what `sums` returned."""
+        statistics = cls(len(products), len(class_counts))
+        for total, given in zip(statistics.sums(), (products, class_sums, class_counts), strict=True):
+            total.copy_(given)
+        return statistics
+
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums `(F, F)`, `(C, F)` and `(C,)`, which ranks add up."""
         return self.products, self.class_sums, self.class_counts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone
 from lightning_memdml.head_fitting import fit_head_to_training_images
-from lightning_memdml.heads import FITTED, HeadInit, Pooling
+from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, loss_term
@@ -145,6 +145,7 @@ class MetricLearner(LightningModule):
         trunk, width = build_backbone(backbone, weights, num_features, feature_map=pooling is not None)
         self.model = Embedder(trunk, width, embedding_dim, freeze_batch_norm, head, head_init, neck, pooling)
         self.head_init = head_init
+        self.head_statistics: FeatureStatistics | None = None  # of the training images, where they are known already
         self._is_trained = False  # a head is fitted once, and never over trained weights
         self.loss = loss
         self.memory_loss = memory_loss
@@ -170,7 +171,7 @@ class MetricLearner(LightningModule):
                 metrics.k = tuple(levels)
         fits = stage == "fit" and self.head_init in FITTED and isinstance(self.model.head, nn.Linear)
         if fits and not self._is_trained and self.trainer.ckpt_path is None:
-            fit_head_to_training_images(self.trainer, self.model, self.head_init)
+            fit_head_to_training_images(self.trainer, self.model, self.head_init, self.head_statistics)
         self._is_trained |= stage == "fit"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from lightning_memdml.latest_run import point_latest_at
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.reference_scores import (
     ReferenceScores,
-    format_scores,
     reference_table,
     score_after_training,
     score_before_training,
@@ -55,7 +54,13 @@ FIT = {
         "type": bool,
         "default": True,
         "help": "Score the frozen features of a network with --model.weights first, and compare them at the end.",
-    }
+    },
+    "--reference_cache": {
+        "type": str | None,
+        "default": "runs/frozen_features",
+        "help": "Folder that keeps what was computed of the frozen features for a later run on the same images and "
+        "weights; null for none.",
+    },
 }
 PREDICT = {
     "--file_format": {
@@ -232,9 +237,9 @@ class MemdmlCLI(LightningCLI):
             data.prepare_data()
             data.setup("fit")
             device = self.trainer.strategy.root_device
-            self._reference = score_before_training(self.model.model, data, device)
-            frozen = self._reference.rows["frozen features"]
-            rank_zero_info(f"Frozen features on {self._reference.classes} classes: {format_scores(frozen)}.")
+            cache = None if section.reference_cache is None else local_path(section.reference_cache, "reference_cache")
+            self._reference = score_before_training(self.model.model, data, device, cache)
+            self.model.head_statistics = self._reference.statistics
 
     def _needs_trust(self) -> list[str]:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -15,10 +17,12 @@ from lightning_memdml.backbones import Embedder
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.heads import FeatureStatistics, fit_head
+from lightning_memdml.reference_cache import ReferenceFile
 from lightning_memdml.retrieval import rank_queries
+from lightning_memdml.training_images import BATCH_SIZE
 
+FROZEN, WHITENED = "frozen features", "frozen features, whitened"
 SCORES = {"recall_at_1": "Recall@1 %", "map_at_r": "MAP@R %"}
-BATCH_SIZE = 64
 
 
 class ReferenceScores(NamedTuple):
@@ -27,41 +31,59 @@ class ReferenceScores(NamedTuple):
     Attributes:
         classes: The classes that are scored: `validation` or `test`.
         rows: Name of an arm -> score -> value in [0, 1].
+        statistics: Sums over the features of the training images, to which a head can be fitted; None without a head.
     """
 
     classes: str
     rows: dict[str, dict[str, float]]
+    statistics: FeatureStatistics | None = None
 
 
-def score_before_training(model: Embedder, data: RetrievalDataModule, device: torch.device) -> ReferenceScores:
+def score_before_training(
+    model: Embedder, data: RetrievalDataModule, device: torch.device, cache: Path | None = None
+) -> ReferenceScores:
     """Score the features of a backbone as they are, and whitened on the training images.
 
     The images are those of the validation classes, or of the test classes if there are none. The whitening is that of
-    `fit_head`, to the width of the embedding.
+    `fit_head`, to the width of the embedding. The scores of the features as they are, which need the fewest images, are
+    printed as soon as they are known.
 
     Args:
         model: The network before its training.
         data: A data module after `setup()`.
         device: Where the network runs.
+        cache: A folder that keeps the result for a later run on the same images, files and weights.
     """
     classes, query_set, gallery_set = _scored_sets(data)
+    file = None if cache is None else ReferenceFile.find(cache, model, data)
+    if file is not None and (kept := file.read()) is not None:
+        rows, sums = kept
+        statistics = None if sums is None else FeatureStatistics.from_sums(*sums)
+        rank_zero_info(f"Frozen features on {classes} classes: {format_scores(rows[FROZEN])} ({file.path}).")
+        return ReferenceScores(classes, rows, statistics)
     queries = embed_set(model.features, model, query_set, device, data, f"Features of {classes} images")
     gallery = None
     if gallery_set is not query_set:
         gallery = embed_set(model.features, model, gallery_set, device, data, "Features of the gallery")
-    rows = {"frozen features": _scores(queries, gallery, query_set, gallery_set)}
+    rows = {FROZEN: _scores(queries, gallery, query_set, gallery_set)}
+    rank_zero_info(f"Frozen features on {classes} classes: {format_scores(rows[FROZEN])}.")
+    statistics = None
     if isinstance(model.head, nn.Linear):
         images = data.plain_train_set
         labels = images.labels.unique()
         statistics = FeatureStatistics(queries.shape[1], len(labels))
         features = embed_set(model.features, model, images, device, data, "Features of training images")
-        statistics.add(features, torch.searchsorted(labels, images.labels))
+        places = torch.searchsorted(labels, images.labels)
+        for part, at in zip(features.split(BATCH_SIZE), places.split(BATCH_SIZE), strict=True):
+            statistics.add(part, at)  # in the batches of `fit_head_to_training_images`: the same sums, bit for bit
         with torch.random.fork_rng([]), torch.no_grad():
             head = nn.Linear(queries.shape[1], model.head.out_features)
             fit_head(head, statistics, "whitening")
             whitened = None if gallery is None else head(gallery)
-            rows["frozen features, whitened"] = _scores(head(queries), whitened, query_set, gallery_set)
-    return ReferenceScores(classes, rows)
+            rows[WHITENED] = _scores(head(queries), whitened, query_set, gallery_set)
+    if file is not None:
+        file.write(rows, None if statistics is None else statistics.sums())
+    return ReferenceScores(classes, rows, statistics)
 
 
 def score_after_training(model: Embedder, data: RetrievalDataModule, device: torch.device) -> dict[str, float]:

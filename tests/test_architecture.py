@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "latest_run": set(),
     "run_folders": set(),
     "run_display": {"losses"},
-    "reference_scores": {"backbones", "data", "heads", "retrieval"},
+    "reference_cache": {"atomic_write", "backbones", "data"},
+    "reference_scores": {"backbones", "data", "heads", "reference_cache", "retrieval", "training_images"},
     "data_check": {"data", "cli_messages", "atomic_write"},
 }
 ROOMS = set(MAY_IMPORT)

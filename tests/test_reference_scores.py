@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from PIL import Image
 
-from lightning_memdml import ContrastiveLoss, GlyphDataModule, MetricLearner
+from lightning_memdml import ContrastiveLoss, FolderDataModule, GlyphDataModule, MetricLearner
 from lightning_memdml.backbones import SmallConvNet
 from lightning_memdml.cli import main
 from lightning_memdml.reference_scores import (
@@ -90,3 +91,63 @@ def test_fit_prints_the_table_at_the_end(
     row = r"\n{} +\d+\.\d +\d+\.\d\n"
     for name in ("frozen features", "frozen features, whitened", "trained"):
         assert bool(re.search(row.format(name), printed)) == wanted
+
+
+def photographs(folder: Path, colour: int = 0) -> FolderDataModule:
+    """Eight classes of four pictures: the first four train, one of them for validation."""
+    generator = torch.Generator().manual_seed(colour)
+    for label in range(8):
+        for number in range(4):
+            file = folder / f"class{label}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = (torch.rand(12, 12, 3, generator=generator) * 99 + 20 * label).byte().numpy()
+            Image.fromarray(pixels).save(file)
+    data = FolderDataModule(
+        str(folder), batch_size=4, images_per_class=2, image_size=16, val_fraction=0.5, num_workers=0
+    )
+    data.setup("fit")
+    return data
+
+
+def colour_learner(**options: Any) -> MetricLearner:
+    seed_everything(0)
+    return MetricLearner(SmallConvNet(in_channels=3, width=4), ContrastiveLoss(), embedding_dim=8, **options)
+
+
+def test_the_cache_gives_the_same_result_and_opens_no_image(tmp_path: Path) -> None:
+    data, cache = photographs(tmp_path / "images"), tmp_path / "cache"
+    first = score_before_training(colour_learner().model, data, CPU, cache)
+    data.val_set.open_image = data.train_set.open_image = None  # type: ignore[assignment]
+    again = score_before_training(colour_learner().model, data, CPU, cache)
+    assert again[:2] == first[:2]
+    assert first.statistics is not None
+    assert again.statistics is not None
+    assert all(map(torch.equal, first.statistics.sums(), again.statistics.sums()))
+    (file,) = cache.iterdir()
+    file.write_bytes(b"damaged")
+    assert score_before_training(colour_learner().model, photographs(tmp_path / "images"), CPU, cache)[:2] == first[:2]
+
+
+def test_other_images_or_weights_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    cache, other = tmp_path / "cache", colour_learner()
+    torch.nn.init.ones_(next(other.model.backbone.parameters()))
+    for number, (model, colour) in enumerate(((colour_learner(), 0), (other, 0), (colour_learner(), 1)), start=1):
+        score_before_training(model.model, photographs(tmp_path / "images", colour), CPU, cache)
+        assert len(list(cache.iterdir())) == number
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_head_is_fitted_to_the_features_of_the_comparison(reference: bool, tmp_path: Path) -> None:
+    """With and without the comparison it is the same, bit for bit, and the images are opened once."""
+    data, model = photographs(tmp_path), colour_learner(head_init="whitening")
+    expected = colour_learner(head_init="whitening")
+    fit = {"max_steps": 0, "logger": False, "accelerator": "cpu", "enable_checkpointing": False}
+    Trainer(**fit).fit(expected, photographs(tmp_path))
+    opened: list[int] = []
+    images, open_image = data.train_set, data.train_set.open_image
+    images.open_image = lambda row: opened.append(row) or open_image(row)  # type: ignore[func-returns-value]
+    if reference:
+        model.head_statistics = score_before_training(model.model, data, CPU).statistics
+    Trainer(**fit).fit(model, data)
+    assert torch.equal(model.model.head.weight, expected.model.head.weight)
+    assert len(opened) == len(images)

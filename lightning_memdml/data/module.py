@@ -61,6 +61,8 @@ class RetrievalDataModule(LightningDataModule):
         images_per_class: Images of each class in a training batch.
         batches_per_epoch: Training batches per epoch; by default as many as it takes to visit every image. Shorter
             epochs visit every image too, over several epochs.
+        shrink_batch: Make `batch_size` smaller, with a notice, if a batch would need more classes than there are to train
+            on; otherwise that is an error.
         eval_batch_size: Images per batch of validation, test and prediction on each rank.
         num_workers: Processes per loader that open and transform images; 0 does it in the training process. By default
             as many as there are CPU cores for each rank of this machine, at most 16.
@@ -117,6 +119,7 @@ class RetrievalDataModule(LightningDataModule):
         std: Sequence[float] | None = None,
         interpolation: transforms.Interpolation | None = None,
         crop_pct: float | None = None,
+        shrink_batch: bool = False,
     ) -> None:
         super().__init__()
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
@@ -126,6 +129,7 @@ class RetrievalDataModule(LightningDataModule):
             )
         self.batch_size = batch_size
         self.images_per_class = images_per_class
+        self.shrink_batch = shrink_batch
         self.batches_per_epoch = batches_per_epoch
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -206,6 +210,8 @@ class RetrievalDataModule(LightningDataModule):
         else:
             self._all_images = ImageDataset(pixels, paths, labels)
         self._make_sets(rows, self._cached(records))
+        if self.shrink_batch:
+            self._shrink_batch()
         self._warn_of_odd_classes()
         self.classes = classes
 
@@ -253,6 +259,13 @@ class RetrievalDataModule(LightningDataModule):
         self.gallery_set = self.query_set
         if not rows.query.equal(rows.gallery):
             self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
+
+    def _shrink_batch(self) -> None:
+        """Lower the batch size to what the training classes fill."""
+        most = len(self.train_set.labels.unique()) * self.images_per_class
+        if 0 < most < self.batch_size:
+            rank_zero_info(f"Batches have {most} images rather than {self.batch_size}: there are no more classes.")
+            self.batch_size = most
 
     @property
     def plain_train_set(self) -> ImageDataset:

@@ -193,6 +193,16 @@ def test_more_classes_per_batch_than_there_are_is_an_error():
         Listed(*TRAIN, batch_size=6).train_dataloader()
 
 
+def test_a_batch_shrinks_to_the_classes_there_are_if_that_is_wanted(caplog):
+    data = Listed(*TRAIN, batch_size=6, shrink_batch=True)
+    with caplog.at_level("INFO"):
+        images, labels, _ = next(iter(data.train_dataloader()))
+    assert data.batch_size == len(images) == 2 * data.images_per_class
+    assert len(labels.unique()) == 2
+    assert f"Batches have {len(images)} images rather than 6" in caplog.text
+    assert Listed(*TRAIN, batch_size=2, shrink_batch=True).train_dataloader().sampler.batch_size == 2
+
+
 class Files(RetrievalDataModule):
     def __init__(self, folder: Any, **kwargs: Any) -> None:
         super().__init__(num_workers=0, **kwargs)

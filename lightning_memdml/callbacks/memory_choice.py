@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.losses import ContrastiveLoss, DirectWeightLoss, Threshold
 from lightning_memdml.memory import EmbeddingMemory
-from lightning_memdml.memory_term import Loss, batch_term, memory_term
+from lightning_memdml.memory_term import Loss, loss_term
 from lightning_memdml.retrieval import rank_queries
 
 
@@ -47,7 +47,8 @@ class MemoryChoice(Callback):
     line. Rows are stored after a tenth of its steps, in an `EmbeddingMemory` without a momentum encoder.
 
     Under DDP every rank trains on its own part of the batches, and the mean score decides. A resumed run keeps the
-    choice of its checkpoint. Without validation classes nothing is tried, and the learner stays as it is.
+    choice of its checkpoint. Nothing is tried, and the learner stays as it is, without validation classes, and if the
+    training itself has fewer than `2 * steps` steps.
 
     Args:
         steps: Length of a trial in optimiser steps, at least 10; 0 tries nothing, and the learner stays as it is.
@@ -88,7 +89,7 @@ class MemoryChoice(Callback):
         callback = _memory_callback(trainer)
         terms = self.terms(pl_module)
         is_new = trainer.ckpt_path is None and trainer.global_step == 0
-        if self.steps and is_new:
+        if self.steps and is_new and trainer.estimated_stepping_batches >= 2 * self.steps:
             self._choose(trainer, pl_module, terms, callback.memory.size or 1)
         for term in terms:
             if term.name == self.chosen:
@@ -151,9 +152,9 @@ class MemoryChoice(Callback):
             images, labels, *rest = trainer.strategy.batch_to_device(list(batch))
             indices = rest[0] if rest else None
             embeddings = learner(images)
-            loss = batch_term(learner.loss, embeddings, labels, indices)
+            loss = loss_term(learner.loss, embeddings, labels, indices=indices)
             if term.loss is not None:
-                loss = loss + term.weight * memory_term(term.loss, embeddings, labels, memory.read(), indices)
+                loss = loss + term.weight * loss_term(term.loss, embeddings, labels, memory.read(), indices)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

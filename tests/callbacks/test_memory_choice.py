@@ -51,7 +51,7 @@ def learner(memory_loss: Any = None, **options: Any) -> MetricLearner:
 
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    options = {"max_steps": 12, "enable_checkpointing": False, **quiet, **options}
+    options = {"max_steps": 120, "enable_checkpointing": False, **quiet, **options}
     return Trainer(callbacks=list(callbacks), limit_val_batches=0, **options)
 
 
@@ -119,7 +119,7 @@ def test_two_ranks_choose_the_same(glyph_cache: str) -> None:
 def test_without_validation_classes_the_learner_stays_as_it_is(glyph_cache: str) -> None:
     model, choice = learner(), MemoryChoice(steps=10)
     with pytest.warns(UserWarning, match=r"Expected validation classes.*val_fraction 0\.2"):
-        trainer(MemoryCallback(size=1.0), choice, max_steps=1).fit(model, glyphs(glyph_cache, val_fraction=0))
+        trainer(MemoryCallback(size=1.0), choice, max_steps=20).fit(model, glyphs(glyph_cache, val_fraction=0))
     assert choice.chosen is None
     assert model.memory_weight == 1.0
 

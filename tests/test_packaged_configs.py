@@ -7,7 +7,9 @@ import io
 import re
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 
 from lightning_memdml import data
 from lightning_memdml.cli import main
+from lightning_memdml.config_merging import merge_arguments
 from lightning_memdml.packaged_configs import FOLDER, config_names, describe_configs, find_config, read_header
 
 _spec = importlib.util.spec_from_file_location("trees", Path(__file__).parent / "data/trees.py")
@@ -48,10 +51,21 @@ def image_folder(path: Path, classes: int = 14, images: int = 3) -> None:
         Image.new("RGB", (40, 36), (17 * (index // images), 80, 5 * index)).save(file)
 
 
+def configs_of(config: Path) -> list[str]:
+    """The configurations that the command of a header names, in their order."""
+    command = shlex.split(read_header(config).command)
+    return [name for option, name in pairwise(command) if option == "--config"]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
 def test_header_has_command_hardware_cost_and_expected_result(config: Path) -> None:
     header = read_header(config)
-    assert shlex.split(header.command)[:4] == ["memdml", "fit", "--config", config.stem]
+    names = configs_of(config)
+    assert names[-1] == config.stem
+    assert shlex.split(header.command)[:2] == ["memdml", "fit"]
+    # One that lies on top of another has no data of its own.
+    has_data = ["data" in yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in names]
+    assert has_data == [True, *[False] * (len(names) - 1)]
     assert all(text.endswith(".") for text in (header.summary, header.hardware, header.cost, header.expected))
     for result in re.findall(r"experiments/results/\S+\.\w+", header.expected):
         assert (REPOSITORY / result).is_file()
@@ -102,14 +116,21 @@ def test_a_configuration_can_be_printed(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*Scores are not comparable")
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
-def test_configuration_trains(config: Path, tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [*((config, "32-true") for config in CONFIGS), (FOLDER / "sop_xbm.yaml", "bf16-mixed")],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_configuration_trains(
+    config: Path, precision: str, tmp_path: Path, glyph_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps on tiny data of its own kind, in place of ResNet-50 with a small network; all else is as it stands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["memdml"])
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # which a run sets
         monkeypatch.setenv(name, "0")
-    name = yaml.safe_load(config.read_text())["data"]["class_path"]
+    names = configs_of(config)
+    name = yaml.safe_load((FOLDER / f"{names[0]}.yaml").read_text())["data"]["class_path"]
     if name == "GlyphDataModule":
         own = f"--data.num_classes=20 --data.cache_dir={glyph_cache}"
     elif name == "TableDataModule":
@@ -121,8 +142,10 @@ def test_configuration_trains(config: Path, tmp_path: Path, glyph_cache: str, mo
     else:
         own = f"--data.root={trees.TREES[name](tmp_path / 'tree')}"
         if name != "Omniglot":  # a small network, and no weights, which would have to be downloaded
-            own += " --data.image_size=33 --model.weights=null --model.backbone=mobilenet_v3_small"
-    main(["fit", f"--config={config.stem}", *f"{SMALL} {SHORT} {own}".split(), "--trainer.enable_progress_bar=false"])
+            own += " --data.image_size=33 --model.weights=null"
+            own += "" if config.stem == "googlenet_512" else " --model.backbone=mobilenet_v3_small"
+    own += f" --trainer.precision={precision} --trainer.enable_progress_bar=false"
+    main(["fit", *(f"--config={name}" for name in names), *f"{SMALL} {SHORT} {own}".split()])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["global_step"] == 2
@@ -134,8 +157,39 @@ def test_every_benchmark_has_a_configuration_with_its_recall_levels() -> None:
     found = set()
     for config in CONFIGS:
         said = yaml.safe_load(config.read_text())
-        name = said["data"]["class_path"]
+        name = said.get("data", {}).get("class_path")
         if name in trees.TREES:
             found.add(name)
             assert tuple(said["model"]["k"]) == getattr(data, name).recall_levels, config.name
     assert found == set(trees.TREES)
+
+
+def benchmark(*names: str) -> dict[str, Any]:
+    """The model of merged configurations."""
+    (text,) = [part for part in merge_arguments([f"--config={name}" for name in names], {}) if part != "--config"]
+    return yaml.safe_load(text)
+
+
+def test_the_published_setting_of_xbm_is_in_its_configurations() -> None:
+    for name in ("sop_xbm", "in_shop_xbm"):
+        found = benchmark(name)
+        model, (callback,) = found["model"], found["trainer"]["callbacks"]
+        assert callback == {"class_path": "MemoryCallback", "init_args": {"size": 55000, "start_step": 1000}}
+        assert (model["pooling"], model["head_init"], model["embedding_dim"]) == ("maximum", "kaiming", 128)
+        assert model["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4, "weight_decay": 5e-4}}
+        assert model["loss"] == {"class_path": "ContrastiveLoss", "init_args": {"margin": 0.5}}
+        assert model["memory_includes_batch"] is True
+        assert model["memory_excludes_own_image"] is model["batch_excludes_own_image"] is False
+        assert (found["trainer"]["max_steps"], found["data"]["init_args"]["batch_size"]) == (35000, 64)
+
+
+def test_configurations_on_top_of_others_change_what_they_name() -> None:
+    below, above = benchmark("sop_memory"), benchmark("sop_memory", "rate_3e4")
+    assert above["model"].pop("optimizer")["init_args"] == {"lr": 3e-4, "weight_decay": 5e-4}
+    assert (above["model"].pop("pooling"), above["model"].pop("head_init")) == (None, "default")
+    for name in ("optimizer", "pooling", "head_init"):
+        del below["model"][name]
+    assert above == below
+    model = benchmark("sop_xbm", "googlenet_512")["model"]
+    assert (model["backbone"], model["embedding_dim"], model["pooling"]) == ("googlenet", 512, None)
+    assert model["head_init"] == "kaiming"

@@ -65,8 +65,8 @@ def loss_term(
     if isinstance(loss, PairLoss):
         if rows.ranks is not None:
             options["ranks"] = rows.ranks
-        if rows.bound is not None:
-            options["max_shared"] = rows.max_shared(labels.shape[0])
+        if rows.bounds is not None:
+            options["max_shared"] = rows.bounds
         return loss(embeddings, labels, ref_embeddings, ref_labels, **options)
     if rows.ranks is not None:
         raise ValueError(

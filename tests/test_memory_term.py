@@ -74,9 +74,9 @@ def test_a_pair_loss_is_given_all_that_the_rows_carry() -> None:
     expected = ContrastiveLoss()(z, y, rows.embeddings, rows.labels, indices=indices, ref_indices=rows.indices)
     assert torch.equal(loss_term(loss, z, y, rows, indices), expected)
     assert set(loss.options) == {"indices", "ref_indices"}
-    rows.bound = (4, 16)
+    rows.bounds = (4, 16)
     assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
-    assert loss.options == {"max_shared": 16}
+    assert loss.options == {"max_shared": (4, 16)}
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

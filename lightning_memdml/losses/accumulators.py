@@ -100,7 +100,7 @@ class NegativeAccumulator:
             self.gradient = self.gradient * own_scale[:, None] + (gradients * scales[:, :, None]).sum(dim=0)
         self.shift = shift
         self.hardest = torch.maximum(self.hardest, hardest.amax(dim=0))
-        self.sums = self.sums + sums.sum(dim=0)
+        self.sums = self.sums + sums.sum(dim=0) if self.sums.shape[1] else sums.sum(dim=0)
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block. The gradient of an exponential loss is normalised here.

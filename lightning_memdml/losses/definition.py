@@ -16,6 +16,7 @@ time and memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ class Pairs(NamedTuple):
         ref_labels: `(M,)`.
         indices: The image of each anchor, `(B,)`. A negative index is unknown.
         ref_indices: The image of each reference, `(M,)`.
-        max_shared: Upper bound of the number of references that share a class or an image with the anchors.
+        max_shared: Upper bounds of the number of references that share a class or an image with 1, 2, 4, ... anchors;
+            the last one holds for any number.
     """
 
     anchors: Tensor
@@ -93,7 +95,7 @@ class Pairs(NamedTuple):
     ref_labels: Tensor
     indices: Tensor | None = None
     ref_indices: Tensor | None = None
-    max_shared: int | None = None
+    max_shared: Sequence[int] | None = None
 
     def select(self, rows: Tensor) -> Pairs:
         """Return the pairs of some of the anchors."""

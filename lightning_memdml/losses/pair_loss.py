@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         *,
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
-        max_shared: int | None = None,
+        max_shared: int | Sequence[int] | None = None,
         ranks: Ranks | None = None,
     ) -> Tensor:
         """Return the scalar loss of a batch against itself or against references.
@@ -107,9 +108,10 @@ class PairLoss(nn.Module, LossDefinition, ABC):
             indices: Data-set index of each anchor's image, `(B,)`. Pairs of equal indices are left out. A negative
                 index is unknown and equals none.
             ref_indices: Data-set index of each reference's image, `(M,)`.
-            max_shared: An upper bound of the number of references that share a class or an image with the batch. With
-                it the host never waits for a GPU here, except for the hinge form of `TripletLoss`; without it, it
-                waits once, for this number. A CPU does not need it.
+            max_shared: An upper bound of the number of references that share a class or an image with the batch, or
+                the bounds for any 1, 2, 4, ... anchors, the last one for any number (`MemoryRows.bounds`). With it
+                the host never waits for a GPU here, except for the hinge form of `TripletLoss`; without it, it waits
+                once, for this number. A CPU does not need it.
             ranks: How to reach the other ranks, if these references are only this rank's share of all, as in a
                 `ShardedMemory`. Every rank then has to call the loss in the same step, also a rank without rows.
 
@@ -125,7 +127,8 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         in_batch = ref_embeddings is None or ref_labels is None
         if ref_embeddings is None or ref_labels is None:
             ref_embeddings, ref_labels, ref_indices = anchors, labels, indices
-        pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, max_shared)
+        bounds = [max_shared] if isinstance(max_shared, int) else max_shared
+        pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, bounds)
         with torch.autocast(embeddings.device.type, enabled=False):
             if ranks is not None and not in_batch:
                 return self._sharded(pairs, ranks)
@@ -222,7 +225,7 @@ def _stream(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
-    max_shared: int | None,
+    max_shared: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss against references that carry no gradient, and the gradient of the anchors."""
     pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, max_shared)
@@ -239,7 +242,7 @@ def _(
     ref_labels: Tensor,
     indices: Tensor | None,
     ref_indices: Tensor | None,
-    max_shared: int | None,
+    max_shared: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     return anchors.new_empty(()), torch.empty_like(anchors)
 

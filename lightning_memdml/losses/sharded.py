@@ -1,24 +1,32 @@
 """Evaluates a pair loss against references of which every rank keeps a share.
 
-The anchors travel, the references stay. Each rank adds up the plain negatives of its share for the anchors of all
-ranks, and sends each rank the totals of its anchors. They combine exactly, because they are sums, maxima and
-log-sum-exps. Only the references that share a class or an image with the anchors are sent to all ranks.
+The anchors travel, the references stay. Each rank adds up the negatives of its share for the anchors of all ranks, and
+sends each rank the totals of its anchors. They combine exactly, because they are sums, maxima and log-sum-exps. Only
+the references that share a class or an image with an anchor are sent to all ranks. Among them each rank finds the
+positives of its own anchors, and what the negatives need to know of these it sends to all ranks.
+
+So every pair is computed once, on the rank that keeps the reference, and those of one class twice: the arithmetic of a
+rank does not grow with the number of ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.accumulators import make_accumulators
-from lightning_memdml.losses.definition import LossDefinition, Pairs
+from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 from lightning_memdml.losses.streaming import (
-    SharedReferences,
+    BLOCK_ELEMENTS,
+    GPU_BLOCK_ELEMENTS,
+    SharedBlock,
     add_plain_negatives,
     compare_with_shared,
-    evaluate_in_chunks,
     find_shared,
     finish,
     too_many_pairs,
@@ -38,6 +46,9 @@ class Ranks(Protocol):
 
     def gather(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Return the rows of all ranks in rank order, `(A, D)`, `(A,)`, `(A,)`, and how many are of each rank."""
+
+    def gather_contexts(self, contexts: Tensor) -> Tensor:
+        """Return the rows of all ranks in rank order, `(A, S)`, of equally wide tensors `(B, S)`."""
 
     def all_to_all(self, states: Tensor, counts: list[int]) -> Tensor:
         """Send each rank its rows of `(A, S)`, `counts` of each. Return those for this rank, `(W, B, S)`."""
@@ -60,33 +71,84 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
     shared = find_shared(Pairs(all_anchors, all_labels, references, ref_labels, all_indices, ref_indices))
     own_shared = references[shared.columns].to(anchors.dtype), ref_labels[shared.columns], ref_indices[shared.columns]
     shared_rows, shared_labels, shared_indices, _ = ranks.gather(*own_shared)
-    if max(counts) > 1 and too_many_pairs(all_anchors, shared_labels):
-        return evaluate_in_chunks(lambda chunk: evaluate_sharded(loss, chunk, ranks), pairs)
+    own = Pairs(anchors, labels, shared_rows, shared_labels, indices, shared_indices)
+    contexts = _contexts_of_all(loss, own, ranks)
     if all_anchors.shape[0] == 0:
         return anchors.new_zeros(0), anchors.clone()
-    every = torch.ones_like(shared_labels, dtype=torch.bool)
-    shared_pairs = Pairs(all_anchors, all_labels, shared_rows, shared_labels, all_indices, shared_indices)
-    block = compare_with_shared(loss, shared_pairs, SharedReferences(every, every.nonzero().squeeze(1), every))
 
-    # The plain negatives of this share, for the anchors of all ranks.
-    shares = make_accumulators(loss, block.contexts, block.anchors, references)
-    for share in shares:  # gives the further sums their shape, where this share has no plain negative
-        share.add(block.similarity[:, :0].clone(), block.references[:0], slice(0, 0))
+    # The negatives of this share, for the anchors of all ranks.
+    shares = make_accumulators(loss, contexts, all_anchors, references)
+    number = (~shared.mask).sum().expand(all_anchors.shape[0])
     add_plain_negatives(shares, references, shared.mask, loss.backend)
-    plain = (~shared.mask).sum().expand(all_anchors.shape[0], 1).to(anchors.dtype)
-    states = [plain, *(share.state()[block.place] for share in shares)]
+    pairs_per_block = BLOCK_ELEMENTS if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
+    # One empty block, which gives further sums their shape, where there are no such references.
+    for columns in shared.columns.split(max(256, pairs_per_block // all_anchors.shape[0])):
+        rows = references[columns].to(anchors.dtype)
+        negative = pair_masks(all_labels, ref_labels[columns], all_indices, ref_indices[columns])[1]
+        number = number + negative.sum(dim=1)
+        similarity = all_anchors @ rows.T
+        for share in shares:
+            share.add(similarity.clone(), rows, columns, ~negative)
+    states = [number[:, None].to(anchors.dtype), *(share.state() for share in shares)]
     received = ranks.all_to_all(torch.cat(states, dim=1), counts)
-    if anchors.shape[0] == 0:
-        return anchors.new_zeros(0), anchors.clone()
 
-    # The shared references and the totals of all shares, for the anchors of this rank.
-    first = sum(counts[: ranks.rank])
-    own = block.select(block.place[first : first + counts[ranks.rank]])
-    numbers, *states_of_parts = received.split([state.shape[1] for state in states], dim=2)
-    accumulators = make_accumulators(loss, own.contexts, own.anchors, own.references)
-    for accumulator, states_of_part in zip(accumulators, states_of_parts, strict=True):
-        places = torch.arange(own.references.shape[0], device=own.references.device)
-        accumulator.add(own.similarity.clone(), own.references, places, ~own.negative)
-        accumulator.merge(states_of_part)
-    number = own.negative.sum(dim=1) + numbers.sum(dim=(0, 2)).long()
-    return finish(loss, own, accumulators, number)
+    # The totals of all shares and the positives, for the anchors of this rank.
+    value, gradient = torch.empty_like(anchors[:, 0]), torch.empty_like(anchors)
+    for chunk, block in _own_blocks(loss, own):
+        in_order = received[:, chunk[block.place.argsort()]]
+        numbers, *states_of_parts = in_order.split([state.shape[1] for state in states], dim=2)
+        accumulators = make_accumulators(loss, block.contexts, block.anchors, block.references)
+        for accumulator, states_of_part in zip(accumulators, states_of_parts, strict=True):
+            accumulator.merge(states_of_part)
+        finished = finish(loss, block, accumulators, numbers.sum(dim=(0, 2)).long())
+        value[chunk], gradient[chunk] = (result[block.place] for result in finished)
+    return value, gradient
+
+
+def _own_blocks(loss: LossDefinition, own: Pairs) -> Iterator[tuple[Tensor, SharedBlock]]:
+    """Compare the anchors of this rank with the references that share a class or an image with them.
+
+    Args:
+        loss: The loss.
+        own: The anchors of this rank, and the references that any rank needs.
+
+    Yields:
+        Some of the anchors, by their numbers, and their block.
+    """
+    shared = find_shared(own)
+    if too_many_pairs(own.anchors, shared.columns):
+        for half in own.labels.argsort().tensor_split(2):
+            yield from ((half[chunk], block) for chunk, block in _own_blocks(loss, own.select(half)))
+    elif own.anchors.shape[0]:
+        yield torch.arange(own.anchors.shape[0], device=own.labels.device), compare_with_shared(loss, own, shared)
+
+
+def _contexts_of_all(loss: LossDefinition, own: Pairs, ranks: Ranks) -> list[Context]:
+    """Return the contexts of each part of the loss for the anchors of all ranks.
+
+    Where a context is wider for some anchors than for others, it is padded with `inf`.
+    """
+    nothing = own.anchors.new_zeros(0, 0)
+    of_none = [part.context(nothing, nothing.bool()) for part in loss.parts or (loss,)]
+    flat = [tensor for context in of_none for tensor in context]
+    if not flat:
+        return of_none
+    rows = own.anchors.shape[0]
+    tensors = [own.anchors.new_zeros(rows, 0) for _ in flat]
+    for chunk, block in _own_blocks(loss, own):
+        for k, tensor in enumerate(tensor for context in block.contexts for tensor in context):
+            columns = tensor[block.place].to(own.anchors.dtype).view(len(chunk), -1)
+            missing = columns.shape[1] - tensors[k].shape[1]
+            tensors[k] = F.pad(tensors[k], (0, max(0, missing)), value=torch.inf)
+            tensors[k][chunk] = F.pad(columns, (0, max(0, -missing)), value=torch.inf)
+    own_widths = own.anchors.new_tensor([[tensor.shape[1] for tensor in tensors]])
+    widths = [int(width) for width in ranks.gather_contexts(own_widths).amax(dim=0)]
+    padded = [
+        F.pad(tensor, (0, width - tensor.shape[1]), value=torch.inf)
+        for tensor, width in zip(tensors, widths, strict=True)
+    ]
+    received = iter(ranks.gather_contexts(torch.cat(padded, dim=1)).split(widths, dim=1))
+    return [
+        tuple(next(received).squeeze(1) if tensor.ndim == 1 else next(received) for tensor in context)
+        for context in of_none
+    ]

@@ -12,8 +12,6 @@ Two observations make this as fast as the two matrix products alone:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,19 +66,12 @@ class SharedBlock(NamedTuple):
     contexts: list[Context]
     place: Tensor
 
-    def select(self, rows: Tensor) -> SharedBlock:
-        """Return the block of some of the anchors, given by their rows here."""
-        contexts = [tuple(tensor[rows] for tensor in context) for context in self.contexts]
-        similarity, positive, negative = self.similarity[rows], self.positive[rows], self.negative[rows]
-        place = torch.arange(len(rows), device=rows.device)
-        return SharedBlock(self.anchors[rows], self.references, similarity, positive, negative, contexts, place)
-
 
 def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
     shared = find_shared(pairs)
     if too_many_pairs(pairs.anchors, shared.columns):
-        return evaluate_in_chunks(partial(evaluate, loss), pairs)
+        return evaluate_in_chunks(loss, pairs)
     block = compare_with_shared(loss, pairs, shared)
     accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
     for accumulator in accumulators:
@@ -117,7 +108,8 @@ def find_shared(pairs: Pairs) -> SharedReferences:
     if on_host or pairs.max_shared is None:
         columns = mask.nonzero().squeeze(1)
         return SharedReferences(mask, columns, torch.ones_like(columns, dtype=torch.bool))
-    return _padded_columns(mask, min(pairs.max_shared, len(mask)))
+    level = min((len(pairs.labels) - 1).bit_length(), len(pairs.max_shared) - 1)
+    return _padded_columns(mask, min(pairs.max_shared[level], len(mask)))
 
 
 def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
@@ -140,14 +132,14 @@ def too_many_pairs(anchors: Tensor, shared: Tensor) -> bool:
     return anchors.shape[0] > 1 and anchors.shape[0] * shared.shape[0] > most
 
 
-def evaluate_in_chunks(evaluate_chunk: Callable[[Pairs], tuple[Tensor, Tensor]], pairs: Pairs) -> tuple[Tensor, Tensor]:
+def evaluate_in_chunks(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Evaluate the anchors in two halves, ordered by class so that each half has fewer classes.
 
     With few classes, a large share of the memory has a class of the batch. Anchors do not depend on each other.
     """
     value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
     for half in pairs.labels.argsort().tensor_split(2):
-        value[half], gradient[half] = evaluate_chunk(pairs.select(half))
+        value[half], gradient[half] = evaluate(loss, pairs.select(half))
     return value, gradient
 
 

@@ -5,11 +5,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import COLUMNS, TENSORS, UNKNOWN_INDEX, MemoryRows, RowTable, as_rows, unit_rows
+from lightning_memdml.memory.rows import (
+    COLUMNS,
+    HOST_DEVICES,
+    INDEX,
+    LABEL,
+    STEP,
+    TENSORS,
+    UNKNOWN_INDEX,
+    MemoryRows,
+    NewRows,
+    RowTable,
+    as_rows,
+    unit_rows,
+)
+from lightning_memdml.memory.shared_rows import SharedRowCounts
 from lightning_memdml.memory.validation import check_size, check_state, check_storage
 
 
@@ -43,6 +58,7 @@ class TableMemory(Memory):
         check_storage(dtype)
         self.size = size
         self._table = RowTable(dtype)
+        self._counts: SharedRowCounts | None = None
         self.reset()
 
     # ---------------------------------------------------------------- what a subclass defines
@@ -53,10 +69,24 @@ class TableMemory(Memory):
     def _allocate(self, dim: int) -> None:
         """Replace the table by an empty one for rows of `dim` numbers; for no rows if `dim` is 0."""
         self._table.allocate(self._slots_needed() if dim else 0, dim)
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Count the rows of each class anew, after the whole table changed. On a CPU no loss needs a bound."""
+        self._counts = self._table.bounds = None
+        if self.device.type not in HOST_DEVICES:
+            self._counts = SharedRowCounts(max(1, len(self._table.embeddings)))
+            self._count(self._table.ids[:, self._table.valid])
+
+    def _count(self, entering: np.ndarray, leaving: np.ndarray | None = None) -> None:
+        """Count labels and indices `(2, n)` of rows that came and went, and bound what a batch may share."""
+        if self._counts is not None:
+            self._counts.update(entering, leaving)
+            self._table.bounds = self._table.rows.bounds = self._counts.bounds()
 
     @abstractmethod
-    def _store(self, embeddings: Tensor, metadata: Tensor) -> None:
-        """Write unit rows `(n, D)` with their metadata `(3, n)` into the table, and show which slots are valid then."""
+    def _store(self, new: NewRows) -> None:
+        """Write rows into the table, show which slots are valid then, and count what came and went."""
 
     @abstractmethod
     def _restore(self, state: dict[str, Any], embeddings: Tensor, metadata: Tensor) -> None:
@@ -97,15 +127,17 @@ class TableMemory(Memory):
         with torch.inference_mode(False), torch.no_grad():
             rows, usable = unit_rows(embeddings)
             metadata = torch.stack([labels, indices, torch.full_like(labels, self.batches if step is None else step)])
-            dropped = len(usable) - int(usable.sum())
-            if dropped:
-                rows, metadata = rows[usable], metadata[:, usable]
-            if held.device != rows.device:
-                self.to(rows.device)
-            self._store(rows, metadata)
+            # All that the host has to know, so that it waits for a GPU once.
+            on_host = torch.cat([metadata[:2], usable[None]]).cpu().numpy()
+            new = NewRows(rows, metadata, on_host[:2], dropped=int((on_host[2] == 0).sum()))
+            if new.dropped:
+                new = new.select(on_host[2].nonzero()[0])
+            if held.device != embeddings.device:
+                self.to(embeddings.device)
+            self._store(new)
         self.batches += 1
-        self.dropped += dropped
-        return dropped
+        self.dropped += new.dropped
+        return new.dropped
 
     def read(self) -> MemoryRows:
         """Return the valid rows: contiguous views into the table, no copy.
@@ -148,7 +180,7 @@ class TableMemory(Memory):
     @property
     def steps(self) -> Tensor:
         """For each valid row the `step` given when it was enqueued, `(M,)`."""
-        return self._table.steps
+        return self._table.metadata[STEP, self._table.valid]
 
     @property
     def dim(self) -> int:
@@ -170,6 +202,7 @@ class TableMemory(Memory):
         device = torch.device(device)
         if device != self.device:
             self._table.to(device)
+            self._count_again()
         return self
 
     # ---------------------------------------------------------------- checkpoints
@@ -238,19 +271,41 @@ class EmbeddingMemory(TableMemory):
         super().__init__(size, dtype)
 
     def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
-        """Return what `read` would return if these rows had been enqueued, without enqueueing them: copies.
+        """Return what `read` would return if these rows had been enqueued, without enqueueing them.
+
+        The batch is written behind the valid rows, where `enqueue` will write it again, and no other row is copied. A
+        batch that is longer than the free slots, a quarter of `size`, costs a copy of the memory.
 
         Args:
             embeddings: `(B, D)` of unit length.
             labels: `(B,)`.
             indices: `(B,)`. None: 0 to B - 1 for these rows, and -1 for all others.
         """
-        old, classes, images = self.read()
-        old = old.reshape(len(old), embeddings.shape[1])  # the width is not known before the first row
-        if indices is None:
-            images, indices = torch.full_like(images, UNKNOWN_INDEX), torch.arange(len(labels))
-        pairs = (old, embeddings.detach()), (classes, labels), (images, indices)
-        return MemoryRows(*(torch.cat([held, new.to(held)])[-self.size :] for held, new in pairs))
+        self.was_read = True
+        table, new = self._table, len(labels)
+        if len(self) + new > len(table.embeddings):
+            held = table.rows.embeddings.reshape(len(self), embeddings.shape[1])  # of no width before the first row
+            images = torch.full_like(labels, UNKNOWN_INDEX) if indices is None else indices
+            pairs = zip((held, *table.rows[1:]), (embeddings.detach(), labels, images), strict=True)
+            rows = MemoryRows(*(torch.cat([old, added.to(old)])[-self.size :] for old, added in pairs))
+        else:
+            if table.valid.stop + new > len(table.embeddings):
+                table.move(table.valid.start, table.valid.stop)
+                table.show(slice(0, len(self)))
+            end = table.valid.stop + new
+            slots = slice(table.valid.stop, end)
+            with torch.inference_mode(False), torch.no_grad():
+                table.embeddings[slots], table.metadata[LABEL, slots] = embeddings.to(table.embeddings), labels
+                table.metadata[INDEX, slots] = UNKNOWN_INDEX if indices is None else indices
+            rows = table.view(slice(max(table.valid.start, end - self.size), end))
+        if indices is None:  # the numbers of the batch's rows stand in for its images
+            images = torch.full_like(rows.labels, UNKNOWN_INDEX)
+            kept = min(new, self.size)
+            images[len(images) - kept :] = torch.arange(new - kept, new, device=images.device)
+            rows = MemoryRows(rows.embeddings, rows.labels, images)
+        if table.bounds is not None:
+            rows.bounds = tuple(bound + new for bound in table.bounds)
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return the valid rows as CPU copies, their place in the table, and the counters."""
@@ -259,34 +314,22 @@ class EmbeddingMemory(TableMemory):
     def _slots_needed(self) -> int:
         return self.size + max(1, self.size // 4)
 
-    def _store(self, embeddings: Tensor, metadata: Tensor) -> None:
+    def _store(self, new: NewRows) -> None:
         """Append rows; the oldest rows beyond `size` are forgotten."""
         table = self._table
         if table.embeddings.shape[1] == 0:
-            self._allocate(embeddings.shape[1])
-        embeddings, metadata = embeddings[-self.size :], metadata[:, -self.size :]
-        start, end, new = table.valid.start, table.valid.stop, len(embeddings)
-        kept = min(end - start, self.size - new)
-        if end + new > len(table.embeddings):
+            self._allocate(new.embeddings.shape[1])
+        if len(new.embeddings) > self.size:
+            new = new.last(self.size)
+        start, end, rows = table.valid.start, table.valid.stop, len(new.embeddings)
+        kept = min(end - start, self.size - rows)
+        leaving = table.ids[:, start : end - kept].copy()
+        if end + rows > len(table.embeddings):
             table.move(end - kept, end)
             end = kept
-        table.embeddings[end : end + new], table.metadata[:, end : end + new] = embeddings, metadata
-        table.show(slice(end - kept, end + new))
-        if embeddings.device.type != "cpu":
-            table.rows.bound = self._count_shared(new)
-
-    def _count_shared(self, anchors: int) -> tuple[int, int]:
-        """Bound the rows that share a class or an image with any so many anchors.
-
-        Between two steps, where the host waits for the device anyway. A power of two, so that a compiled step does not
-        meet a new number every time.
-        """
-        _, labels, indices = self._table.rows
-        most = 0
-        for ids in (labels, indices[indices >= 0]):
-            counts = torch.unique(ids, return_counts=True)[1]
-            most += int(counts.topk(min(anchors, len(counts))).values.sum())
-        return anchors, 1 << max(0, most - 1).bit_length()
+        table.write(slice(end, end + rows), new, valid=slice(end - kept, end + rows))
+        if self._counts is not None:
+            self._count(new.ids, leaving)
 
     def _restore(self, state: dict[str, Any], embeddings: Tensor, metadata: Tensor) -> None:
         """Take the newest `size` rows.
@@ -300,4 +343,4 @@ class EmbeddingMemory(TableMemory):
         last = len(self._table.embeddings) - len(embeddings)
         offset = state["offset"] if state["offset"] <= last else 0
         self._table.show(slice(offset, offset))
-        self._store(embeddings, metadata)
+        self._store(NewRows(embeddings, metadata, metadata[:2].cpu().numpy(), 0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_memdml.memory.embedding_memory import TableMemory
 from lightning_memdml.memory.momentum_encoder import check_momentum
-from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, unit_rows
+from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, NewRows, unit_rows
 
 
 class InstanceMemory(TableMemory):
@@ -51,7 +52,9 @@ class InstanceMemory(TableMemory):
         tensor([[0.7071, 0.7071]])
     """
 
-    _slot_of_image: Tensor
+    _slot_of_image: np.ndarray  # on the host, which decides where rows go
+    #: What `read_with` replaced: slots, their rows before, and the images that had no row.
+    _replaced: tuple[np.ndarray, NewRows, np.ndarray] | None
 
     def __init__(self, size: int | None = None, momentum: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
         check_momentum("momentum", momentum)
@@ -59,7 +62,10 @@ class InstanceMemory(TableMemory):
         super().__init__(size, dtype)
 
     def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
-        """Return what `read` would return if these rows had been enqueued, without enqueueing them: copies.
+        """Return what `read` would return if these rows had been enqueued, without enqueueing them.
+
+        The rows of the batch's images are replaced in the table, and put back before anything else is done with it: no
+        other row is copied.
 
         Args:
             embeddings: `(B, D)` of unit length.
@@ -75,14 +81,47 @@ class InstanceMemory(TableMemory):
                 "row per image is the image's own: leave `memory_excludes_own_image=False` out, and let the data set "
                 "return (image, label, index)."
             )
+        self._put_back()
         self.was_read = True
-        other = InstanceMemory(self.size, self.momentum, self.dtype)
-        other._table.embeddings = self._table.embeddings.clone()
-        other._table.metadata = self._table.metadata.clone()
-        other._slot_of_image = self._slot_of_image.clone()
-        other._table.show(self._table.valid)
-        other.enqueue(embeddings, labels, indices)
-        return other.read()
+        if len(self) == 0:
+            other = InstanceMemory(self.size, self.momentum, self.dtype)
+            other.enqueue(embeddings, labels, indices)
+            return other.read()
+        with torch.inference_mode(False), torch.no_grad():
+            metadata = torch.stack([labels, indices, torch.full_like(labels, self.batches)])
+            new = NewRows(embeddings.detach().float(), metadata, metadata[:2].cpu().numpy(), dropped=0)
+            self._check_indices(new.ids[INDEX])
+            images, valid, table = np.unique(new.ids[INDEX]), self._table.valid, self._table
+            places = self._slot_of_image[images]
+            slots = places[places >= 0]
+            on_device = table.on_device(slots)
+            before = NewRows(table.embeddings[on_device], table.metadata[:, on_device], table.ids[:, slots].copy(), 0)
+            counts, self._counts = self._counts, None
+            self._store(new)
+            rows, self._counts = table.rows, counts
+            table.show(valid)
+            self._replaced = slots, before, images[places < 0]
+        if rows.bounds is not None:
+            rows.bounds = tuple(bound + len(labels) for bound in rows.bounds)
+        return rows
+
+    def _put_back(self) -> None:
+        """Undo what `read_with` did to the table."""
+        if self._replaced is not None:
+            slots, before, new_images = self._replaced
+            self._replaced = None
+            self._table.write(slots, before, self._table.valid)
+            self._slot_of_image[new_images] = -1
+
+    def read(self) -> MemoryRows:
+        """Return the rows, as `TableMemory.read`."""
+        self._put_back()
+        return super().read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rows and counters, as `TableMemory.state_dict`."""
+        self._put_back()
+        return super().state_dict()
 
     def __repr__(self) -> str:
         """Return size, fill, momentum, dimension and place."""
@@ -98,43 +137,47 @@ class InstanceMemory(TableMemory):
 
     def to(self, device: torch.device | str) -> TableMemory:
         """Move the rows to a device; nothing happens if they are there."""
-        self._slot_of_image = self._slot_of_image.to(device)
+        self._put_back()
         return super().to(device)
 
     def _slots_needed(self) -> int:
         return self.size or 0
 
     def _allocate(self, dim: int) -> None:
+        self._replaced = None
         super()._allocate(dim)
-        self._slot_of_image = torch.full((len(self._table.embeddings),), -1, dtype=torch.int64, device=self.device)
+        self._slot_of_image = np.full(len(self._table.embeddings), -1)
 
-    def _store(self, embeddings: Tensor, metadata: Tensor) -> None:
+    def _store(self, new: NewRows) -> None:
         """Update the rows of the images; an image that is there several times updates its row as often."""
-        self._check_indices(metadata[INDEX])
+        self._put_back()
+        self._check_indices(new.ids[INDEX])
         if self._table.embeddings.shape[1] == 0:
-            self._allocate(embeddings.shape[1])
-        for once in _without_repeats(metadata[INDEX]):
-            self._update(embeddings[once], metadata[:, once])
+            self._allocate(new.embeddings.shape[1])
+        for once in _without_repeats(new.ids[INDEX]):
+            self._update(new.select(once))
 
-    def _update(self, embeddings: Tensor, metadata: Tensor) -> None:
+    def _update(self, new: NewRows) -> None:
         """Update the rows of images that are all different."""
-        slots = self._slot_of_image[metadata[INDEX]]
-        seen = slots >= 0
-        slots, known = slots[seen], embeddings[seen]
-        mixed, usable = unit_rows(self.momentum * self._table.embeddings[slots].float() + (1 - self.momentum) * known)
+        places = self._slot_of_image[new.ids[INDEX]]
+        known, slots = new.select((places >= 0).nonzero()[0]), places[places >= 0]
+        rows = self._table.embeddings[self._table.on_device(slots)].float()
+        mixed, usable = unit_rows(self.momentum * rows + (1 - self.momentum) * known.embeddings)
         # Opposite rows may leave nothing; the newer one is the better guess.
-        mixed = torch.where(usable[:, None], mixed, known)
-        self._table.embeddings[slots], self._table.metadata[:, slots] = mixed.to(self.dtype), metadata[:, seen]
-        self._append(embeddings[~seen], metadata[:, ~seen])
+        mixed = torch.where(usable[:, None], mixed, known.embeddings)
+        leaving = self._table.ids[:, slots].copy()
+        self._table.write(slots, known._replace(embeddings=mixed), self._table.valid)
+        self._count(known.ids, leaving)
+        self._append(new.select((places < 0).nonzero()[0]))
 
-    def _append(self, embeddings: Tensor, metadata: Tensor) -> None:
+    def _append(self, new: NewRows) -> None:
         """Add the rows of images that have none."""
-        new = slice(len(self), len(self) + len(embeddings))
-        self._table.embeddings[new], self._table.metadata[:, new] = embeddings, metadata
-        self._slot_of_image[metadata[INDEX].to(self.device)] = torch.arange(new.start, new.stop, device=self.device)
-        self._table.show(slice(0, new.stop))
+        slots = slice(len(self), len(self) + len(new.embeddings))
+        self._slot_of_image[new.ids[INDEX]] = np.arange(slots.start, slots.stop)
+        self._table.write(slots, new, slice(0, slots.stop))
+        self._count(new.ids)
 
-    def _check_indices(self, indices: Tensor) -> None:
+    def _check_indices(self, indices: np.ndarray) -> None:
         """Raise a `ValueError` unless every row is of one of the images."""
         if self.size is None:
             raise ValueError(
@@ -168,15 +211,14 @@ class InstanceMemory(TableMemory):
         inside = indices < (self.size or 0)
         self.reset()
         self._allocate(embeddings.shape[1])
-        self._append(embeddings[inside], metadata[:, inside])
+        metadata = metadata[:, inside]
+        self._append(NewRows(embeddings[inside], metadata, metadata[:2].cpu().numpy(), 0))
 
 
-def _without_repeats(indices: Tensor) -> list[Tensor]:
+def _without_repeats(indices: np.ndarray) -> list[np.ndarray]:
     """Split positions into groups without a repeated index: the first of each index, the second, and so on."""
-    order = torch.argsort(indices, stable=True)
-    counts = torch.unique_consecutive(indices[order], return_counts=True)[1]
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    occurrence = torch.empty_like(order)
-    occurrence[order] = torch.arange(len(order), device=order.device) - starts
-    repeats = int(counts.max()) if len(counts) else 0
-    return [(occurrence == repeat).nonzero().flatten() for repeat in range(repeats)]
+    order = np.argsort(indices, kind="stable")
+    _, starts, counts = np.unique(indices[order], return_index=True, return_counts=True)
+    occurrence = np.empty_like(order)
+    occurrence[order] = np.arange(len(order)) - np.repeat(starts, counts)
+    return [(occurrence == repeat).nonzero()[0] for repeat in range(counts.max(initial=0))]

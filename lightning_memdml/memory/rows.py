@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ LABEL, INDEX, STEP = range(3)
 COLUMNS = ("labels", "indices", "steps")
 #: The tensors of a memory's state.
 TENSORS = ("embeddings", *COLUMNS)
+
+#: Types of devices from which the host reads a number at no cost. From others it would have to wait for it.
+HOST_DEVICES = {"cpu"}
 
 UNKNOWN_INDEX = -1
 """Stored where the index of a row's image is not given. It names no image, so it equals no other index."""
@@ -42,23 +46,24 @@ class MemoryRows(_Rows):
     Attributes:
         ranks: If these rows are only the share of this rank: the object by which ranks exchange rows, whose `len` is
             the number of rows on all ranks. Otherwise None.
-        bound: Two numbers `(B, S)`: at most S rows share a class or an image with any B anchors. None if not counted.
+        bounds: How many rows share a class or an image with any batch at most: for 1, 2, 4, ... anchors, the last one
+            for any number of anchors. None if not counted.
 
     Example:
         >>> rows = MemoryRows(torch.eye(2), torch.tensor([4, 4]), torch.tensor([0, 1]))
         >>> embeddings, labels, indices = rows
-        >>> rows.bound = (8, 2)
-        >>> rows.max_shared(8), rows.max_shared(9)
-        (2, None)
+        >>> rows.bounds = (4, 8, 12)
+        >>> rows.max_shared(2), rows.max_shared(3), rows.max_shared(100)
+        (8, 12, 12)
     """
 
     ranks: Any
-    bound: tuple[int, int] | None
+    bounds: tuple[int, ...] | None
 
     def __new__(cls, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
         """Make the tuple, and set the attributes: torch 2.10 does not trace those of the class."""
         rows = super().__new__(cls, embeddings, labels, indices)
-        rows.ranks = rows.bound = None
+        rows.ranks = rows.bounds = None
         return rows
 
     def max_shared(self, anchors: int) -> int | None:
@@ -70,9 +75,9 @@ class MemoryRows(_Rows):
             anchors: Number of rows B of the batch.
 
         Returns:
-            The bound, or None if it was not counted for so many anchors.
+            The bound, or None if it was not counted.
         """
-        return self.bound[1] if self.bound is not None and anchors <= self.bound[0] else None
+        return None if self.bounds is None else self.bounds[min((anchors - 1).bit_length(), len(self.bounds) - 1)]
 
 
 def as_rows(embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +101,7 @@ def as_rows(embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -
     """
     check_rows("embeddings", embeddings, labels=labels, **({} if indices is None else {"indices": indices}))
     if indices is None:
-        indices = torch.full((len(embeddings),), UNKNOWN_INDEX)
+        indices = torch.full((len(embeddings),), UNKNOWN_INDEX, device=embeddings.device)
     labels, indices = (column.detach().to(embeddings.device, torch.int64) for column in (labels, indices))
     return embeddings.detach().float(), labels, indices
 
@@ -120,13 +125,38 @@ def unit_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """
     lengths = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
     usable = (lengths > _SHORTEST) & lengths.isfinite()
-    if not usable.all():
+    if embeddings.device.type not in HOST_DEVICES or not usable.all():  # others would have to be waited for
         # The square of a very long or very short row is outside of float32, so scale it first.
         largest = embeddings.abs().amax(dim=1, keepdim=True)
         embeddings = torch.where(usable, embeddings, embeddings / largest)
         lengths = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
         usable = (largest > 0) & largest.isfinite()
     return embeddings / lengths, usable.squeeze(1)
+
+
+class NewRows(NamedTuple):
+    """The rows of a batch that have a direction, ready to be stored.
+
+    Attributes:
+        embeddings: `(n, D)` float32, of unit length.
+        metadata: `(3, n)` int64: label, index and step.
+        ids: Labels and indices on the host, `(2, n)`.
+        dropped: How many rows of the batch had no direction.
+    """
+
+    embeddings: Tensor
+    metadata: Tensor
+    ids: np.ndarray
+    dropped: int
+
+    def last(self, number: int) -> NewRows:
+        """Return the last rows."""
+        return NewRows(self.embeddings[-number:], self.metadata[:, -number:], self.ids[:, -number:], self.dropped)
+
+    def select(self, places: np.ndarray) -> NewRows:
+        """Return the rows at some places, without waiting for the device."""
+        on_device = torch.from_numpy(places).to(self.metadata.device, non_blocking=True)
+        return NewRows(self.embeddings[on_device], self.metadata[:, on_device], self.ids[:, places], self.dropped)
 
 
 class RowTable:
@@ -138,31 +168,34 @@ class RowTable:
     Attributes:
         embeddings: `(slots, D)` of `dtype`.
         metadata: `(3, slots)` int64: label, image index and step of each slot.
+        ids: Label and image index of each slot on the host, `(2, slots)`; of a table on a CPU the numbers themselves.
+        bounds: Those of `MemoryRows`, given to all rows that are shown.
         valid: The slots that hold valid rows.
         rows: The valid rows, views into the table.
-        steps: The step of each valid row, `(M,)`.
 
     Example:
         >>> table = RowTable(torch.float32)
         >>> table.allocate(slots=3, dim=2)
-        >>> table.embeddings[:2], table.metadata[:, :2] = torch.eye(2), torch.tensor([[7, 8], [0, 1], [0, 0]])
-        >>> table.show(slice(0, 2))
+        >>> metadata = torch.tensor([[7, 8], [0, 1], [0, 0]])
+        >>> new = NewRows(torch.eye(2), metadata, metadata[:2].numpy(), dropped=0)
+        >>> table.write(slice(0, 2), new, valid=slice(0, 2))
         >>> table.rows.labels
         tensor([7, 8])
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.bounds: tuple[int, ...] | None = None
         self.embeddings = torch.empty(0, 0, dtype=dtype)
         self.metadata = torch.empty(3, 0, dtype=torch.int64)
-        self.show(slice(0, 0))
+        self._mirror(slice(0, 0))
 
     def allocate(self, slots: int, dim: int) -> None:
         """Replace the table by an empty one, on the same device."""
         device = self.embeddings.device
         self.embeddings = torch.zeros(slots, dim, dtype=self.dtype, device=device)
         self.metadata = torch.zeros(3, slots, dtype=torch.int64, device=device)
-        self.show(slice(0, 0))
+        self._mirror(slice(0, 0))
 
     def move(self, start: int, stop: int) -> None:
         """Move the slots from `start`, at least 1, to `stop` to the front, without a second table.
@@ -174,25 +207,50 @@ class RowTable:
             target = slice(source.start - start, source.stop - start)
             self.embeddings[target] = self.embeddings[source]
             self.metadata[:, target] = self.metadata[:, source]
+            if not self._on_host:
+                self.ids[:, target] = self.ids[:, source]
+
+    def write(self, slots: slice | np.ndarray, new: NewRows, valid: slice) -> None:
+        """Write rows into slots, given as a range or by their numbers, and show the `valid` slots."""
+        if not self._on_host:
+            self.ids[:, slots] = new.ids
+        places = slots if isinstance(slots, slice) else self.on_device(slots)
+        self.embeddings[places], self.metadata[:, places] = new.embeddings.to(self.dtype), new.metadata
+        self.valid, self.rows = valid, self.view(valid)
+
+    def on_device(self, slots: np.ndarray) -> Tensor:
+        """Return the numbers of slots where the table is, without waiting for it."""
+        return torch.from_numpy(slots).to(self.embeddings.device, non_blocking=True)
 
     def show(self, slots: slice) -> None:
-        """Make these slots the valid rows: contiguous views, no copy.
+        """Make these slots the valid rows: contiguous views, no copy."""
+        self.valid, self.rows = slots, self.view(slots)
+
+    def view(self, slots: slice) -> MemoryRows:
+        """Return the rows in some slots.
 
         Called after each write and not when rows are read, so that a compiled training step meets tensors of a dynamic
         length, and no Python numbers, for each of which it would compile again.
         """
-        self.valid = slots
-        self.rows = MemoryRows(self.embeddings[slots], self.metadata[LABEL, slots], self.metadata[INDEX, slots])
-        self.steps = self.metadata[STEP, slots]
-        for tensor in self.rows:
+        rows = MemoryRows(self.embeddings[slots], self.metadata[LABEL, slots], self.metadata[INDEX, slots])
+        rows.bounds = self.bounds
+        for tensor in rows:
             mark_dynamic(tensor, 0)
+        return rows
 
     def to(self, device: torch.device) -> None:
         """Move the table to a device."""
         self.embeddings, self.metadata = self.embeddings.to(device), self.metadata.to(device)
-        self.show(self.valid)
+        self._mirror(self.valid)
+
+    def _mirror(self, valid: slice) -> None:
+        """Copy labels and indices to the host after the whole table changed, and show the valid rows."""
+        self._on_host = self.metadata.device.type in HOST_DEVICES
+        ids = self.metadata[:2].cpu().numpy()
+        self.ids = ids if self._on_host else ids.copy()
+        self.show(valid)
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the valid rows, on the CPU."""
-        tensors = zip(TENSORS, (*self.rows, self.steps), strict=True)
+        tensors = zip(TENSORS, (*self.rows, self.metadata[STEP, self.valid]), strict=True)
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,17 +13,31 @@ from torch import Tensor
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.gather import RowGather, ranks
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import TENSORS, MemoryRows, as_rows, unit_rows
+from lightning_memdml.memory.rows import TENSORS, MemoryRows, NewRows, as_rows
 from lightning_memdml.memory.validation import check_state
+
+
+class _Share(EmbeddingMemory):
+    """The rows of one rank.
+
+    Attributes:
+        kept: Which of the rows that enter.
+    """
+
+    kept = slice(None)
+
+    def _store(self, new: NewRows) -> None:
+        super()._store(new.select(np.arange(len(new.embeddings))[self.kept]))
 
 
 class ShardedMemory(Memory):
     """The rows of an `EmbeddingMemory`, distributed over the ranks: each of the W ranks keeps every W-th row.
 
     For memories that are too large for one device. The anchors of all ranks are compared with every share, and the
-    partial sums combine to the loss against the whole memory, to rounding. The arithmetic per rank is the same, the
-    bytes are `1 / W`, and a step has three more collectives: for the anchors `(W B, D)`, for the few rows of their
-    classes, and for the sums `(W B, D + 4)`. On one rank, and outside of distributed training, it is an
+    partial sums combine to the loss against the whole memory, to rounding. The arithmetic per rank is the same for any
+    number of ranks, the bytes are `1 / W`, and a step has three more collectives: for the anchors `(W B, D)`, for the
+    few rows of their classes, and for the sums `(W B, D + 4)`. Losses whose negatives depend on the positives (mined
+    multi-similarity, triplet) have two small ones beside. On one rank, and outside of distributed training, it is an
     `EmbeddingMemory` with that loss.
 
     The loss has to be called with `ranks`. `MetricLearner` and `against_memory` do it by themselves; otherwise write:
@@ -52,9 +67,9 @@ class ShardedMemory(Memory):
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
-        self.share = EmbeddingMemory(size, dtype)
+        self.share = _Share(size, dtype)
         self._size = size
-        self._gather = RowGather()
+        self._gather, self._gather_contexts = RowGather(), RowGather()
         self.reset()
 
     # ---------------------------------------------------------------- the interface of every memory
@@ -88,14 +103,9 @@ class ShardedMemory(Memory):
                 "loss, or use `against_memory`.",
                 stacklevel=2,
             )
-        rows, labels, indices = as_rows(embeddings, labels, indices)
-        usable = unit_rows(rows)[1]
-        place = self._entered + usable.cumsum(dim=0) - 1
-        own = usable & (place % self.world_size == self.rank)
-        step = self.batches if step is None else step
-        self.share.enqueue(rows[own], labels[own], indices[own], step=step)
-        dropped = int((~usable).sum())
-        self._entered += len(usable) - dropped
+        self.share.kept = slice((self.rank - self._entered) % self.world_size, None, self.world_size)
+        dropped = self.share.enqueue(embeddings, labels, indices, step=step)
+        self._entered += len(labels) - dropped
         self.dropped += dropped
         return dropped
 
@@ -174,6 +184,11 @@ class ShardedMemory(Memory):
         rows = self._gather(*as_rows(embeddings, labels, indices))
         return (*rows, self._gather.counts)
 
+    def gather_contexts(self, contexts: Tensor) -> Tensor:
+        """Return the rows of all ranks in rank order."""
+        unknown = torch.zeros(len(contexts), dtype=torch.int64, device=contexts.device)
+        return self._gather_contexts(contexts, unknown, unknown)[0]
+
     def all_to_all(self, states: Tensor, counts: list[int]) -> Tensor:
         """Send each rank its rows of `(A, S)`, `counts` of each; return those of this rank, `(W, B, S)`."""
         if self.world_size == 1:
@@ -215,6 +230,7 @@ class ShardedMemory(Memory):
         own = torch.arange(self._entered - len(state["labels"]), self._entered) % self.world_size == self.rank
         offsets = state.get("offsets", [])
         offset = offsets[self.rank] if len(offsets) == self.world_size else 0
+        self.share.kept = slice(None)
         self.share.load_state_dict({**state, **{name: state[name][own] for name in TENSORS}, "offset": offset})
         self.dropped = state["dropped"]
 

@@ -58,7 +58,7 @@ def test_a_device_without_a_widening_product_widens_the_references(
     monkeypatch.setattr(accumulators, "add_product_in_16_bits", pytest.fail)
     HOST_DEVICES.discard("cpu")
     try:
-        found = streaming.evaluate(ml.MultiSimilarityLoss(), Pairs(x, y, r.to(dtype), ry, max_shared=100))
+        found = streaming.evaluate(ml.MultiSimilarityLoss(), Pairs(x, y, r.to(dtype), ry, max_shared=[100]))
     finally:
         HOST_DEVICES.add("cpu")
     torch.testing.assert_close(found, wanted)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.children import PATIENCE
+from support.gpu import Count
 from support.losses import loss_cases
 
 import lightning_memdml as ml
@@ -43,6 +44,9 @@ class Rank:
         received = self.threads.exchange(self.rank, (embeddings, labels, indices))
         rows = (torch.cat(column) for column in zip(*received, strict=True))
         return (*rows, [len(labels) for _, labels, _ in received])
+
+    def gather_contexts(self, contexts):
+        return torch.cat(self.threads.exchange(self.rank, contexts))
 
     def all_to_all(self, states, counts):
         received = self.threads.exchange(self.rank, states.split(counts))
@@ -104,3 +108,22 @@ def test_one_rank_and_a_share_that_has_no_row_yet(name):
     for value, gradient in on_ranks(2, lambda rank, _: value_and_gradient(loss, x, y, *unallocated, ranks=rank)):
         assert value.isfinite()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [ml.InfoNCELoss(), ml.MultiSimilarityLoss(), ml.TripletLoss(soft=True)])
+def test_the_arithmetic_of_a_rank_does_not_grow_with_the_ranks(loss):
+    """Each rank has 16 anchors; 8 references have the class of an anchor, of 8,192 on all ranks together."""
+    ry = torch.arange(8192) // 8
+    r, calls = unit(8192, 1), {}
+
+    def run(rank, number):
+        share = slice(number, None, rank.world_size)
+        y = torch.randint(0, 1024, (16,), generator=torch.Generator().manual_seed(number))
+        with Count() as count:
+            loss(unit(16, 2 + number), y, r[share], ry[share], ranks=rank)
+        calls.setdefault(rank.world_size, []).append(count.multiplications)
+
+    for world in (1, 8, 32):
+        on_ranks(world, run)
+    assert max(calls[8]) <= 1.1 * calls[1][0]
+    assert max(calls[32]) <= 1.1 * calls[1][0]

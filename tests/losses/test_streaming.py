@@ -182,7 +182,7 @@ def test_on_a_gpu_the_step_reads_no_number_and_no_shape_from_the_device(name, dt
     with fake_gpu, ProductTypes() as products:
         x, r = torch.empty(64, 16, device="cuda"), torch.empty(2**20, 16, device="cuda", dtype=dtype)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (64, 2**20))
-        value, gradient = streaming.evaluate(LOSSES[name], Pairs(x, y, r, ry, y, ry, max_shared=5000))
+        value, gradient = streaming.evaluate(LOSSES[name], Pairs(x, y, r, ry, y, ry, max_shared=[5000]))
     assert (value.shape, value.dtype) == ((64,), torch.float32)
     assert (gradient.shape, gradient.dtype) == ((64, 16), torch.float32)
     assert products.large == {(dtype, torch.float32)}

@@ -221,7 +221,7 @@ for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, h
     with FakeTensorMode():
         x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
-        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=5000))
+        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=[5000]))
     assert (value.shape, gradient.shape) == ((512,), (512, dim))
 """
 

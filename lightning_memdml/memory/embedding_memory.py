@@ -270,6 +270,7 @@ class EmbeddingMemory(TableMemory):
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(size, dtype)
 
+    @torch.compiler.disable  # it writes into the table
     def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
         """Return what `read` would return if these rows had been enqueued, without enqueueing them.
 

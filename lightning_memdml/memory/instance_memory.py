@@ -61,6 +61,7 @@ class InstanceMemory(TableMemory):
         self.momentum = momentum
         super().__init__(size, dtype)
 
+    @torch.compiler.disable  # it writes into the table
     def read_with(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None) -> MemoryRows:
         """Return what `read` would return if these rows had been enqueued, without enqueueing them.
 

@@ -60,8 +60,8 @@ class SmallConvNet(nn.Module):
             convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(pool)
-        self.in_channels = in_channels
+        self.average = nn.AdaptiveAvgPool2d(pool)
+        self.in_channels, self.width, self.pool = in_channels, width, pool
         self.num_features = channels[-1] * pool**2
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class SmallConvNet(nn.Module):
                 f"Expected images of shape (B, {self.in_channels}, H, W) for a SmallConvNet with in_channels="
                 f"{self.in_channels} but got {tuple(images.shape)}. Pass in_channels=1 for grey images, 3 for RGB."
             )
-        return self.pool(self.layers(images)).flatten(1)
+        return self.average(self.layers(images)).flatten(1)
 
 
 class Embedder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -10,19 +11,20 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_memdml import saving
 from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone
 from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
+from lightning_memdml.inference import methods
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, loss_term
 from lightning_memdml.parameter_groups import build_optimizer, check_rates
 from lightning_memdml.retrieval import RetrievalMetrics
-from lightning_memdml.runs import INSTANTIATOR, config_of, read_checkpoint, saved_arguments
+from lightning_memdml.runs import INSTANTIATOR, read_checkpoint
 from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
 from lightning_memdml.schedules import Schedule, scheduler_options
 from lightning_memdml.timm_networks import preprocessing_of
-from lightning_memdml.trust import build_arguments
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
 
@@ -38,8 +40,8 @@ class MetricLearner(LightningModule):
     indices)`; equal indices are the same image. Validation and test report recall at K, MAP@R and R-precision. Two
     loaders there are queries and gallery, one loader is both.
 
-    A checkpoint of the command line contains all that is needed: `MetricLearner.load_from_checkpoint(path)`. A
-    checkpoint of a program does not contain modules and functions: pass `backbone=` and `loss=` again.
+    A checkpoint holds how the learner was made: `MetricLearner.load(path)`. What it cannot hold, such as a network
+    whose class does not keep its arguments as attributes, is printed before the training and passed again to `load`.
 
     Args:
         backbone: The name of a torchvision classifier (`resnet50`), whose last layer is removed, `timm:` and a name of
@@ -146,6 +148,7 @@ class MetricLearner(LightningModule):
         self.model = Embedder(trunk, width, embedding_dim, freeze_batch_norm, head, head_init, neck, pooling)
         self.head_init = head_init
         self.head_statistics: FeatureStatistics | None = None  # of the training images, where they are known already
+        self.data_config: saving.DataConfig | None = None
         self._is_trained = False  # a head is fitted once, and never over trained weights
         self.loss = loss
         self.memory_loss = memory_loss
@@ -169,6 +172,8 @@ class MetricLearner(LightningModule):
         if self.k is None and levels is not None:
             for metrics in (self.val_metrics, self.test_metrics):
                 metrics.k = tuple(levels)
+        if stage == "fit":
+            saving.remember_data(self)
         fits = stage == "fit" and self.head_init in FITTED and isinstance(self.model.head, nn.Linear)
         if fits and not self._is_trained and self.trainer.ckpt_path is None:
             fit_head_to_training_images(self.trainer, self.model, self.head_init, self.head_statistics)
@@ -177,6 +182,18 @@ class MetricLearner(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the head of the checkpoint."""
         self._is_trained = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put how the learner and its images were made into the checkpoint."""
+        if type(self) is MetricLearner:  # a class of yours keeps the arguments that Lightning saves
+            saving.add_config(checkpoint, self)
+
+    save = saving.save
+    load = classmethod(saving.load)
+    embed = methods.embed
+    build_index = methods.build_index
+    search = methods.search
+    export = methods.export
 
     @classmethod
     def load_from_checkpoint(
@@ -209,19 +226,18 @@ class MetricLearner(LightningModule):
         Raises:
             ValueError: If the file cannot be read, or names what is not on the closed list, or what does not fit.
         """
-        kwargs = {"weights": None, **kwargs}
+        if "weights" in signature(cls).parameters:
+            kwargs = {"weights": None, **kwargs}
         if weights_only is False:
             return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, False, **kwargs)
         checkpoint = read_checkpoint(checkpoint_path, map_location)
-        config = config_of(checkpoint, str(checkpoint_path), trust=trust)
-        if config is None:
-            arguments = {**saved_arguments(cls, checkpoint, str(checkpoint_path), hparams_file), **kwargs}
-        else:
-            arguments = build_arguments(cls, config.get("model", {}), kwargs)
+        arguments = saving.saved_arguments(cls, checkpoint, str(checkpoint_path), kwargs, hparams_file, trust=trust)
         learner = cls(**arguments)
+        learner.data_config = saving.saved_data(checkpoint, str(checkpoint_path), trust=trust)
         learner.on_load_checkpoint(checkpoint)
-        learner.load_state_dict(checkpoint["state_dict"], strict=learner.strict_loading if strict is None else strict)
-        return learner.to(next(iter(checkpoint["state_dict"].values())).device)
+        state = saving.without_placeholders(checkpoint["state_dict"], arguments)
+        learner.load_state_dict(state, strict=learner.strict_loading if strict is None else strict)
+        return learner.to(next(iter(state.values())).device)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

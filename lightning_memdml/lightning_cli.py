@@ -353,11 +353,13 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
         return arguments
     config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
     if config is None or "data" not in config:
-        if not any(argument.startswith("--model") for argument in arguments):
+        needed = "--model" if config is None else "--data"  # a program's checkpoint may hold the model alone
+        if not any(argument.startswith(needed) for argument in arguments):
             raise ValueError(
                 f"Expected a checkpoint of `memdml fit`, which holds its configuration, but got {given.ckpt_path}. "
                 "Pass --config FILE too, or the options of the model and the data."
             )
+    if config is None:
         return arguments
     return [arguments[0], "--config", write_yaml(config), *arguments[1:]]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, signature
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.core.saving import load_hparams_from_yaml
 
 from lightning_memdml.trust import allowed_config, read_yaml
 
@@ -52,7 +51,12 @@ def read_checkpoint(path: Path | str | IO[bytes], map_location: Any = "cpu") -> 
 
 
 def config_of(
-    checkpoint: dict[str, Any], source: str, *, trust: bool = False, notice: bool = False
+    checkpoint: dict[str, Any],
+    source: str,
+    *,
+    trust: bool = False,
+    notice: bool = False,
+    without: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """Return the configuration in a checkpoint, as far as a file may have it built; None if there is none.
 
@@ -64,40 +68,25 @@ def config_of(
         source: The file, for errors.
         trust: Allow what is not on the closed list, see `lightning_memdml.trust`.
         notice: Print what is not taken from it: what decides where something is written.
+        without: What is not needed, such as `data` or `model.loss`: it is neither checked nor returned.
 
     Raises:
         ValueError: If the configuration is damaged, or names what is not on the closed list.
     """
     text = checkpoint.get(CONFIG_IN_CHECKPOINT)
     if text is not None:
-        return allowed_config(read_yaml(text, source, trust=trust), source, trust=trust, notice=notice)
+        config = read_yaml(text, source, trust=trust)
+        for section, _, name in (key.partition(".") for key in without):
+            part = config.get(section) if name and isinstance(config, dict) else config
+            if isinstance(part, dict):
+                part.pop(name or section, None)
+        return allowed_config(config, source, trust=trust, notice=notice)
     options = checkpoint.get(HYPER_PARAMETERS)
     if not isinstance(options, dict) or INSTANTIATOR not in options:
         return None
-    model = {name: value for name, value in options.items() if not str(name).startswith("_")}
+    model = {
+        name: value
+        for name, value in options.items()
+        if not str(name).startswith("_") and f"model.{name}" not in without
+    }
     return allowed_config({"model": model}, source, trust=trust)
-
-
-def saved_arguments(
-    kind: type, checkpoint: dict[str, Any], source: str, hparams_file: str | Path | None = None
-) -> dict[str, Any]:
-    """Return the arguments of a learner in a checkpoint that a program has written: plain values, nothing is built.
-
-    Args:
-        kind: The class of the learner.
-        checkpoint: What `read_checkpoint` returns.
-        source: The file, for errors.
-        hparams_file: YAML of the user's, instead of what the checkpoint holds.
-
-    Raises:
-        ValueError: If a size in the checkpoint is out of bounds.
-    """
-    if hparams_file is not None:
-        return load_hparams_from_yaml(hparams_file)
-    saved = dict(checkpoint.get(HYPER_PARAMETERS) or {})
-    allowed_config({"model": {name: value for name, value in saved.items() if isinstance(value, int | float)}}, source)
-    names = signature(kind).parameters
-    if (name := str(checkpoint.get("hparams_name"))) in names:
-        return {name: saved}
-    takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in names.values())
-    return {name: value for name, value in saved.items() if takes_all or name in names}

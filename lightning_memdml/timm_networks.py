@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PREFIX = "timm:"
@@ -99,6 +100,25 @@ def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
         "interpolation": interpolation if interpolation in INTERPOLATIONS else INTERPOLATIONS[0],
         "crop_pct": float(config.get("crop_pct") or 0.875),
     }
+
+
+def describe_timm_network(network: Any) -> dict[str, Any] | None:
+    """Return how a network of timm is made again, or None if it is of another kind or was made with more options.
+
+    Args:
+        network: What `timm.create_model(NAME, num_classes=0)` returned.
+    """
+    config = getattr(network, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or not type(network).__module__.startswith("timm."):
+        return None
+    arguments = {"model_name": name, "num_classes": 0}
+    with torch.device("meta"):
+        again = _timm().create_model(**arguments)
+    shapes = [{key: value.shape for key, value in made.state_dict().items()} for made in (network, again)]
+    if shapes[0] != shapes[1] or repr(network) != repr(again):
+        return None
+    return {"class_path": "timm.create_model", "init_args": arguments}
 
 
 def _timm() -> ModuleType:

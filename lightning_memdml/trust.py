@@ -9,10 +9,11 @@ restrict what users name themselves, in their own `--config` or options.
 from __future__ import annotations
 
 import collections.abc
+import copy
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from inspect import isclass
+from inspect import isclass, signature
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -151,9 +152,11 @@ def build(kind: type[Kind], config: Any) -> Kind:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=kind)
+    # A class of the user's may have parameters without a type. What a file may put there was decided before.
+    parser.add_subclass_arguments(kind, "data", fail_untyped=False)
     try:
-        return parser.instantiate(parser.parse_object({"data": config})).data
+        # The parser changes the lists in what it is given.
+        return parser.instantiate(parser.parse_object({"data": copy.deepcopy(config)})).data
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 
@@ -172,7 +175,11 @@ def build_arguments(kind: type, config: dict[str, Any], given: dict[str, Any]) -
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "model", skip=set(given), instantiate=False)
+    # A class of the user's may have parameters without a type. What a file may put there was decided before.
+    parser.add_class_arguments(kind, "model", skip=set(given), instantiate=False, fail_untyped=False)
+    # The options of a default class, AdamW, would otherwise go over to the class that takes its place.
+    defaults = {name: item.default for name, item in signature(kind).parameters.items()}
+    parser.set_defaults({f"model.{name}": None for name in config if isclass(defaults.get(name)) and name not in given})
     try:
         config = {name: value for name, value in config.items() if name not in given}
         return {**vars(parser.instantiate(parser.parse_object({"model": config})).model), **given}

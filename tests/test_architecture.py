@@ -29,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "csv_table": {"atomic_write"},
     "retrieval": {"lazy", "atomic_write", "bfloat16", "checks", "html_page", "picture_style"},
     "heads": set(),
-    "inference": {"atomic_write", "data"},
     "timm_networks": set(),
     "backbones": {"compat", "heads", "timm_networks"},
     "training_images": {"compat", "memory"},
@@ -40,6 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trust_table": set(),
     "trust": {"trust_table"},
     "runs": {"trust"},
+    "describing": set(),
+    "inference": {"atomic_write", "data", "retrieval", "trust"},
+    "saving": {"atomic_write", "data", "describing", "runs", "timm_networks", "trust"},
     "curves": {"losses", "checks", "atomic_write", "csv_table", "picture_style"},
     "memory_term": {"losses", "memory"},
     "callbacks": {
@@ -48,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "learner": {
         *("memory_term", "losses", "memory", "retrieval", "backbones", "heads", "head_fitting", "runs", "trust"),
-        *("timm_networks", "parameter_groups", "schedules"),
+        *("timm_networks", "parameter_groups", "schedules", "saving", "inference"),
     },
     "commands": set(),
     "cli_messages": {"schedules", "losses", "callbacks", "data", "memory", "backbones", "commands", "compat"},

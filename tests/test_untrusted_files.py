@@ -18,7 +18,8 @@ import yaml
 
 from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
-from lightning_memdml.deploy.trained import data_of, load_learner
+from lightning_memdml.deploy.trained import load_learner
+from lightning_memdml.inference.sources import data_of
 from lightning_memdml.lightning_cli import _without_foreign_files
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
 from lightning_memdml.trust import UntrustedFileError

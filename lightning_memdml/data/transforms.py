@@ -123,6 +123,12 @@ class TrainingTransform(PhotographTransform):
             image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode(interpolation), antialias=True
         )
         super().__init__([Shrink(image_size, interpolation, crop_pct), part, v2.RandomHorizontalFlip()], mean, std)
+        self.image_size, self.min_scale, self.interpolation, self.crop_pct = (
+            image_size,
+            min_scale,
+            interpolation,
+            crop_pct,
+        )
 
 
 class EvaluationTransform(PhotographTransform):
@@ -150,6 +156,7 @@ class EvaluationTransform(PhotographTransform):
         crop_pct: float = CROP,
     ) -> None:
         super().__init__([Shrink(image_size, interpolation, crop_pct), v2.CenterCrop(image_size)], mean, std)
+        self.image_size, self.interpolation, self.crop_pct = image_size, interpolation, crop_pct
 
 
 class Shrink(v2.Compose):
@@ -182,7 +189,7 @@ class Shrink(v2.Compose):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"Expected `crop_pct`, a share of the image's side, in (0, 1] but got {crop_pct}.")
         self.side = round(image_size / crop_pct)
-        self.interpolation = interpolation
+        self.image_size, self.interpolation, self.crop_pct = image_size, interpolation, crop_pct
         # As a tensor, three bytes of a pixel side by side, an image is resized twice as fast as by Pillow.
         super().__init__([v2.PILToTensor(), v2.Resize(self.side, InterpolationMode(interpolation), antialias=True)])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_memdml.deploy.trained import call, configuration_of, data_of, load_learner
+from lightning_memdml.deploy.trained import call, data_config_of, load_learner
 from lightning_memdml.inference.export import Format, export_network
-from lightning_memdml.inference.sources import FromFile, input_transform, tensor_shape
+from lightning_memdml.inference.sources import FromFile, data_of, input_transform, tensor_shape
 
 DESCRIPTION = """\
 Export a trained network, which maps a batch of prepared images to unit embeddings.
@@ -33,7 +33,7 @@ def export_model(
     """Export a trained network, and describe beside it how its images are prepared.
 
     Args:
-        ckpt_path: A checkpoint of `memdml fit`.
+        ckpt_path: A checkpoint of `memdml fit`, or of a learner trained or saved in Python.
         output: Folder of the files.
         formats: What to write: `onnx` (extra `export`), `torch`.
         trust: Let the checkpoint build whatever it names, also what is not on the closed list.
@@ -47,6 +47,6 @@ def export_model(
         ValueError: If the checkpoint cannot be used, its transform cannot be described, or an exported model computes
             something else than the network.
     """
-    data = data_of(configuration_of(ckpt_path, trust=trust)["data"], ckpt_path, trust=trust)
+    data = data_of(data_config_of(ckpt_path, trust=trust), ckpt_path, trust=trust)
     transform = FromFile(input_transform(data), tensor_shape(data))
     return export_network(load_learner(ckpt_path, trust=trust).model, transform, output, formats)

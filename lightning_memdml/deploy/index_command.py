@@ -13,12 +13,13 @@ from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.deploy.embedding import PROGRESS, embed
-from lightning_memdml.deploy.trained import configuration_of, data_of, file_digest, load_learner
+from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
 from lightning_memdml.inference.sources import (
     FromFile,
     NamedImages,
     Part,
     absolute_paths,
+    data_of,
     images_at,
     input_transform,
     part_of,
@@ -102,7 +103,7 @@ def index_images(
     """Embed images with a trained network, and build an index of them in a folder.
 
     Args:
-        ckpt_path: A checkpoint of `memdml fit`.
+        ckpt_path: A checkpoint of `memdml fit`, or of a learner trained or saved in Python.
         source: A folder of images, or a table or archive as `TableDataModule` reads it, instead of the checkpoint's
             data. The images are prepared as the test images are.
         images: Which images of the data module, if there is no `source`.
@@ -123,7 +124,7 @@ def index_images(
         "ckpt_path": str(Path(ckpt_path).resolve()),
         "source": None if source is None else str(Path(source).expanduser().resolve()),
         "images": images,
-        "data": data or configuration_of(ckpt_path, trust=trust)["data"],
+        "data": data or data_config_of(ckpt_path, trust=trust),
     }
     learner, about["sha256"] = load_learner(ckpt_path, device, trust=trust), file_digest(ckpt_path)
     trust = trust or data is not None  # what the command line names is the user's own

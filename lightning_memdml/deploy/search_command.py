@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.deploy.index_command import indexed_images
-from lightning_memdml.deploy.trained import data_of, file_digest, load_learner
-from lightning_memdml.inference.sources import FromFile, image_files, input_transform
+from lightning_memdml.deploy.trained import file_digest, load_learner
+from lightning_memdml.inference.sources import FromFile, data_of, image_files, input_transform
 from lightning_memdml.retrieval import Neighbour, RetrievalExample, save_gallery
 from lightning_memdml.retrieval.index import EmbeddingIndex, load_index
 

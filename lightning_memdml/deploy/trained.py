@@ -1,4 +1,4 @@
-"""A trained learner and the data module it was trained with, from a checkpoint of `memdml fit`."""
+"""A trained learner, and how the images of its training are prepared, from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
-from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.runs import config_of, read_checkpoint
-from lightning_memdml.trust import allowed_config, build
 
 
 def load_learner(ckpt_path: str | Path, device: str = "cpu", *, trust: bool = False) -> MetricLearner:
     """Return the trained learner on a device, in evaluation mode.
 
     Args:
-        ckpt_path: A checkpoint of `memdml fit`.
+        ckpt_path: A checkpoint.
         device: Where the network runs, `cpu` or `cuda`.
         trust: Let the checkpoint build whatever it names, see `lightning_memdml.trust`.
 
@@ -40,7 +37,7 @@ def load_learner(ckpt_path: str | Path, device: str = "cpu", *, trust: bool = Fa
 
 
 def configuration_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """Return the configuration that `memdml fit` has put into a checkpoint.
+    """Return the configuration in a checkpoint of `memdml fit` or of a learner trained in Python.
 
     Args:
         ckpt_path: The checkpoint.
@@ -51,31 +48,31 @@ def configuration_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str,
     """
     checkpoint = read_checkpoint(ckpt_path)
     config = config_of(checkpoint, str(ckpt_path), trust=trust)
-    if config is None or "data" not in config:
+    if config is None:
         raise ValueError(
             f"Expected a checkpoint of `memdml fit`, which holds its configuration, but {ckpt_path} has none."
         )
     return config
 
 
-def data_of(config: Any, source: str = "the index", *, trust: bool = False) -> RetrievalDataModule:
-    """Build a data module from `class_path` and `init_args`; no image is opened.
+def data_config_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """Return how the data module of a training was made, according to its checkpoint.
 
     Args:
-        config: The class path and its options.
-        source: The file they come from, for errors.
-        trust: Allow what is not on the closed list: the file is the user's own, or the user trusts its maker.
+        ckpt_path: The checkpoint.
+        trust: Allow what is not on the closed list of `lightning_memdml.trust_table`.
 
     Raises:
-        ValueError: If it is not a `RetrievalDataModule`, which lists its images, or not on the closed list.
+        ValueError: If the checkpoint does not hold it, or names what is not on the closed list.
     """
-    data = build(LightningDataModule, allowed_config({"data": config}, source, trust=trust)["data"])
-    if not isinstance(data, RetrievalDataModule):
+    config = configuration_of(ckpt_path, trust=trust)
+    if "data" not in config:
         raise ValueError(
-            f"Expected a data module that is a RetrievalDataModule but got {type(data).__name__}; pass "
-            "`--data FolderDataModule --data.root DIR`, or images with `--source`."
+            f"Expected {ckpt_path} to hold how its images are prepared but it does not: the learner was trained "
+            "without a data module of this package. Pass `--data FolderDataModule --data.root DIR` to `memdml index`, "
+            "or in Python `transform=` to `build_index` and `export` of the learner."
         )
-    return data
+    return config["data"]
 
 
 def call(function: Callable[..., Any], arguments: list[str], **kwargs: Any) -> Any:

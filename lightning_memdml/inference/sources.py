@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning import LightningDataModule
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -17,6 +18,7 @@ from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDat
 from lightning_memdml.data.paths import local_path
 from lightning_memdml.data.pictures import SUFFIXES, upright
 from lightning_memdml.data.records import first_rows
+from lightning_memdml.trust import allowed_config, build
 
 Part = Literal["gallery", "query", "val", "train"]
 
@@ -32,6 +34,26 @@ class NamedImages:
     def __init__(self, images: ImageDataset, classes: Sequence[int | str]) -> None:
         self.images = images
         self.classes = [str(name) for name in classes]
+
+
+def data_of(config: Any, source: str = "the index", *, trust: bool = False) -> RetrievalDataModule:
+    """Build a data module from `class_path` and `init_args`; no image is opened.
+
+    Args:
+        config: The class path and its options.
+        source: The file they come from, for errors.
+        trust: Allow what is not on the closed list: the file is the user's own, or the user trusts its maker.
+
+    Raises:
+        ValueError: If it is not a `RetrievalDataModule`, which lists its images, or not on the closed list.
+    """
+    data = build(LightningDataModule, allowed_config({"data": config}, source, trust=trust)["data"])
+    if not isinstance(data, RetrievalDataModule):
+        raise ValueError(
+            f"Expected a data module that is a RetrievalDataModule but got {type(data).__name__}; pass "
+            "`--data FolderDataModule --data.root DIR`, or images with `--source`."
+        )
+    return data
 
 
 def part_of(data: RetrievalDataModule, part: Part) -> NamedImages:

@@ -62,10 +62,10 @@ def test_everything_is_made_again(folder: Path, name: str) -> None:
     for part in ("loss", "memory_loss"):
         assert repr(getattr(loaded, part)) == repr(OPTIONS[part])
     assert vars(loaded.memory_weight) == vars(OPTIONS["memory_weight"])
-    settings = loaded.configure_optimizers()
-    assert type(settings["optimizer"]) is torch.optim.SGD
-    assert settings["optimizer"].defaults["lr"] == 0.25
-    assert settings["lr_scheduler"]["scheduler"].step_size == 7
+    optimizer = loaded.optimizer([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.25, 0)
+    assert loaded.lr_scheduler(optimizer).step_size == 7
     assert list(loaded.k or ()) == [1, 5]
     assert loaded.model.backbone.width == 4
     state = torch.load(folder / name, weights_only=True)["state_dict"]
@@ -86,7 +86,7 @@ def test_the_commands_use_it(folder: Path, name: str, capsys: pytest.CaptureFixt
     main(["index", "--ckpt_path", name, "--output", "index"])
     main(["export", "--ckpt_path", name, "--output", "exported", "--formats", "[torch]"])
     main(["test", "--ckpt_path", name, "--trainer.accelerator", "cpu", "--trainer.logger", "false"])
-    assert "test/recall_at_5" in capsys.readouterr().out
+    assert "Recall@5" in capsys.readouterr().out
     assert (folder / "exported/model.pt2").is_file()
 
 

@@ -243,7 +243,7 @@ class MemdmlCLI(LightningCLI):
 
     def _needs_trust(self) -> list[str]:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return find_refused(config.get("fit", config))
+        return find_refused(_without_own_options(config.get("fit", config)))
 
     def after_fit(self) -> None:
         """Compare with the network before the training, and save the trained state as `last.ckpt`.
@@ -329,9 +329,13 @@ class SaveRunConfig(SaveConfigCallback):
 
     def _text(self) -> str:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        # Options of one command alone: the configuration of a run is used with other commands too.
-        own = {option.removeprefix("--") for option in (*FIT, *PREDICT)}
-        return write_yaml({key: value for key, value in config.items() if key not in own})
+        return write_yaml(_without_own_options(config))
+
+
+def _without_own_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the options of one command alone: the configuration of a run is used with other commands too."""
+    own = {option.removeprefix("--") for option in (*FIT, *PREDICT)}
+    return {key: value for key, value in config.items() if key not in own}
 
 
 def with_config_of_checkpoint(arguments: list[str]) -> list[str]:

@@ -75,7 +75,7 @@ def test_a_training_that_does_not_beat_the_features_is_named_with_a_way_out() ->
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_fit_prints_the_table_at_the_end(
-    wanted: bool, run_in: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wanted: bool, run_in: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(SmallConvNet(width=4).state_dict(), tmp_path / "weights.pth")
     with run_in(tmp_path):
@@ -91,6 +91,7 @@ def test_fit_prints_the_table_at_the_end(
     row = r"\n{} +\d+\.\d +\d+\.\d\n"
     for name in ("frozen features", "frozen features, whitened", "trained"):
         assert bool(re.search(row.format(name), printed)) == wanted
+    assert "--trust" not in caplog.text, "options of the command are no part of the configuration"
 
 
 def photographs(folder: Path, colour: int = 0) -> FolderDataModule:

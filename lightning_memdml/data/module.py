@@ -61,8 +61,8 @@ class RetrievalDataModule(LightningDataModule):
         images_per_class: Images of each class in a training batch.
         batches_per_epoch: Training batches per epoch; by default as many as it takes to visit every image. Shorter
             epochs visit every image too, over several epochs.
-        shrink_batch: Make `batch_size` smaller, with a notice, if a batch would need more classes than the training has;
-            otherwise that is an error.
+        shrink_batch: Make `batch_size` smaller, with a notice, if a batch needs more classes than there are to train
+            on. Without it that is an error.
         eval_batch_size: Images per batch of validation, test and prediction on each rank.
         num_workers: Processes per loader that open and transform images; 0 does it in the training process. By default
             as many as there are CPU cores for each rank of this machine, at most 16.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.memory_setup import check_place, describe_backends, fit_to_train_set, make_memory
+from lightning_memdml.callbacks.memory_setup import (
+    StorageName,
+    check_place,
+    describe_backends,
+    fit_to_train_set,
+    make_memory,
+)
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
 from lightning_memdml.memory.gather import RowGather
@@ -73,7 +79,8 @@ class MemoryCallback(Callback):
         size: Rows the memory keeps, over all ranks: a whole number, or a share of the training images in (0, 1];
             8192 by default. 1.0 is as many rows as images, 1 is one row.
         start_step: Optimiser steps before rows are stored.
-        dtype: How embeddings are stored; float16 takes half the bytes.
+        dtype: How embeddings are stored. `float16` and `bfloat16` take half the bytes, and GPUs multiply them by tensor
+            cores; similarities change by up to 4.9e-4 and 3.9e-3. `auto`: float16 on a CUDA GPU, float32 elsewhere.
         memory: The memory itself, instead of `size` and `dtype`: an `InstanceMemory`, a `ShardedMemory`, or your own
             class derived from `Memory`.
         prefill: Fill the memory with random training images before the first row is stored, as in the paper of XBM: a
@@ -105,7 +112,7 @@ class MemoryCallback(Callback):
         self,
         size: int | float | None = None,
         start_step: int = 0,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: StorageName = "float32",
         memory: Memory | None = None,
         prefill: bool = False,
         encoder_momentum: float | None = None,

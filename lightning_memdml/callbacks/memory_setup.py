@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
@@ -9,23 +11,29 @@ from lightning_memdml.losses.backends import AUTO
 from lightning_memdml.losses.pair_loss import PairLoss
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory.rows import Storage
 from lightning_memdml.training_images import find_train_set
 
+StorageName = Literal["float32", "float16", "bfloat16", "auto"]
 
-def make_memory(size: int | float, dtype: str) -> tuple[EmbeddingMemory, float | None]:
+
+def make_memory(size: int | float, dtype: StorageName) -> tuple[EmbeddingMemory, float | None]:
     """Return a memory, and the share of the training images that its size is to be, or None."""
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}. Pass one of these names.')
+    if dtype not in get_args(StorageName):
+        raise ValueError(
+            f'Expected `dtype` to be "float32", "float16", "bfloat16" or "auto" but got {dtype!r}. Pass one of these.'
+        )
+    storage: Storage = "auto" if dtype == "auto" else getattr(torch, dtype)
     if isinstance(size, float) and size > 1 and size.is_integer():
         size = int(size)  # Python 3.10 can cache `int | float` as `float | int`, and jsonargparse then reads 40.0
     if not isinstance(size, float):
-        return EmbeddingMemory(size, getattr(torch, dtype)), None
+        return EmbeddingMemory(size, storage), None
     if not 0 < size <= 1:
         raise ValueError(
             f"Expected `size` as a share of the training set in (0, 1] but got {size}. Pass a number of rows as a "
             "whole number."
         )
-    return EmbeddingMemory(1, getattr(torch, dtype)), size  # of one row until the training set is known
+    return EmbeddingMemory(1, storage), size  # of one row until the training set is known
 
 
 def fit_to_train_set(trainer: Trainer, memory: Memory, share: float) -> None:

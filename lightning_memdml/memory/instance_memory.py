@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_memdml.memory.embedding_memory import TableMemory
 from lightning_memdml.memory.momentum_encoder import check_momentum
-from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, NewRows, unit_rows
+from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, NewRows, Storage, unit_rows
 
 
 class InstanceMemory(TableMemory):
@@ -31,7 +31,7 @@ class InstanceMemory(TableMemory):
         size: Images of the data set; indices are in `[0, size)`. None: those of the training set, which
             `MemoryCallback` finds out.
         momentum: The $m$ of the formula, in [0, 1). At 0 a row is the image's latest embedding.
-        dtype: How embeddings are stored, a floating-point dtype. They are averaged and normalised in float32.
+        dtype: How embeddings are stored, see `EmbeddingMemory`. They are averaged and normalised in float32.
 
     Attributes:
         steps: `(M,)` int64, for each row the `step` given when it was last updated.
@@ -56,7 +56,7 @@ class InstanceMemory(TableMemory):
     #: What `read_with` replaced: slots, their rows before, and the images that had no row.
     _replaced: tuple[np.ndarray, NewRows, np.ndarray] | None
 
-    def __init__(self, size: int | None = None, momentum: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, size: int | None = None, momentum: float = 0.5, dtype: Storage = torch.float32) -> None:
         check_momentum("momentum", momentum)
         self.momentum = momentum
         super().__init__(size, dtype)
@@ -85,7 +85,7 @@ class InstanceMemory(TableMemory):
         self._put_back()
         self.was_read = True
         if len(self) == 0:
-            other = InstanceMemory(self.size, self.momentum, self.dtype)
+            other = InstanceMemory(self.size, self.momentum, self._table.storage)
             other.enqueue(embeddings, labels, indices)
             return other.read()
         with torch.inference_mode(False), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ TENSORS = ("embeddings", *COLUMNS)
 
 #: Types of devices from which the host reads a number at no cost. From others it would have to wait for it.
 HOST_DEVICES = {"cpu"}
+
+#: Types of devices on which `dtype="auto"` is float16: those that multiply it by tensor cores with sums in float32.
+FLOAT16_DEVICES = {"cuda"}
+Storage = torch.dtype | Literal["auto"]
 
 UNKNOWN_INDEX = -1
 """Stored where the index of a row's image is not given. It names no image, so it equals no other index."""
@@ -163,10 +167,10 @@ class RowTable:
     """Slots for rows, allocated once: an embedding, and the integers label, index and step.
 
     Args:
-        dtype: How embeddings are stored.
+        storage: How embeddings are stored: a dtype, or `auto` for float16 on a CUDA GPU and float32 elsewhere.
 
     Attributes:
-        embeddings: `(slots, D)` of `dtype`.
+        embeddings: `(slots, D)`.
         metadata: `(3, slots)` int64: label, image index and step of each slot.
         ids: Label and image index of each slot on the host, `(2, slots)`; of a table on a CPU the numbers themselves.
         bounds: Those of `MemoryRows`, given to all rows that are shown.
@@ -183,19 +187,25 @@ class RowTable:
         tensor([7, 8])
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self.bounds: tuple[int, ...] | None = None
-        self.embeddings = torch.empty(0, 0, dtype=dtype)
+        self.embeddings = torch.empty(0, 0, dtype=self.dtype_on(torch.device("cpu")))
         self.metadata = torch.empty(3, 0, dtype=torch.int64)
-        self._mirror(slice(0, 0))
+        self._mirror(np.zeros((2, 0), dtype=np.int64), slice(0, 0))
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return how embeddings are stored on a device."""
+        if isinstance(self.storage, torch.dtype):
+            return self.storage
+        return torch.float16 if device.type in FLOAT16_DEVICES else torch.float32
 
     def allocate(self, slots: int, dim: int) -> None:
         """Replace the table by an empty one, on the same device."""
         device = self.embeddings.device
-        self.embeddings = torch.zeros(slots, dim, dtype=self.dtype, device=device)
+        self.embeddings = torch.zeros(slots, dim, dtype=self.dtype_on(device), device=device)
         self.metadata = torch.zeros(3, slots, dtype=torch.int64, device=device)
-        self._mirror(slice(0, 0))
+        self._mirror(np.zeros((2, slots), dtype=np.int64), slice(0, 0))
 
     def move(self, start: int, stop: int) -> None:
         """Move the slots from `start`, at least 1, to `stop` to the front, without a second table.
@@ -215,7 +225,7 @@ class RowTable:
         if not self._on_host:
             self.ids[:, slots] = new.ids
         places = slots if isinstance(slots, slice) else self.on_device(slots)
-        self.embeddings[places], self.metadata[:, places] = new.embeddings.to(self.dtype), new.metadata
+        self.embeddings[places], self.metadata[:, places] = new.embeddings.to(self.embeddings.dtype), new.metadata
         self.valid, self.rows = valid, self.view(valid)
 
     def on_device(self, slots: np.ndarray) -> Tensor:
@@ -240,14 +250,14 @@ class RowTable:
 
     def to(self, device: torch.device) -> None:
         """Move the table to a device."""
-        self.embeddings, self.metadata = self.embeddings.to(device), self.metadata.to(device)
-        self._mirror(self.valid)
+        ids = self.ids.copy()
+        self.embeddings, self.metadata = self.embeddings.to(device, self.dtype_on(device)), self.metadata.to(device)
+        self._mirror(ids, self.valid)
 
-    def _mirror(self, valid: slice) -> None:
-        """Copy labels and indices to the host after the whole table changed, and show the valid rows."""
+    def _mirror(self, ids: np.ndarray, valid: slice) -> None:
+        """Keep labels and indices on the host after the whole table changed, and show the valid rows."""
         self._on_host = self.metadata.device.type in HOST_DEVICES
-        ids = self.metadata[:2].cpu().numpy()
-        self.ids = ids if self._on_host else ids.copy()
+        self.ids = self.metadata[:2].numpy() if self._on_host else ids
         self.show(valid)
 
     def state(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.gather import RowGather, ranks
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory.rows import TENSORS, MemoryRows, NewRows, as_rows
+from lightning_memdml.memory.rows import TENSORS, MemoryRows, NewRows, Storage, as_rows
 from lightning_memdml.memory.validation import check_state
 
 
@@ -47,7 +47,7 @@ class ShardedMemory(Memory):
 
     Args:
         size: Rows kept over all ranks, at least 1; rounded up to a multiple of the number of ranks.
-        dtype: How embeddings are stored, a floating-point dtype.
+        dtype: How embeddings are stored, see `EmbeddingMemory`.
 
     Attributes:
         share: The rows of this rank.
@@ -66,7 +66,7 @@ class ShardedMemory(Memory):
         tensor([2, 3, 4])
     """
 
-    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, size: int, dtype: Storage = torch.float32) -> None:
         self.share = _Share(size, dtype)
         self._size = size
         self._gather, self._gather_contexts = RowGather(), RowGather()

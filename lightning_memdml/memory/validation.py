@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memdml.memory.rows import COLUMNS, TENSORS
+from lightning_memdml.memory.rows import COLUMNS, TENSORS, Storage
 
 
 def check_size(size: int) -> None:
@@ -24,10 +24,12 @@ def check_size(size: int) -> None:
         raise ValueError(f"Expected `size` of at least 1 but got {size}. Pass the number of rows to keep.")
 
 
-def check_storage(dtype: torch.dtype) -> None:
+def check_storage(dtype: Storage) -> None:
     """Raise a `TypeError` unless embeddings can be stored in this dtype."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"Expected a floating-point `dtype` but got {dtype}. Pass torch.float32 or torch.float16.")
+    if dtype != "auto" and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(
+            f'Expected a floating-point `dtype` or "auto" but got {dtype}. Pass torch.float32 or torch.float16.'
+        )
 
 
 def check_state(kind: str, state: dict[str, Any], names: Sequence[str]) -> None:

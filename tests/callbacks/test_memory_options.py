@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -338,7 +339,10 @@ def test_a_misspelt_memory_gets_the_nearest_name(
     assert "Did you mean 'InstanceMemory'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
-def test_a_dtype_is_one_of_two_names(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=f'Expected `dtype` to be "float32" or "float16" but got {dtype!r}'):
+@pytest.mark.parametrize("dtype", ["float64", torch.float16])
+def test_a_dtype_is_one_of_four_names(dtype: Any) -> None:
+    expected = (
+        f'Expected `dtype` to be "float32", "float16", "bfloat16" or "auto" but got {dtype!r}. Pass one of these.'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         MemoryCallback(size=8, dtype=dtype)

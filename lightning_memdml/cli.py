@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_memdml.commands import run
+from lightning_memdml.commands import COMMANDS, TRAINER, run
 from lightning_memdml.latest_run import follow_latest
 from lightning_memdml.verbosity import is_verbose, take_verbose
 from lightning_memdml.warnings_filter import hide_what_users_cannot_change
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows `memdml`; by default what the process was started with.
 
     Raises:
-        SystemExit: With a sentence, if a name, an option, a file or a value is wrong.
+        SystemExit: With a sentence, if a name, an option, a file or a value is wrong; with 130 after Ctrl-C.
     """
     # Lightning starts the other ranks with `sys.argv`, so the arguments have to be there.
     given = take_verbose(sys.argv[1:] if arguments is None else arguments)
@@ -33,8 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hide_what_users_cannot_change()
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
+    name = "".join(sys.argv[1:2])
     try:
-        run("".join(sys.argv[1:2]), sys.argv[2:])
+        run(name, sys.argv[2:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has enough, as in `memdml configs | head`. The interpreter would flush into the pipe once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (KeyboardInterrupt, SystemExit) as error:
+        _exit_if_interrupted(name, error)
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
         message = _message_of_this_package(error)
         if message is None:
@@ -42,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_memdml.cli_messages import readable
 
         sys.exit(f"error: {readable(message)}")
+
+
+def _exit_if_interrupted(name: str, error: BaseException) -> None:
+    """Exit with 130 and a sentence after Ctrl-C, which Lightning turns into an exit with 1."""
+    if not isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
+        return
+    for child in multiprocessing.active_children():  # the interpreter would wait for their work
+        child.terminate()
+    command = COMMANDS.get(name)
+    # Of a training that has begun, Lightning has printed how to go on.
+    if command is not None and (command.function != TRAINER or isinstance(error, KeyboardInterrupt)):
+        print(f"\nInterrupted. {command.after_interrupt}".rstrip(), file=sys.stderr)
+    sys.exit(130)
 
 
 def _message_of_this_package(error: BaseException | None) -> str | None:

@@ -47,7 +47,8 @@ class ArgumentParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, own_options: Mapping[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
         self.commands: Any = None
-        super().__init__(*args, formatter_class=help_formatter(MANY_CLASSES), **kwargs)
+        # `--ckpt` would be taken for `--ckpt_path` in one version, and be an error once there is `--ckpt_name`.
+        super().__init__(*args, formatter_class=help_formatter(MANY_CLASSES), allow_abbrev=False, **kwargs)
         for name, option in (own_options or {}).items():
             self.add_argument(name, **option)
 

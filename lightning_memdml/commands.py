@@ -21,12 +21,14 @@ class Command(NamedTuple):
         function: `module:function`. The function takes the arguments after the name of the command.
         example: Arguments for the help of all commands.
         other_names: Names that other programs give such a command; they are not accepted, but lead to this one.
+        after_interrupt: What to do after Ctrl-C.
     """
 
     help: str
     function: str
     example: str = ""
     other_names: tuple[str, ...] = ()
+    after_interrupt: str = ""
 
 
 TRAINER = "lightning_memdml.lightning_cli:run_trainer"
@@ -78,12 +80,14 @@ COMMANDS: dict[str, Command] = {
         "lightning_memdml.lightning_cli:run_study",
         "STUDY.yaml",
         ("compare", "sweep", "experiment"),
+        "Finished runs are kept. To go on, run the same command again.",
     ),
     "index": Command(
         "Make images searchable with a checkpoint.",
         "lightning_memdml.deploy.index_command:index",
         f"--ckpt_path {LAST}",
         ("build-index", "add"),
+        "To go on with the images that are left, run the same command again.",
     ),
     "search": Command(
         "Find the indexed images nearest to image files.",

@@ -116,6 +116,17 @@ def help_formatter(most_classes: int) -> type:
     return HelpFormatter
 
 
+def ranks_start_method(trainer: Any) -> str | None:
+    """Return how the Trainer starts its ranks from the running program: `spawn`, `fork` or `forkserver`, else None.
+
+    When such ranks end, Lightning brings back the weights alone. Its launchers are private. Tested with lightning 2.6.
+    """
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    launcher = trainer.strategy.launcher
+    return launcher._start_method if isinstance(launcher, _MultiProcessingLauncher) else None
+
+
 def loader_iterator(loader: DataLoader[Any]) -> Any:
     """Return the iterator of a loader with persistent workers, which owns the workers; None before the first epoch.
 

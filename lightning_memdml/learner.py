@@ -25,6 +25,7 @@ from lightning_memdml.runs import INSTANTIATOR, read_checkpoint
 from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
 from lightning_memdml.schedules import Schedule, scheduler_options
 from lightning_memdml.timm_networks import preprocessing_of
+from lightning_memdml.trust_sizes import limited_tensors
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
 
@@ -216,8 +217,7 @@ class MetricLearner(LightningModule):
             strict: Whether the checkpoint must hold exactly the weights of the learner; by default as it is set there.
             weights_only: False unpickles a checkpoint of a program, and so runs any code in it.
             trust: Let the checkpoint build and run whatever it names. By default it may name what is on the closed
-                list of `lightning_memdml.trust_table`: the classes of this package, networks of torchvision and timm,
-                optimisers, schedulers and transforms.
+                list of `lightning_memdml.trust_table`.
             **kwargs: Arguments that replace those of the checkpoint, such as `backbone=` and `loss=`.
 
         Returns:
@@ -231,8 +231,9 @@ class MetricLearner(LightningModule):
         if weights_only is False:
             return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, False, **kwargs)
         checkpoint = read_checkpoint(checkpoint_path, map_location)
-        arguments = saving.saved_arguments(cls, checkpoint, str(checkpoint_path), kwargs, hparams_file, trust=trust)
-        learner = cls(**arguments)
+        with limited_tensors(str(checkpoint_path), trust=trust):
+            arguments = saving.saved_arguments(cls, checkpoint, str(checkpoint_path), kwargs, hparams_file, trust=trust)
+            learner = cls(**arguments)
         learner.data_config = saving.saved_data(checkpoint, str(checkpoint_path), trust=trust)
         learner.on_load_checkpoint(checkpoint)
         state = saving.without_placeholders(checkpoint["state_dict"], arguments)

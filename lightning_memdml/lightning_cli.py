@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_memdml.callbacks.memory_setup import check_strategy
+from lightning_memdml.checkpoint_config import config_source, with_config_of_checkpoint
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.commands import COMMANDS
 from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
 from lightning_memdml.data import RetrievalDataModule
-from lightning_memdml.data.paths import local_path
+from lightning_memdml.data.paths import local_path, require_utf8
 from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
 from lightning_memdml.latest_run import point_latest_at
 from lightning_memdml.learner import MetricLearner
@@ -33,15 +34,21 @@ from lightning_memdml.reference_scores import (
 from lightning_memdml.run_display.logs import quiet_logs
 from lightning_memdml.run_display.score_lines import ScoreLines
 from lightning_memdml.run_display.step_bar import StepBar
-from lightning_memdml.run_folders import remove_unused, require_run_folder, with_own_folder, without_foreign_files
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, config_of, read_checkpoint, run_folder
+from lightning_memdml.run_folders import (
+    remove_unused,
+    require_run_folder,
+    use_local_folders,
+    with_own_folder,
+    without_foreign_files,
+)
+from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, run_folder
 from lightning_memdml.study.study_command import study
 from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import find_refused
+from lightning_memdml.trust_sizes import limited_tensors
 from lightning_memdml.trust_table import DEFAULT_LOGGER
 from lightning_memdml.verbosity import is_verbose
 
-KEYWORDS = ("best", "last", "hpc", "registry")  # words that Lightning takes for `--ckpt_path`
 # Below every configuration. As defaults of the parser they would hand their options on to other classes.
 DEFAULTS: dict[str, Any] = {
     "data": {"class_path": "lightning_memdml.data.GlyphDataModule"},
@@ -75,10 +82,11 @@ def run_trainer(arguments: list[str]) -> None:
     """Run `memdml fit`, `validate`, `test` or `predict` with what `sys.argv` holds."""
     if not is_verbose():
         quiet_logs()
+    source = config_source(sys.argv[1:])
     sys.argv[1:] = with_config_of_checkpoint(sys.argv[1:])
     made: list[Path] = []
     try:
-        cli = MemdmlCLI(made)
+        cli = MemdmlCLI(made, source)
     except BaseException:
         remove_unused(made)
         raise
@@ -111,11 +119,13 @@ class MemdmlCLI(LightningCLI):
 
     Args:
         made: Gets the folders that are made for the run.
+        source: The checkpoint whose configuration is built, unless the user trusts it.
         **options: Of `LightningCLI`: with `args=[...], run=False` it builds what the arguments say, and runs nothing.
     """
 
-    def __init__(self, made: list[Path] | None = None, **options: Any) -> None:
+    def __init__(self, made: list[Path] | None = None, source: str | None = None, **options: Any) -> None:
         self._made = [] if made is None else made
+        self._source = source
         self._lines = ScoreLines()
         self._ckpt_path: str | None = None
         self._reference: ReferenceScores | None = None
@@ -170,7 +180,7 @@ class MemdmlCLI(LightningCLI):
         if self.subcommand is None:
             return
         section = self._section()
-        _use_local_folders(section.trainer)
+        use_local_folders(section.trainer)
         section["ckpt_path"] = self._ckpt_path
         if section.get("weights_only") is None:
             section["weights_only"] = True
@@ -203,10 +213,15 @@ class MemdmlCLI(LightningCLI):
         """Run `Trainer.test`; `ScoreLines` prints the table."""
         self.trainer.test(**{**options, "verbose": False})
 
+    def instantiate_classes(self) -> None:
+        """Build the classes; those that a checkpoint names with a limit on their tensors."""
+        with limited_tensors(str(self._source), trust=self._source is None):
+            super().instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Make the log folder of this run alone.
 
-        A folder that holds other files is refused: Lightning's CSV log removes and overwrites some. Runs that start at
+        A folder that holds other files is refused: Lightning's logs remove and overwrite some. Runs that start at
         the same time without a version in their configuration get folders of their own.
         """
         if self.subcommand is None or not self.trainer.is_global_zero:  # other ranks find what the first has begun
@@ -219,15 +234,20 @@ class MemdmlCLI(LightningCLI):
                 for logger, given in zip(self.trainer.loggers, options, strict=True)
             ]
         for logger in self.trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                require_run_folder(Path(logger.log_dir))
+            if (place := getattr(logger, "log_dir", None)) is not None:  # of a log in files: CSV, TensorBoard
+                require_run_folder(Path(place))
 
     def _section(self) -> Any:
         """Return the part of the configuration that belongs to the command."""
         return self.config.get(str(self.config.get("subcommand")), self.config)
 
     def before_fit(self) -> None:
-        """Print whether the checkpoints of this run will need `--trust`, and score the network it starts from."""
+        """Print whether the checkpoints of this run will need `--trust`, and score the network it starts from.
+
+        Raises:
+            ValueError: If the strategy would lose what is saved at the end.
+        """
+        check_strategy(self.trainer)
         if refused := self._needs_trust():
             rank_zero_info(f"The checkpoints of this run open with `--trust` only: {', '.join(refused)}.")
         section, data = self.config.fit, self.datamodule
@@ -272,6 +292,15 @@ class MemdmlCLI(LightningCLI):
             else "Saved without training."
         )
         rank_zero_info(f"{done} Next: memdml test --ckpt_path {checkpoint}{trust}")
+
+    def before_predict(self) -> None:
+        """Refuse names that the table of embeddings cannot hold, before the images are embedded."""
+        data = self.datamodule
+        if isinstance(data, RetrievalDataModule) and self.trainer.is_global_zero:
+            data.prepare_data()
+            data.setup("predict")
+            names = [name for name in data.classes if isinstance(name, str)]
+            require_utf8([*data.query_set.paths, *data.gallery_set.paths, *names])
 
     def after_predict(self) -> None:
         """Write the embeddings with paths, labels and classes: of all test images, or of queries and of the gallery."""
@@ -336,46 +365,6 @@ def _without_own_options(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the options of one command alone: the configuration of a run is used with other commands too."""
     own = {option.removeprefix("--") for option in (*FIT, *PREDICT)}
     return {key: value for key, value in config.items() if key not in own}
-
-
-def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
-    """Put the configuration of a checkpoint before the other arguments, if there is no other configuration.
-
-    Raises:
-        ValueError: If the checkpoint is not there, or cannot be read, or names what is not on the closed list.
-    """
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("-c", "--config")
-    options.add_argument("--ckpt_path")
-    options.add_argument("--trust", action="store_true")
-    given, _ = options.parse_known_args(arguments)
-    arguments = [argument for argument in arguments if argument != "--trust"]
-    if given.ckpt_path in (None, "", "null", *KEYWORDS) or Path(given.ckpt_path).is_dir():
-        return arguments
-    checkpoint = read_checkpoint(given.ckpt_path)
-    if given.config is not None:
-        return arguments
-    config = config_of(checkpoint, given.ckpt_path, trust=given.trust, notice=True)
-    if config is None or "data" not in config:
-        needed = "--model" if config is None else "--data"  # a program's checkpoint may hold the model alone
-        if not any(argument.startswith(needed) for argument in arguments):
-            raise ValueError(
-                f"Expected a checkpoint of `memdml fit`, which holds its configuration, but got {given.ckpt_path}. "
-                "Pass --config FILE too, or the options of the model and the data."
-            )
-    if config is None:
-        return arguments
-    return [arguments[0], "--config", write_yaml(config), *arguments[1:]]
-
-
-def _use_local_folders(trainer: Any) -> None:
-    """Expand `~` and `file://` in the folders that a run writes to, of which Lightning would make folders here."""
-    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    places = [(trainer, "default_root_dir"), *((getattr(logger, "init_args", {}), "save_dir") for logger in loggers)]
-    for options, name in places:
-        folder = options.get(name)
-        if folder is not None and ("://" in str(folder) or str(folder).startswith("~")):
-            options[name] = str(local_path(folder, name))
 
 
 def _take_over_preprocessing(section: Any) -> None:

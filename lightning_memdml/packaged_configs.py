@@ -110,7 +110,10 @@ def read_header(file: Path) -> Header:
 def configs(arguments: list[str]) -> None:
     """Run `memdml configs` with what follows it on the command line."""
     parser = argparse.ArgumentParser(
-        "memdml configs", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "memdml configs",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", help="print this configuration")
     given = parser.parse_args(arguments)

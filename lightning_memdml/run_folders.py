@@ -8,31 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_memdml.data.paths import local_path
 
 LOG_FILES = ("config.yaml", "hparams.yaml", "metrics.csv")  # which a run writes before its first step
 
 
+def use_local_folders(trainer: Any) -> None:
+    """Expand `~` and `file://` in the folders that a run writes to, of which Lightning would make folders here."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    places = [(trainer, "default_root_dir"), *((getattr(logger, "init_args", {}), "save_dir") for logger in loggers)]
+    for options, name in places:
+        folder = options.get(name)
+        if folder is not None and ("://" in str(folder) or str(folder).startswith("~")):
+            options[name] = str(local_path(folder, name))
+
+
 def with_own_folder(logger: Logger, options: dict[str, Any], made: list[Path]) -> Logger:
-    """Return a CSV log whose new folder no other process has; any other logger as it is.
+    """Return a log in files whose new folder no other process has; any other logger as it is.
 
     Args:
         logger: The log.
         options: With which it was made.
         made: Gets the new folder.
     """
-    while isinstance(logger, CSVLogger) and options.get("version") is None:
+    while isinstance(logger, CSVLogger | TensorBoardLogger) and options.get("version") is None:
         try:
             Path(logger.log_dir).mkdir(parents=True)
             made.append(Path(logger.log_dir))
             break
         except FileExistsError:  # another run has just taken this version
-            logger = CSVLogger(**options)
+            logger = type(logger)(**options)
     return logger
 
 
 def require_run_folder(folder: Path) -> None:
-    """Refuse a folder with files of something else, some of which Lightning's CSV log would remove or overwrite.
+    """Refuse a folder with files of something else, some of which Lightning's logs would remove or overwrite.
 
     Raises:
         ValueError: If the folder is neither empty nor that of a run.

@@ -11,6 +11,7 @@ import torch
 from lightning import Trainer
 
 from lightning_memdml.trust import allowed_config, read_yaml
+from lightning_memdml.trust_sizes import tensors_in
 
 CONFIG_IN_CHECKPOINT = "memdml_config"  # the configuration of `memdml fit`, as YAML
 HYPER_PARAMETERS = "hyper_parameters"  # Lightning's own, which a weights-only checkpoint holds alone
@@ -40,6 +41,8 @@ def read_checkpoint(path: Path | str | IO[bytes], map_location: Any = "cpu") -> 
     if is_path and "://" in str(path):
         raise ValueError(f"Expected a checkpoint on this machine but got {path}. Download the file, and pass its path.")
     file: Any = Path(path).expanduser() if isinstance(path, Path | str) else path
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise ValueError(f"Expected a checkpoint that can be read but got {path}, which is no file.")
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=is_path or None)
     except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -47,7 +50,19 @@ def read_checkpoint(path: Path | str | IO[bytes], map_location: Any = "cpu") -> 
         raise ValueError(f"Expected a checkpoint that can be read but got {path}: {reason}.") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"Expected a checkpoint but {path} holds a {type(checkpoint).__name__}.")
+    if any(not _is_stored(tensor) for tensor in tensors_in(checkpoint)):
+        raise ValueError(
+            f"Expected a checkpoint that holds all numbers of its tensors but {path} has a tensor that is sparse, or "
+            "larger than what is stored of it. Save it with `tensor.contiguous()`."
+        )
     return checkpoint
+
+
+def _is_stored(tensor: torch.Tensor) -> bool:
+    """Whether a file holds every number of a tensor: a few bytes can stand for a tensor of any size."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.is_quantized or tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def config_of(

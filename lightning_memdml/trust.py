@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_memdml.trust_sizes import MAX_BYTES, requested_bytes
 from lightning_memdml.trust_table import (
     CONFIG,
     GROUPS,
@@ -127,6 +128,13 @@ def allowed_config(config: Any, source: str, *, trust: bool = False, notice: boo
         if refused:
             rank_zero_warn(f"Trusted {source} to build and run {refused}.")
         return {key: value for key, value in config.items() if key not in IGNORED}
+    needed = requested_bytes(found)
+    if sum(needed.values()) > MAX_BYTES:
+        raise UntrustedFileError(
+            f"Expected {source} to ask for at most {MAX_BYTES / 1e9:.0f} GB but {', '.join(needed)} ask for "
+            f"{sum(needed.values()) / 1e9:.0f} GB. If you trust the maker of this file, pass `--trust` (in Python "
+            "`trust=True`)."
+        )
     if notice and walk.replaced:
         rank_zero_info(f"Not taken from {source}: {', '.join(walk.replaced)}. Pass your own, or `--trust`.")
     return found
@@ -144,7 +152,7 @@ def build(kind: type[Kind], config: Any) -> Kind:
 
     Args:
         kind: Its class, or a base of it.
-        config: The class path, or a mapping of `class_path` and `init_args`.
+        config: The class path, or a mapping of `class_path` and `init_args`, that `allowed_config` has returned.
 
     Raises:
         ValueError: If they do not fit the class.

@@ -24,6 +24,14 @@ def _one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "method"), [("ddp_spawn", "spawn"), ("ddp_fork", "fork"), ("ddp_notebook", "fork"), ("ddp", None)]
+)
+def test_the_way_in_which_ranks_start_is_known(strategy, method):
+    trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    assert compat.ranks_start_method(trainer) == method
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_all_gather_single_gathers_without_a_deprecated_call():
     sent, received = torch.arange(6, dtype=torch.int32).view(2, 3), torch.zeros(2, 3, dtype=torch.int32)

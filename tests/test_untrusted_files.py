@@ -20,7 +20,7 @@ from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.deploy.trained import load_learner
 from lightning_memdml.inference.sources import data_of
-from lightning_memdml.lightning_cli import _without_foreign_files
+from lightning_memdml.run_folders import without_foreign_files
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
 from lightning_memdml.trust import UntrustedFileError
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_names_no_files_to_remove_but_those_beside_it(tmp_path: Pat
         state = {
             "best_model_path": path, "last_model_path": path, "kth_best_model_path": path, "best_k_models": {path: 1.0},
         }  # fmt: skip
-        _without_foreign_files({"callbacks": {"ModelCheckpoint{}": state}}, folder / "last.ckpt")
+        without_foreign_files({"callbacks": {"ModelCheckpoint{}": state}}, folder / "last.ckpt")
         kept = path == str(ours)
         assert state["best_model_path"] == (path if kept else "")
         assert state["last_model_path"] == (path if kept else "")

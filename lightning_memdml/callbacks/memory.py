@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_memdml.callbacks.memory_setup import (
     StorageName,
     check_place,
+    check_strategy,
     describe_backends,
     fit_to_train_set,
     make_memory,
@@ -177,6 +178,7 @@ class MemoryCallback(Callback):
         if stage != "fit":
             return
         check_place(pl_module, self.memory)
+        check_strategy(trainer)
         if sum(isinstance(callback, MemoryCallback) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError(
                 "Expected one MemoryCallback in the Trainer but got several. Remove all but one: each would replace "

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_memdml.compat import ranks_start_method
 from lightning_memdml.losses.backends import AUTO
 from lightning_memdml.losses.pair_loss import PairLoss
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
@@ -71,3 +72,18 @@ def describe_backends(pl_module: LightningModule) -> str:
     parts = {part for loss in losses for part in loss.children()}  # the hybrid decides for both
     chosen = {f"auto ({AUTO})" if loss.backend == "auto" else loss.backend for loss in losses if loss not in parts}
     return f"; backend of the losses: {' and '.join(sorted(chosen))}" if chosen else ""
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies after which memory, optimiser and step are lost.
+
+    Raises:
+        ValueError: If the ranks are processes that the program starts and that end with the fit.
+    """
+    method = ranks_start_method(trainer)
+    if method is not None:
+        raise ValueError(
+            f"Expected a strategy whose ranks keep the memory, such as ddp, but got one with the start method {method} "
+            "(ddp_spawn, ddp_fork and ddp_notebook). When its ranks end, memory, optimiser and step are lost. Pass "
+            'strategy="ddp" in a script, or devices=1 in a notebook.'
+        )

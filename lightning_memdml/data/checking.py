@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.module import Problem, RetrievalDataModule
+from lightning_memdml.data.paths import shown
 
 PROBLEMS_SHOWN = 10
 ENTRIES_SHOWN = 20
@@ -31,8 +32,9 @@ def tree_of(root: Path) -> Iterator[str]:
 
 def _entry(path: Path) -> str:
     if not path.is_dir():
-        return f"{path.name} ({path.stat().st_size:,} bytes)"
-    return f"{path.name}/ ({sum(len(files) for _, _, files in os.walk(path)):,} files)"
+        size = f"{path.stat().st_size:,} bytes" if path.exists() else "a broken link"
+        return f"{shown(path.name)} ({size})"
+    return f"{shown(path.name)}/ ({sum(len(files) for _, _, files in os.walk(path)):,} files)"
 
 
 def class_sizes(images: ImageDataset) -> str:
@@ -71,7 +73,7 @@ def describe(module: RetrievalDataModule) -> Iterator[str]:
     """Yield the lines of a report: the files, the sets, and how the sampler treats short classes."""
     root = getattr(module, "root", None)
     if isinstance(root, Path) and root.is_dir():
-        yield f"{type(module).__name__} in {root}"
+        yield f"{type(module).__name__} in {shown(root)}"
         yield from tree_of(root)
     for name, images in sets_of(module).items():
         yield f"{name}: {len(images):,} images of {len(images.labels.unique()):,} classes, {class_sizes(images)}"

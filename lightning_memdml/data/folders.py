@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_memdml.data.labels import normal_text
 from lightning_memdml.data.paths import shown
-from lightning_memdml.data.pictures import SUFFIXES, looks_like_a_picture
+from lightning_memdml.data.pictures import HEIC_SUFFIXES, SUFFIXES, looks_like_a_picture
 from lightning_memdml.data.records import Record, Role
 
 # What operating systems, storage devices and programs leave behind; folders with a dot in front are left out as well.
@@ -174,9 +174,10 @@ class FolderReader:
     def warn_of_left_out(self) -> None:
         """Name in one warning how many files were left out."""
         if self.left_out:
+            heic = any(file.suffix.lower() in HEIC_SUFFIXES - SUFFIXES for file in self.left_out)
             rank_zero_warn(
                 f"{len(self.left_out)} files in {shown(self.root)} are no images of a class and are not used: "
-                f"{suffixes_of(self.left_out)}."
+                f"{suffixes_of(self.left_out)}.{' Install the extra `heic` to read HEIC pictures.' if heic else ''}"
             )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote, urlsplit
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive of Windows has one letter
+# They would move the cursor of a terminal, begin a line, or turn the direction of the text round.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def local_path(path: str | Path, name: str) -> Path:
@@ -117,11 +120,27 @@ def is_utf8(path: str) -> bool:
     return True
 
 
+def require_utf8(names: Iterable[str]) -> None:
+    """Refuse names of files and classes that cannot be written into a table, before the work that would be lost.
+
+    Raises:
+        ValueError: If a name is not UTF-8. The message counts them.
+    """
+    odd = [name for name in names if not is_utf8(name)]
+    if odd:
+        more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+        raise ValueError(
+            f"Expected names in UTF-8, which can be written into tables, but got {shown(odd[0])}{more}. Rename these "
+            "files or folders; `memdml data check` lists them."
+        )
+
+
 def shown(path: str | Path) -> str:
-    r"""Return a path that can be printed, whatever bytes its name has.
+    r"""Return a path or name that can be printed in one line, whatever bytes and control characters it has.
 
     Example:
-        >>> shown(os.fsdecode(b"caf\xe9.png"))
-        'caf\\xe9.png'
+        >>> shown(os.fsdecode(b"caf\xe9.png")), shown("a\nb.png")
+        ('caf\\xe9.png', 'a\\nb.png')
     """
-    return os.fsencode(path).decode(errors="backslashreplace")
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from stat import S_ISREG
 from typing import IO, Any
 
 import numpy as np
@@ -22,10 +25,12 @@ FORMATS = (
     "PPM",
     "AVIF",
     "HEIF",
-)  # HEIF where pillow-heif is in use
+)  # HEIF with the extra `heic`
+HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
     | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+    | (HEIC_SUFFIXES if find_spec("pillow_heif") else set())
 )
 MAX_PIXELS = 178_956_970  # 0.5 GB in RGB, where Pillow's own limit stands too
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
@@ -49,18 +54,42 @@ def open_picture(source: str | IO[bytes]) -> Image.Image:
         source: Path of the file, or the file itself. What it contains decides how it is read, not its name.
 
     Raises:
-        OSError: If the file is missing or damaged, or its format is not one of `FORMATS`.
+        OSError: If the file is missing or damaged, is no regular file, or its format is not one of `FORMATS`.
         ValueError: If the picture has too many pixels, or its brightness is not defined.
     """
+    if isinstance(source, str) and not S_ISREG(os.stat(source).st_mode):
+        # Opening a named pipe would wait for ever.
+        raise OSError("Expected a picture but got a folder, a named pipe or a device. Replace it")
     try:
-        with _no_warning_of_exif(), Image.open(source, formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"Expected at most {MAX_PIXELS:,} pixels but got {image.width} x {image.height}. Shrink the picture"
-                )
-            return upright(image)
+        return _decoded(source)
     except Image.UnidentifiedImageError as error:
-        raise OSError(_unknown_format(source)) from error
+        start = _first_bytes(source)
+        if _is_heic(start) and "HEIF" not in Image.OPEN and _register_heic():
+            return _decoded(source)
+        raise OSError(_unknown_format(start)) from error
+
+
+def _decoded(source: str | IO[bytes]) -> Image.Image:
+    with _no_warning_of_exif(), Image.open(source, formats=_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"Expected at most {MAX_PIXELS:,} pixels but got {image.width} x {image.height}. Shrink the picture"
+            )
+        return upright(image)
+
+
+def _is_heic(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+
+
+def _register_heic() -> bool:
+    """Let Pillow open HEIC, and return whether the extra `heic` is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _formats() -> list[str]:
@@ -69,12 +98,13 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _unknown_format(source: str | IO[bytes]) -> str:
-    start = _first_bytes(source)
-    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+def _unknown_format(start: bytes) -> str:
+    if _is_heic(start):
+        if "HEIF" in Image.OPEN:
+            return "Expected a whole picture but got a damaged HEIC file. Replace it"
         return (
-            "Expected a picture that Pillow can open but got HEIC. Convert it to JPEG, or install pillow-heif and call "
-            "`pillow_heif.register_heif_opener()`"
+            "Expected a picture that Pillow can open but got HEIC. Install the extra `heic` (pillow-heif), or convert "
+            "the picture to JPEG"
         )
     got = f"a file that begins with {start!r}" if start else "an empty file"
     return f"Expected a picture ({', '.join(FORMATS[:-1])}) but got {got}. Replace it"
@@ -94,7 +124,10 @@ def looks_like_a_picture(path: str) -> bool:
         start = _first_bytes(path)
     except OSError:
         return False
-    return start.startswith(BEGINNINGS) or start[8:12] == b"WEBP" or start[4:12] == b"ftypavif"
+    return (
+        start.startswith(BEGINNINGS) or start[8:12] == b"WEBP" or start[4:12] == b"ftypavif"
+        or (_is_heic(start) and HEIC_SUFFIXES <= SUFFIXES)
+    )  # fmt: skip
 
 
 def upright(image: Image.Image) -> Image.Image:

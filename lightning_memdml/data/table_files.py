@@ -216,6 +216,8 @@ def _parquet(path: Path, texts: Sequence[str]) -> tuple[Any, set[str]]:
     import pyarrow
     from pyarrow import dataset
 
+    if odd := [file for file in path.rglob("*") if not file.is_file() and not file.is_dir()]:
+        raise ValueError(f"{shown(path)}: expected files but {shown(odd[0])} is a broken link or a pipe. Remove it.")
     files = [file.relative_to(path) for file in path.rglob("*.parquet")]
     keys = {part.split("=", 1)[0] for file in files for part in file.parts[:-1] if "=" in part}
     partitions = dataset.partitioning(pyarrow.schema([(key, pyarrow.string()) for key in sorted(keys)]), flavor="hive")

@@ -12,6 +12,7 @@ from typing import Any
 from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.data.paths import require_utf8
 from lightning_memdml.deploy.embedding import PROGRESS, embed
 from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
 from lightning_memdml.inference.sources import (
@@ -132,6 +133,7 @@ def index_images(
     about["data"] = absolute_paths(about["data"], module)
     about["tensor_shape"] = tensor_shape(module)
     chosen = indexed_images(about, trust=trust)
+    require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     with staged_folder(folder, resume=True) as staged:
         rows = embed(

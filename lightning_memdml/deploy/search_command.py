@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.images import ImageDataset
+from lightning_memdml.data.paths import shown
 from lightning_memdml.deploy.index_command import indexed_images
 from lightning_memdml.deploy.trained import file_digest, load_learner
 from lightning_memdml.inference.sources import FromFile, data_of, image_files, input_transform
@@ -87,10 +88,11 @@ def search_images(
         embedding_time = time.perf_counter() - start
     similarity, position = opened.search(queries, k)
     for path, values, rows in zip(images, similarity.tolist(), position.tolist(), strict=True):
-        print(path)
+        print(shown(path))
         for place, (value, row) in enumerate(zip(values, rows, strict=True), start=1):
             if row >= 0:
-                print(f"  {place:3d}  {value:.4f}  {opened.images.classes[row]:24}  {opened.images.paths[row]}")
+                name, found = shown(opened.images.classes[row]), shown(opened.images.paths[row])
+                print(f"  {place:3d}  {value:.4f}  {name:24}  {found}")
     latency = _search_milliseconds(opened, queries, k)
     print(
         f"{len(opened):,} images, {opened.kind.kind()} index: {latency:.2f} ms per search, "

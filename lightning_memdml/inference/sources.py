@@ -19,6 +19,7 @@ from lightning_memdml.data.paths import local_path
 from lightning_memdml.data.pictures import SUFFIXES, upright
 from lightning_memdml.data.records import first_rows
 from lightning_memdml.trust import allowed_config, build
+from lightning_memdml.trust_sizes import limited_tensors
 
 Part = Literal["gallery", "query", "val", "train"]
 
@@ -47,7 +48,9 @@ def data_of(config: Any, source: str = "the index", *, trust: bool = False) -> R
     Raises:
         ValueError: If it is not a `RetrievalDataModule`, which lists its images, or not on the closed list.
     """
-    data = build(LightningDataModule, allowed_config({"data": config}, source, trust=trust)["data"])
+    allowed = allowed_config({"data": config}, source, trust=trust)["data"]
+    with limited_tensors(source, trust=trust):
+        data = build(LightningDataModule, allowed)
     if not isinstance(data, RetrievalDataModule):
         raise ValueError(
             f"Expected a data module that is a RetrievalDataModule but got {type(data).__name__}; pass "

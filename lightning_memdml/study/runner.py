@@ -6,11 +6,13 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
@@ -122,13 +124,27 @@ def _trained(
     for number in range(processes):
         numbers.put(number)
     with ProcessPoolExecutor(processes, context, _start_worker, (numbers, processes, sys.path)) as pool:
-        futures = {pool.submit(_train_and_save, run, cli, folder, rule): run for run in runs}
+        with _ignored_interrupts():
+            futures = {pool.submit(_train_and_save, run, cli, folder, rule): run for run in runs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all: the command ends them itself."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may change signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start_worker(numbers: Any, processes: int, path: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from lightning_memdml.backbones import SmallConvNet as SmallConvNet
 from lightning_memdml.callbacks import ChannelsLast as ChannelsLast
+from lightning_memdml.callbacks import FreezeBackbone as FreezeBackbone
 from lightning_memdml.callbacks import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks import MemoryChoice as MemoryChoice

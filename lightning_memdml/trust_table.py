@@ -280,7 +280,7 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
                 "dirpath": Fixed(None),
                 "loss": OneOf("loss"),
                 "memory": OneOf("memory"),
-                "encoder": Text(r"[A-Za-z_][A-Za-z0-9_.]*"),
+                **dict.fromkeys(("encoder", "backbone"), Text(r"[A-Za-z_][A-Za-z0-9_.]*")),
                 "encoder_factory": Fixed(None),
                 "size": Plain(1e9),
             },

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory_term": {"losses", "memory"},
     "callbacks": {
         *("lazy", "compat", "memory", "memory_term", "losses", "retrieval", "curves", "runs", "training_images"),
-        *("atomic_write", "csv_table", "picture_style"),
+        *("atomic_write", "csv_table", "picture_style", "backbone_blocks"),
     },
     "learner": {
         *("memory_term", "losses", "memory", "retrieval", "backbones", "heads", "head_fitting", "runs", "trust"),

@@ -1,6 +1,7 @@
 """When it is remembered: Trainer hooks around the plain objects, for any LightningModule."""
 
 from lightning_memdml.callbacks.channels_last import ChannelsLast as ChannelsLast
+from lightning_memdml.callbacks.freezing import FreezeBackbone as FreezeBackbone
 from lightning_memdml.callbacks.gallery_logger import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks.memory import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks.memory import against_memory as against_memory

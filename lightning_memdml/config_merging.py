@@ -47,6 +47,20 @@ def write_yaml(config: dict[str, Any]) -> str:
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def require_order(arguments: Sequence[str]) -> None:
+    """Refuse an option of a class that stands before the class: the class starts from its own defaults.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    seen: set[str] = set()
+    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        early = sorted(other for other in seen if other.startswith(f"{name}."))
+        if early and not {name, f"{name}+"} & seen:
+            raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
+        seen.add(name)
+
+
 def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[str]:
     r"""Return the arguments with one configuration instead of several, and with no option that changes its classes.
 

@@ -74,7 +74,7 @@ body {
 h1 { margin: 0 0 .25rem; font-size: 1.5rem; letter-spacing: -.01em; }
 header p { margin: 0 0 1.5rem; color: var(--faint); }
 section { background: var(--card); border-radius: 12px; box-shadow: 0 1px 3px rgb(0 0 0 / .12); }
-.zoom { display: block; cursor: zoom-in; }
+.zoom { display: block; position: relative; cursor: zoom-in; }
 .zoom input { position: absolute; opacity: 0; pointer-events: none; }
 .zoom input:focus-visible + img { outline: 3px solid var(--faint); outline-offset: 2px; }
 .zoom input:checked + img {

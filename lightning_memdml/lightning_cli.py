@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_memdml.callbacks.memory_setup import check_strategy
 from lightning_memdml.checkpoint_config import config_source, with_config_of_checkpoint
 from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.command_options import FIT, PREDICT, REPORT, without_own_options
 from lightning_memdml.commands import COMMANDS
-from lightning_memdml.config_merging import merge, merge_arguments, write_yaml
+from lightning_memdml.config_merging import merge, merge_arguments, require_order, write_yaml
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.paths import local_path, require_utf8
-from lightning_memdml.deploy.predictions import FileFormat, columns_of, write_embeddings
+from lightning_memdml.deploy.predictions import columns_of, write_embeddings
 from lightning_memdml.latest_run import point_latest_at
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.reference_scores import (
@@ -41,6 +41,8 @@ from lightning_memdml.run_folders import (
     with_own_folder,
     without_foreign_files,
 )
+from lightning_memdml.run_report.recorder import RunRecorder
+from lightning_memdml.run_report.report import write_report
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, run_folder
 from lightning_memdml.study.study_command import study
 from lightning_memdml.timm_networks import preprocessing_of
@@ -54,27 +56,6 @@ DEFAULTS: dict[str, Any] = {
     "data": {"class_path": "lightning_memdml.data.GlyphDataModule"},
     "trainer": {"logger": DEFAULT_LOGGER},
     "model": {"optimizer": {"class_path": "torch.optim.AdamW"}},
-}
-# Options of one command alone.
-FIT = {
-    "--reference": {
-        "type": bool,
-        "default": True,
-        "help": "Score the frozen features of a network with --model.weights first, and compare them at the end.",
-    },
-    "--reference_cache": {
-        "type": str | None,
-        "default": "runs/frozen_features",
-        "help": "Folder that keeps what was computed of the frozen features for a later run on the same images and "
-        "weights; null for none.",
-    },
-}
-PREDICT = {
-    "--file_format": {
-        "type": FileFormat,
-        "default": "parquet",
-        "help": "Of the embeddings: one table, or an array beside a table (.csv) of paths, labels and classes.",
-    }
 }
 
 
@@ -100,20 +81,6 @@ def run_study(arguments: list[str]) -> None:
     study(arguments, MemdmlCLI)
 
 
-def _require_order(arguments: Sequence[str]) -> None:
-    """Refuse an option of a class that stands before the class: the class starts from its own defaults.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    seen: set[str] = set()
-    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-        early = sorted(other for other in seen if other.startswith(f"{name}."))
-        if early and not {name, f"{name}+"} & seen:
-            raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
-        seen.add(name)
-
-
 class MemdmlCLI(LightningCLI):
     """Lightning's CLI with this package's defaults: glyphs, and a CSV log under `runs/`.
 
@@ -126,7 +93,7 @@ class MemdmlCLI(LightningCLI):
     def __init__(self, made: list[Path] | None = None, source: str | None = None, **options: Any) -> None:
         self._made = [] if made is None else made
         self._source = source
-        self._lines = ScoreLines()
+        self._lines, self._recorder = ScoreLines(), RunRecorder()
         self._ckpt_path: str | None = None
         self._reference: ReferenceScores | None = None
         super().__init__(
@@ -141,7 +108,7 @@ class MemdmlCLI(LightningCLI):
                     "description": f"{COMMANDS[name].help} `memdml configs` lists what --config takes by name.",
                     "own_options": own_options,
                 }
-                for name, own_options in {"fit": FIT, "validate": {}, "test": {}, "predict": PREDICT}.items()
+                for name, own_options in {"fit": FIT, "validate": {}, "test": REPORT, "predict": PREDICT}.items()
             },
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -160,7 +127,7 @@ class MemdmlCLI(LightningCLI):
             args = merge(DEFAULTS, args)
         else:
             given = list(sys.argv[1:] if args is None else args)
-            _require_order(given)
+            require_order(given)
             start = 0 if args is not None else min(1, len(given))
             if not {"-h", "--help"} & set(given):
                 args = [*given[:start], *merge_arguments(given[start:], DEFAULTS)]
@@ -197,6 +164,7 @@ class MemdmlCLI(LightningCLI):
             options = self.config_init[self.subcommand].trainer
             given = options.callbacks or []
             callbacks = [*(given if isinstance(given, list) else [given]), self._lines]
+            callbacks += [self._recorder] if self._wants_report() else []
             is_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
             if options.enable_progress_bar is not False and not is_own_bar:
                 callbacks.append(StepBar())
@@ -204,6 +172,21 @@ class MemdmlCLI(LightningCLI):
             if options.enable_model_summary is None and not is_verbose():
                 kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(**kwargs)
+
+    def _wants_report(self) -> bool:
+        section = self._section()
+        return bool(section.get("report")) and not section.trainer.fast_dev_run and bool(section.trainer.logger)
+
+    def _write_report(self, reference: dict[str, dict[str, float]] | None = None) -> None:
+        """Write the report of a training or test into the folder of the run."""
+        if self._wants_report() and self.trainer.is_global_zero:
+            text = write_yaml(yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.subcommand])
+            path = run_folder(self.trainer) / "report.html"
+            write_report(path, self._recorder, self.trainer, self.model, self.datamodule, text, reference)
+
+    def after_test(self) -> None:
+        """Write the report of the test."""
+        self._write_report()
 
     def validate(self, **options: Any) -> None:
         """Run `Trainer.validate`; `ScoreLines` prints the table."""
@@ -263,7 +246,7 @@ class MemdmlCLI(LightningCLI):
 
     def _needs_trust(self) -> list[str]:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return find_refused(_without_own_options(config.get("fit", config)))
+        return find_refused(without_own_options(config.get("fit", config)))
 
     def after_fit(self) -> None:
         """Compare with the network before the training, and save the trained state as `last.ckpt`.
@@ -285,6 +268,7 @@ class MemdmlCLI(LightningCLI):
         folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
         checkpoint = folder / "checkpoints" / "last.ckpt"
         self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
+        self._write_report(None if self._reference is None else self._reference.rows)
         trust = " --trust" if self._needs_trust() else ""
         done = (
             f"Trained {step:,} step{'' if step == 1 else 's'}."
@@ -358,13 +342,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def _text(self) -> str:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return write_yaml(_without_own_options(config))
-
-
-def _without_own_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the options of one command alone: the configuration of a run is used with other commands too."""
-    own = {option.removeprefix("--") for option in (*FIT, *PREDICT)}
-    return {key: value for key, value in config.items() if key not in own}
+        return write_yaml(without_own_options(config))
 
 
 def _take_over_preprocessing(section: Any) -> None:

@@ -357,4 +357,4 @@ TRAINER = Options(
 )
 # The keys of a configuration of `memdml fit`. Those of one command alone (`ckpt_path`, `weights_only`) are the user's.
 CONFIG: dict[str, Rule] = {"seed_everything": SEED, "trainer": TRAINER, "model": MODEL, "data": OneOf("data")}
-IGNORED = ("reference", "ckpt_path", "weights_only", "verbose", "file_format", "return_predictions", "config")
+IGNORED = ("reference", "report", "ckpt_path", "weights_only", "verbose", "file_format", "return_predictions", "config")

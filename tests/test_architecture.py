@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "latest_run": set(),
     "run_folders": {"data"},
     "run_display": {"losses"},
+    "run_report": {"atomic_write", "callbacks", "curves", "html_page", "retrieval", "run_display"},
     "reference_cache": {"atomic_write", "backbones", "data"},
     "reference_scores": {"backbones", "data", "heads", "reference_cache", "retrieval", "training_images"},
     "data_check": {"data", "cli_messages", "atomic_write"},
@@ -71,7 +72,8 @@ ROOMS = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "study": ROOMS,
     "deploy": ROOMS,
-    "lightning_cli": {*ROOMS, "study", "deploy"},
+    "command_options": {"deploy"},
+    "lightning_cli": {*ROOMS, "study", "deploy", "command_options"},
     "demo": {"atomic_write", "lightning_cli", "retrieval"},
     "cli": {"commands", "cli_messages", "latest_run", "verbosity", "warnings_filter"},
     "__main__": {"cli"},

@@ -34,19 +34,24 @@ def gallery_html(
         ValueError: If there is no example.
     """
     rows = gallery_rows(examples, image, gallery_image, class_names)
-    sections = "\n".join(f"<section>{''.join(map(_figure, row))}</section>" for row in rows)
     judged = any(cell.kind in ("right", "wrong") for row in rows for cell in row)
     count = f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}"
-    introduction = f"{count}, each with its nearest neighbours by cosine similarity.{_LEGEND if judged else ''}"
-    return html_page(title or "Retrieval gallery", introduction, sections, _STYLE)
+    introduction = f"{count}, each with its nearest neighbours by cosine similarity.{GALLERY_LEGEND if judged else ''}"
+    return html_page(title or "Retrieval gallery", introduction, gallery_sections(rows), GALLERY_STYLE)
+
+
+def gallery_sections(rows: Sequence[Sequence[Cell]]) -> str:
+    """Return the rows of a gallery as HTML, for a page with `GALLERY_STYLE`."""
+    return "\n".join(f'<section class="row">{"".join(map(_figure, row))}</section>' for row in rows)
 
 
 def _figure(cell: Cell) -> str:
     facts = "" if cell.kind == "query" else f"<b>{escape(cell.facts)}</b>"
+    name = escape(cell.name)
     rank = f"<small>first right one: {escape(cell.rank)}</small>" if cell.rank else ""
     return (
         f'<figure class="{cell.kind}{" first" if cell.rank else ""}">{_picture(cell)}'
-        f"<figcaption>{facts}<span>{escape(cell.name)}</span>{rank}</figcaption></figure>"
+        f'<figcaption>{facts}<span title="{name}">{name}</span>{rank}</figcaption></figure>'
     )
 
 
@@ -60,10 +65,10 @@ def _picture(cell: Cell) -> str:
     return html_picture(buffer.getvalue(), kind, f"{cell.kind}: {cell.name}")
 
 
-_LEGEND = """
+GALLERY_LEGEND = """
 <b class="right">✓ solid</b> same class <b class="wrong">✗ dashed</b> another class"""
 
-_STYLE = """
+GALLERY_STYLE = """
 :root { --query: #33415c; --right: #1a7f4b; --wrong: #c8323c; --found: #8a93a5; }
 @media (prefers-color-scheme: dark) {
   :root { --query: #9fb3da; --right: #4fc487; --wrong: #ff7b81; --found: #6f7a8e; }
@@ -74,7 +79,7 @@ header b { margin-left: .75rem; color: var(--edge); }
 .wrong { --edge: var(--wrong); }
 .found { --edge: var(--found); }
 .found b { color: var(--ink); }
-section { display: flex; gap: .75rem; align-items: flex-start; overflow-x: auto; margin-bottom: 1rem; padding: .9rem; }
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-start; margin-bottom: 1rem; padding: .9rem; }
 figure { flex: 0 0 124px; margin: 0; }
 figure.query { margin-right: 1rem; }
 figure.first { margin-left: 1rem; }
@@ -86,5 +91,8 @@ figure img {
 figcaption { margin-top: .35rem; font-size: 12px; color: var(--ink); }
 figcaption b, .query span { color: var(--edge); font-weight: 600; font-variant-numeric: tabular-nums; }
 figcaption span, small { display: block; }
+figcaption span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 7; overflow: hidden; }
+/* On a phone a row scrolls; the cut picture at the edge shows that it does. */
+@media (max-width: 640px) { .row { flex-wrap: nowrap; overflow-x: auto; } }
 small { color: var(--faint); }
 """

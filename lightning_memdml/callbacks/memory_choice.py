@@ -40,7 +40,8 @@ class MemoryChoice(Callback):
 
     - without a memory;
     - with the `memory_loss` and `memory_weight` of the learner, the weight multiplied by each of `factors`;
-    - with the weights of each side summing to 1 for every anchor, if the loss against the memory is contrastive.
+    - if the loss against the memory is contrastive, with the weights of the positives of every anchor, and those of its
+      negatives, scaled to each of `side_sums`: 3 is the sum of the positives in a batch of 4 images per class.
 
     The way with the best MAP@R on the validation classes is used for the training, which starts where it would have
     started without the trials. The learning rates of a trial are those of the learner, and fall to 0 in a straight
@@ -53,6 +54,7 @@ class MemoryChoice(Callback):
     Args:
         steps: Length of a trial in optimiser steps, at least 10; 0 tries nothing, and the learner stays as it is.
         factors: Factors of the learner's `memory_weight`, above 0.
+        side_sums: Sums of the weights of each side, above 0.
 
     Attributes:
         chosen: Name of the way that was chosen; None before the fit.
@@ -69,13 +71,15 @@ class MemoryChoice(Callback):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, steps: int = 100, factors: Sequence[float] = (1.0, 0.3)) -> None:
-        if 0 != steps < 10 or not factors or min(factors) <= 0:
+    def __init__(
+        self, steps: int = 100, factors: Sequence[float] = (1.0, 0.3), side_sums: Sequence[float] = (3.0,)
+    ) -> None:
+        if 0 != steps < 10 or min((*factors, *side_sums), default=0) <= 0:
             raise ValueError(
-                "Expected `steps` of 0 or at least 10 and `factors` above 0 but got "
-                f"{steps} and {list(factors)}. Pass 100 and [1.0, 0.3], for example."
+                "Expected `steps` of 0 or at least 10, and `factors` and `side_sums` above 0, but got "
+                f"{steps}, {list(factors)} and {list(side_sums)}. Pass 100, [1.0, 0.3] and [3.0], for example."
             )
-        self.steps, self.factors = steps, tuple(factors)
+        self.steps, self.factors, self.side_sums = steps, tuple(factors), tuple(side_sums)
         self.chosen: str | None = None
         self.scores: dict[str, float] = {}
 
@@ -112,7 +116,7 @@ class MemoryChoice(Callback):
         terms += [MemoryTerm(f"weight {own * factor:g}", loss, own * factor) for factor in self.factors]
         if isinstance(loss, ContrastiveLoss):
             sides = DirectWeightLoss(negative=Threshold(loss.margin), normalize="sum")
-            terms.append(MemoryTerm("each side sums to 1", sides, own))
+            terms += [MemoryTerm(f"each side sums to {total * own:g}", sides, total * own) for total in self.side_sums]
         return terms
 
     def _choose(self, trainer: Trainer, learner: Any, terms: list[MemoryTerm], size: int) -> None:

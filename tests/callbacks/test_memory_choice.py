@@ -62,13 +62,13 @@ def weights(model: MetricLearner) -> Tensor:
 def test_the_best_way_on_validation_classes_is_used(glyph_cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, choice = learner(memory_weight=0.5), MemoryChoice(steps=20, factors=[1, 2])
     trainer(MemoryCallback(size=1.0), choice).fit(model, glyphs(glyph_cache))
-    assert list(choice.scores) == [NO_MEMORY, "weight 0.5", "weight 1", "each side sums to 1"]
+    assert list(choice.scores) == [NO_MEMORY, "weight 0.5", "weight 1", "each side sums to 1.5"]
     assert len(set(choice.scores.values())) == 4, "the ways differ"
     assert choice.scores[choice.chosen] == max(choice.scores.values())
     term = next(term for term in choice.terms(learner(memory_weight=0.5)) if term.name == choice.chosen)
     if term.loss is not None:
         assert model.memory_weight == term.weight
-        assert isinstance(model.memory_loss, DirectWeightLoss) == (choice.chosen == "each side sums to 1")
+        assert isinstance(model.memory_loss, DirectWeightLoss) == (choice.chosen == "each side sums to 1.5")
 
 
 def test_a_memory_that_harms_is_switched_off_and_the_training_is_that_without_it(glyph_cache: str) -> None:
@@ -125,7 +125,7 @@ def test_without_validation_classes_the_learner_stays_as_it_is(glyph_cache: str)
 
 
 def test_what_cannot_be_chosen_is_refused(glyph_cache: str) -> None:
-    with pytest.raises(ValueError, match="Expected `steps` of 0 or at least 10 and `factors` above 0 but got 5"):
+    with pytest.raises(ValueError, match="Expected `steps` of 0 or at least 10, and `factors` and `side_sums` above 0, but got 5"):
         MemoryChoice(steps=5)
     with pytest.raises(ValueError, match="Expected a MemoryCallback, about whose memory MemoryChoice decides"):
         trainer(MemoryChoice()).fit(learner(), glyphs(glyph_cache))

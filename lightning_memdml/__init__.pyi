@@ -34,6 +34,7 @@ from lightning_memdml.losses import DirectWeightLoss as DirectWeightLoss
 from lightning_memdml.losses import Exponential as Exponential
 from lightning_memdml.losses import HybridLoss as HybridLoss
 from lightning_memdml.losses import InfoNCELoss as InfoNCELoss
+from lightning_memdml.losses import InverseDistance as InverseDistance
 from lightning_memdml.losses import LiftedStructureLoss as LiftedStructureLoss
 from lightning_memdml.losses import Linear as Linear
 from lightning_memdml.losses import MarginLoss as MarginLoss
@@ -49,6 +50,7 @@ from lightning_memdml.losses import TripletLoss as TripletLoss
 from lightning_memdml.losses import WeightFunction as WeightFunction
 from lightning_memdml.memory import EmbeddingMemory as EmbeddingMemory
 from lightning_memdml.memory import InstanceMemory as InstanceMemory
+from lightning_memdml.memory import MomentMatchedMemory as MomentMatchedMemory
 from lightning_memdml.memory import MomentumEncoder as MomentumEncoder
 from lightning_memdml.memory import ShardedMemory as ShardedMemory
 from lightning_memdml.retrieval import RetrievalMetrics as RetrievalMetrics

@@ -180,7 +180,9 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
     "weight": (Classes("lightning_memdml.losses", kind="lightning_memdml.losses.WeightFunction"),),
     "memory": (
         Classes(
-            "lightning_memdml.memory", ("EmbeddingMemory", "InstanceMemory", "ShardedMemory"), rules={"dtype": DTYPE}
+            "lightning_memdml.memory",
+            ("EmbeddingMemory", "InstanceMemory", "MomentMatchedMemory", "ShardedMemory"),
+            rules={"dtype": DTYPE},
         ),
     ),
     "schedule": (Classes("lightning_memdml.schedules", ("LinearRamp",)),),

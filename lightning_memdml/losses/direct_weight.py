@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import hardest
+from lightning_memdml.losses.weight_mass import (
+    Normalize,
+    check_normalize,
+    check_scale,
+    inverse_or_zero,
+    normalise_rows,
+)
 from lightning_memdml.losses.weights import Constant, Threshold, WeightFunction
 
 Weight = WeightFunction | Callable[[Tensor], Any]
@@ -28,20 +35,27 @@ class DirectWeightLoss(PairLoss):
 
     Denominator: summed over pairs, averaged over the B anchors. With `normalize="sum"` the weights of each side
     sum to 1 for every anchor with a weight above 0 there; their sum before has to be within the range of the dtype.
+    With `normalize="mean"` they are divided by the number of the anchor's pairs of that side, weight or not.
 
     Args:
         positive: Weight of a positive as a function of its similarity: a `WeightFunction`, or any function
             that maps a tensor of similarities to weights of the same shape (numbers, or truth values such as
             `s > 0.5`), or to one number for all. Default: 1.
         negative: The same for negatives. Default: 1 above 0.5, and 0 elsewhere.
-        normalize: `None`, or `"sum"` to divide each side's weights by their sum over the anchor's row.
+        normalize: `None`, `"sum"` to divide each side's weights by their sum over the anchor's row, or `"mean"` to
+            divide them by the number of pairs.
         hardest_positives: How many of the least similar positives of each anchor to keep. Default: all.
         hardest_negatives: How many of the most similar negatives of each anchor to keep. Default: all.
+        dropped_positives: How many of the least similar positives of each anchor to leave out. Default: none. With
+            `hardest_positives` they are left out first.
+        positive_scale: Factor of the positives' weights, after the normalisation, at least 0. At 0 the positives have
+            no weight, for example against a memory.
+        negative_scale: The same for negatives.
         backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
-        ValueError: If `normalize` is something else, or a number of pairs is below 1. When called, if a function
-            returns weights of another shape.
+        ValueError: If `normalize` is something else, or a number or a scale is out of range. When called, if a
+            function returns weights of another shape.
         TypeError: If `positive` or `negative` is not a function. When called, if it returns neither a tensor nor a
             number.
 
@@ -63,20 +77,29 @@ class DirectWeightLoss(PairLoss):
         self,
         positive: Weight | None = None,
         negative: Weight | None = None,
-        normalize: Literal["sum"] | None = None,
+        normalize: Normalize | None = None,
         hardest_positives: int | None = None,
         hardest_negatives: int | None = None,
+        dropped_positives: int = 0,
+        positive_scale: float = 1.0,
+        negative_scale: float = 1.0,
         *,
         backend: Backend = "auto",
     ) -> None:
         super().__init__(backend)
-        if normalize not in (None, "sum"):
-            raise ValueError(f'Expected `normalize` to be None or "sum" but got {normalize!r}. Leave it out.')
+        check_normalize(normalize)
         self.positive = Constant() if positive is None else _check_function("positive", positive)
         self.negative = Threshold(0.5) if negative is None else _check_function("negative", negative)
         self.normalize = normalize
         self.hardest_positives = _check_number("hardest_positives", hardest_positives)
         self.hardest_negatives = _check_number("hardest_negatives", hardest_negatives)
+        if dropped_positives < 0:
+            raise ValueError(
+                f"Expected `dropped_positives` of at least 0 pairs but got {dropped_positives}. Pass 0 for none."
+            )
+        self.dropped_positives = dropped_positives
+        self.positive_scale = check_scale("positive_scale", positive_scale)
+        self.negative_scale = check_scale("negative_scale", negative_scale)
 
     def negative_threshold(self, context: Context) -> float:
         """Return the similarity below which the negative weight function is 0."""
@@ -85,17 +108,21 @@ class DirectWeightLoss(PairLoss):
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Apply the negative weight function."""
         weights = _weigh(self.negative, similarity)
-        return NegativeTerms(weights, weights.clone() if self.normalize else None)
+        return NegativeTerms(weights, weights.clone() if self.normalize == "sum" else None)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Apply the positive weight function, and the normalisation."""
+        if self.dropped_positives:
+            mask = mask & ~hardest(-similarity, mask, self.dropped_positives)
         if self.hardest_positives is not None:
             mask = hardest(-similarity, mask, self.hardest_positives)
         weights = torch.where(mask, _weigh(self.positive, similarity), 0.0)
-        scale = torch.ones_like(negatives.weighted)
-        if self.normalize:
-            weights = weights * _inverse_or_zero(weights.sum(dim=1, keepdim=True))
-            scale = _inverse_or_zero(negatives.total)
+        weights = self.positive_scale * normalise_rows(weights, mask, self.normalize)
+        scale = torch.full_like(negatives.weighted, self.negative_scale)
+        if self.normalize == "sum":
+            scale = scale * inverse_or_zero(negatives.total)
+        elif self.normalize == "mean":
+            scale = scale / negatives.number.clamp_min(1)
         value = (weights * (1 - similarity)).sum(dim=1) + scale * negatives.weighted
         return AnchorTerms(value, weights, scale)
 
@@ -130,7 +157,3 @@ def _check_number(name: str, number: int | None) -> int | None:
     if number is not None and number < 1:
         raise ValueError(f"Expected `{name}` of at least 1 pair, or None for all, but got {number}. Pass 1 or more.")
     return number
-
-
-def _inverse_or_zero(total: Tensor) -> Tensor:
-    return torch.where(total > 0, 1 / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)  # never infinite

@@ -194,6 +194,48 @@ class Exponential(WeightFunction):
         return (similarity - self.center).mul_(self.scale).exp_()
 
 
+class InverseDistance(WeightFunction):
+    r"""Weighs pairs by an inverse power of their distance, so that distant pairs count little.
+
+    $$
+    w(s) = \left(\frac{r}{\max(r, d)}\right)^{\text{power}}, \qquad d = \sqrt{2 - 2 s}
+    $$
+
+    As the weight of positives it lets the pull of a positive decay with its distance, where most losses let it grow.
+    This is the idea of potential field metric learning, whose potential $-1 / d^\alpha$ has the weight $\alpha /
+    d^{\alpha + 2}$: `power` is $\alpha + 2$. Here the weight is 1 within the radius.
+
+    Args:
+        power: Exponent above 0.
+        radius: Distance r between unit vectors, in (0, 2), up to which the weight is 1.
+
+    Raises:
+        ValueError: If `power` is not above 0, or `radius` is not in (0, 2).
+
+    References:
+        Bhatnagar and Ahuja 2025, arXiv 2405.18560 (potential fields).
+
+    Example:
+        >>> InverseDistance(power=2, radius=1)(torch.tensor([-1.0, 0.0, 0.5, 1.0]))
+        tensor([0.2500, 0.5000, 1.0000, 1.0000])
+    """
+
+    def __init__(self, power: float = 3.0, radius: float = 0.5) -> None:
+        super().__init__()
+        if power <= 0:
+            raise ValueError(f"Expected `power` above 0 but got {power}. Pass a positive number.")
+        if not 0 < radius < 2:
+            raise ValueError(
+                f"Expected `radius` to be a distance in (0, 2) but got {radius}. Pass a number in this range."
+            )
+        self.power, self.radius = power, radius
+
+    def forward(self, similarity: Tensor) -> Tensor:
+        """Return the weight of each similarity, in the same shape."""
+        squared = (-2 * similarity).add_(2).div_(self.radius**2)  # of the distance in radii
+        return squared.clamp_min_(1).pow_(-self.power / 2)
+
+
 class Sigmoid(WeightFunction):
     r"""Weighs pairs by a soft step.
 

@@ -2,6 +2,7 @@
 
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory, TableMemory
 from lightning_memdml.memory.instance_memory import InstanceMemory
+from lightning_memdml.memory.moment_matching import MomentMatchedMemory
 from lightning_memdml.memory.momentum_encoder import MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import MemoryRows, RowTable
@@ -12,6 +13,7 @@ __all__ = [
     "InstanceMemory",
     "Memory",
     "MemoryRows",
+    "MomentMatchedMemory",
     "MomentumEncoder",
     "RowTable",
     "ShardedMemory",

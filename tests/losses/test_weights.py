@@ -64,7 +64,11 @@ def test_every_weight_function_is_exported_and_documented(cls):
         (lambda: ml.MultiSimilarityLoss(beta=0.0), "`beta` above 0 but got 0"),
         (lambda: ml.MarginLoss(beta=3.0), r"`beta` to be a distance in \(0, 2\)"),
         (lambda: ml.InfoNCELoss(-0.1), "`temperature` above 0"),
-        (lambda: ml.DirectWeightLoss(normalize="mean"), "`normalize` to be None or"),
+        (lambda: ml.DirectWeightLoss(normalize="max"), '`normalize` to be None, "sum" or "mean" but got \'max\''),
+        (lambda: ml.DirectWeightLoss(positive_scale=-1.0), "`positive_scale` of at least 0 but got -1"),
+        (lambda: ml.DirectWeightLoss(dropped_positives=-1), "`dropped_positives` of at least 0 pairs but got -1"),
+        (lambda: ml.InverseDistance(power=0.0), "`power` above 0 but got 0"),
+        (lambda: ml.InverseDistance(radius=2.0), r"`radius` to be a distance in \(0, 2\) but got 2"),
     ],
 )
 def test_arguments_out_of_range_are_named(make, message):
@@ -103,6 +107,13 @@ def test_an_argument_that_is_not_a_weight_function_is_named(side):
         ml.DirectWeightLoss(**{side: torch.sum})(x, torch.tensor([0, 0, 1, 1]))
     with pytest.raises(TypeError, match=r"to return a tensor of weights but got ndarray\. Compute them with torch\.$"):
         ml.DirectWeightLoss(**{side: lambda s: s.numpy()})(x, torch.tensor([0, 0, 1, 1]))
+
+
+def test_a_hybrid_names_wrong_options():
+    with pytest.raises(ValueError, match='`normalize` to be None, "sum" or "mean"'):
+        ml.HybridLoss(ml.ContrastiveLoss(), ml.ContrastiveLoss(), normalize="max")
+    with pytest.raises(ValueError, match="`negative_scale` of at least 0"):
+        ml.HybridLoss(ml.ContrastiveLoss(), ml.ContrastiveLoss(), negative_scale=-1)
 
 
 def test_a_hybrid_of_hybrids_is_refused():

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import lightning_memdml
+from lightning_memdml.help_pages import help_page
 
 
 class Command(NamedTuple):
@@ -22,6 +23,8 @@ class Command(NamedTuple):
         example: Arguments for the help of all commands.
         other_names: Names that other programs give such a command; they are not accepted, but lead to this one.
         after_interrupt: What to do after Ctrl-C.
+        options: `module:function` whose arguments are the options, or the module with its parser; empty for that of
+            `function`.
     """
 
     help: str
@@ -29,6 +32,7 @@ class Command(NamedTuple):
     example: str = ""
     other_names: tuple[str, ...] = ()
     after_interrupt: str = ""
+    options: str = ""
 
 
 TRAINER = "lightning_memdml.lightning_cli:run_trainer"
@@ -57,6 +61,7 @@ COMMANDS: dict[str, Command] = {
         "lightning_memdml.data_check:data_command",
         "check --data CUB200 --data.root DIR",
         ("check", "dataset", "datasets", "inspect"),
+        options="lightning_memdml.data_check:check_data",
     ),
     "demo": Command(
         "Train on characters without and with a memory: a table and a picture.",
@@ -68,12 +73,14 @@ COMMANDS: dict[str, Command] = {
         "lightning_memdml.deploy.freeze:freeze",
         "my/images features.npz --weights DEFAULT",
         ("features",),
+        options="lightning_memdml.deploy.freeze:freeze_images",
     ),
     "weight-curves": Command(
         "Draw the weights of a loss, or of a checkpoint.",
         "lightning_memdml.study.commands:weight_curves",
         "--loss ContrastiveLoss",
         ("curves", "weights", "plot"),
+        options="lightning_memdml.study.commands:draw_weight_curves",
     ),
     "study": Command(
         "Compare arms over seeds and data sets, with verdicts and a report.",
@@ -81,6 +88,7 @@ COMMANDS: dict[str, Command] = {
         "STUDY.yaml",
         ("compare", "sweep", "experiment"),
         "Finished runs are kept. To go on, run the same command again.",
+        "lightning_memdml.study.study_command",
     ),
     "index": Command(
         "Make images searchable with a checkpoint.",
@@ -88,24 +96,28 @@ COMMANDS: dict[str, Command] = {
         f"--ckpt_path {LAST}",
         ("build-index", "add"),
         "To go on with the images that are left, run the same command again.",
+        options="lightning_memdml.deploy.index_command:index_images",
     ),
     "search": Command(
         "Find the indexed images nearest to image files.",
         "lightning_memdml.deploy.search_command:search",
         "bird.jpg",
         ("query", "find", "retrieve"),
+        options="lightning_memdml.deploy.search_command:search_images",
     ),
     "score": Command(
         "Score embeddings in files, from any source.",
         "lightning_memdml.deploy.score:score",
         "--embeddings runs/memdml/version_1/embeddings.parquet",
         ("metrics", "recall"),
+        options="lightning_memdml.deploy.score:score_files",
     ),
     "export": Command(
         "Write the network as ONNX and as a torch.export program.",
         "lightning_memdml.deploy.export_command:export",
         f"--ckpt_path {LAST}",
         ("onnx", "save", "convert"),
+        options="lightning_memdml.deploy.export_command:export_model",
     ),
 }
 
@@ -126,6 +138,13 @@ def run(name: str, arguments: list[str]) -> None:
     if name in ("--version", "version"):
         print(f"memdml {lightning_memdml.__version__}")
         sys.exit(0)
+    if name in COMMANDS and {"-h", "--help"} & set(arguments):
+        command = COMMANDS[name]
+        print(help_page(name, command.help, command.function, command.options))
+        sys.exit(0)
+    if "--help_all" in arguments:
+        sys.argv[1:] = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
+        arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
     # An option before the command, such as --config, is for Lightning's parser.
     function = TRAINER if name.startswith("-") else COMMANDS[name].function if name in COMMANDS else None
     if function is None:
@@ -156,7 +175,7 @@ def help_text() -> str:
         "  memdml fit --config glyphs_memory",
         *(f"  memdml {name} {command.example}" for name, command in COMMANDS.items() if command.example),
         "",
-        "`memdml COMMAND --help` lists the options of a command, and `memdml --version` prints the version.",
+        "`memdml COMMAND --help` lists the options that people use, `--help_all` all of them.",
         "To choose a class, give its name, then its options: `--data FolderDataModule --data.root DIR`.",
         "`--data.help FolderDataModule` after a command explains the options of one class.",
     ]

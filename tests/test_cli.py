@@ -320,7 +320,7 @@ def test_torchvision_and_timm_backbones_are_named(build: Callable[[str], MemdmlC
 def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "--help",
-        "fit --help",
+        "fit --help_all",
         "fit --model.loss.help MultiSimilarityLoss",
         "fit --data.help FolderDataModule",
         "data --help",

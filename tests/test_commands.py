@@ -45,7 +45,7 @@ def test_a_command_has_a_help_of_its_own(
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "--help" in printed
-    assert f" {name} " in printed.splitlines()[0]
+    assert f" {name}" in printed.splitlines()[0]
 
 
 def test_the_documentation_is_made_from_the_table() -> None:

@@ -23,7 +23,7 @@ mark_dynamic = maybe_mark_dynamic
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def all_gather_single(output: Tensor, input: Tensor) -> None:
+def all_gather_single(output: Tensor, input: Tensor, async_op: bool = False) -> Any:
     """Gather one tensor of the same shape from every rank into one tensor, rank 0 first.
 
     torch 2.14 deprecates `all_gather_into_tensor` in favour of `all_gather_single`, which torch 2.10 does not have.
@@ -32,10 +32,11 @@ def all_gather_single(output: Tensor, input: Tensor) -> None:
     Args:
         output: `(W * N, ...)`, overwritten.
         input: `(N, ...)`, of the same shape on every rank.
+        async_op: Return at once, with an object whose `wait` ends when the output is there.
     """
     # Looked up at each call, so that a test can count the calls.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, input)
+    return gather(output, input, async_op=async_op)
 
 
 @functools.cache

@@ -277,8 +277,11 @@ class MetricLearner(LightningModule):
                 "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
             )
         self.log("train/loss", loss, prog_bar=True)
-        outputs = {"loss": loss, "embeddings": embeddings, "labels": labels}
-        return outputs if indices is None else {**outputs, "indices": indices}
+        given = {"embeddings": embeddings.detach(), "labels": labels}
+        given = given if indices is None else {**given, "indices": indices}
+        if memory is not None:
+            memory.given = given  # sent to the other ranks during the backward pass
+        return {"loss": loss, **given, "embeddings": embeddings}
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         """Return the weight of the memory term in this step, and log it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from lightning_memdml.callbacks.memory_setup import (
 )
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
+from lightning_memdml.callbacks.step_rows import choose_embeddings, is_same
 from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
@@ -55,7 +56,7 @@ class MemoryCallback(Callback):
     copy of the module does not copy it. Rows are normalised and stored in float32 under every precision.
 
     **Ranks.** The rows of all ranks are gathered in rank order (one collective per step, batches may differ in size),
-    so every rank holds the same memory. The memory term of a rank compares its own batch with the rows of all ranks; an
+    so every rank holds the same memory. With `MetricLearner` and `against_memory` they travel during the backward pass. The memory term of a rank compares its own batch with the rows of all ranks; an
     in-batch term sees the rank's own batch only. DDP averages the gradients of the ranks. With equally large batches
     the memory term therefore trains as on one rank with the batch of all ranks; the in-batch term trains as the mean of
     the in-batch losses of the ranks' parts of it. Rows of a rank that gives no `indices` are stored as unknown (-1).
@@ -153,7 +154,7 @@ class MemoryCallback(Callback):
         self._gather = RowGather()
         self._step = 0
         self._reported: set[str] = set()
-        self.given: dict[str, Tensor] = {}  # what `against_memory` was called with in this step
+        self._sent: Tensor | None = None  # the embeddings whose gathering was started before the backward pass
 
     @property
     def momentum_encoder(self) -> MomentumEncoder | None:
@@ -226,7 +227,7 @@ class MemoryCallback(Callback):
                 self._momentum.stop()
 
     def _detach(self, pl_module: LightningModule) -> None:
-        self.given = {}
+        self.memory.given = {}
         if pl_module.__dict__.get("memory") is self.memory:
             del pl_module.__dict__["memory"]
 
@@ -234,7 +235,7 @@ class MemoryCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note how many steps the weights have taken that make this batch's embeddings."""
         self._step = trainer.global_step
-        self.given = {}
+        self.memory.given = {}
         self.memory.stores_batch = self._enabled and self._step >= self.start_step
         if self.memory.stores_batch and self.prefill and not self._prefilled:
             self._fill(trainer, pl_module)
@@ -248,13 +249,21 @@ class MemoryCallback(Callback):
             self._warn_dropped(dropped, len(labels))
         self._prefilled = True
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Send the batch to the other ranks, if the step gave it already; it arrives while gradients are computed."""
+        given, distributed = self.memory.given, dist.is_available() and dist.is_initialized()
+        early = self.memory.stores_batch and given and self._momentum is None and not self._gather.is_started
+        if distributed and early and dist.get_world_size() > 1:
+            self._sent = given["embeddings"]
+            self._gather.start(*as_rows(**given))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the rows of all ranks, then update the momentum encoder if the optimiser stepped."""
         if not outputs and pl_module.automatic_optimization:
             return  # training_step returned None, so Lightning skipped the batch (allowed on one rank only)
-        found = choose_embeddings(type(self).__name__, pl_module, outputs, self.given)
+        found = choose_embeddings(type(self).__name__, pl_module, outputs, self.memory.given)
         embeddings, labels, indices = as_rows(**found)
         if not self.memory.was_read and len(self.memory):
             self._warn_unread(pl_module)
@@ -262,7 +271,10 @@ class MemoryCallback(Callback):
             if self._momentum is not None:
                 embeddings = self._momentum.rows(trainer, pl_module, outputs, batch, like=embeddings).detach().float()
             if dist.is_available() and dist.is_initialized():
-                embeddings, labels, indices = self._gather(embeddings, labels, indices)
+                sent = self._gather.finish() if self._gather.is_started else None
+                if sent is None or not is_same(found["embeddings"], self._sent):
+                    sent = self._gather(embeddings, labels, indices)
+                embeddings, labels, indices = sent
             dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
             if dropped:
                 self._warn_dropped(dropped, len(labels))
@@ -346,7 +358,7 @@ def against_memory(
             "in-batch loss alone there."
         )
     given = {"embeddings": embeddings.detach(), "labels": labels}
-    callback.given = given if indices is None else {**given, "indices": indices}
+    memory.given = given if indices is None else {**given, "indices": indices}
     return loss_term(loss, embeddings, labels, memory.read(), indices)
 
 
@@ -358,35 +370,7 @@ def step_embeddings(owner: str, pl_module: LightningModule, outputs: Any) -> dic
     Args and errors are those of `choose_embeddings`.
     """
     callback = _find_callback(pl_module)
-    return choose_embeddings(owner, pl_module, outputs, {} if callback is None else callback.given)
-
-
-def choose_embeddings(
-    owner: str, pl_module: LightningModule, outputs: Any, given: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the embeddings, labels and, if known, indices of a training step.
-
-    Args:
-        owner: Who needs them, for the message.
-        pl_module: The module in training.
-        outputs: What `training_step` returned.
-        given: What `training_step` gave to `against_memory`, used if it returned no embeddings.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    returned = outputs if isinstance(outputs, Mapping) else {}
-    rows = returned if "embeddings" in returned or not given else given
-    missing = [f"`{name}`" for name in ("embeddings", "labels") if name not in rows]
-    if missing:
-        raise ValueError(
-            f"Expected the embeddings and labels of each training batch, which {owner} needs, but got no "
-            f"{' and no '.join(missing)} in what {type(pl_module).__name__}.training_step returned "
-            f"({', '.join(map(str, returned)) or 'nothing'}). End it with "
-            '`return {"loss": loss, "embeddings": z, "labels": y}`, or add `against_memory(self, self.loss, z, y)` to '
-            "the loss."
-        )
-    return {name: rows[name] for name in ("embeddings", "labels", "indices") if name in rows}
+    return choose_embeddings(owner, pl_module, outputs, {} if callback is None else callback.memory.given)
 
 
 def _find_callback(pl_module: LightningModule) -> MemoryCallback | None:

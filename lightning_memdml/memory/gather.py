@@ -12,6 +12,9 @@ from lightning_memdml.compat import all_gather_single
 # and its index (the bits of one int64 each, two int32 wide).
 _HEADER = 4
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Embeddings, labels and indices."""
+
 
 def ranks() -> tuple[int, int]:
     """Return this process's rank and the number of ranks: `(0, 1)` outside of distributed training."""
@@ -43,8 +46,32 @@ class RowGather:
         self.counts: list[int] = []
         self._slots = 0
         self._dim = 0
+        self._started: tuple[Batch, Tensor, dist.Work] | None = None
 
-    def __call__(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Send a batch, without waiting for those of the other ranks; `finish` waits. Every rank has to do both.
+
+        The arguments are those of `__call__`.
+        """
+        batch = embeddings, labels, indices
+        message = self._pack(*batch)
+        received = message.new_empty(dist.get_world_size(), *message.shape)
+        self._started = batch, received, all_gather_single(received.flatten(0, 1), message, async_op=True)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a batch was sent that is not finished."""
+        return self._started is not None
+
+    def finish(self) -> Batch:
+        """Return the batches of all ranks, in rank order, after `start`."""
+        assert self._started is not None
+        batch, received, work = self._started
+        self._started = None
+        work.wait()
+        return self._combine(batch, received)
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> Batch:
         """Gather a batch whose tensors went through `as_rows`.
 
         Args:
@@ -61,7 +88,11 @@ class RowGather:
         if ranks()[1] == 1:
             self.counts = [len(labels)]
             return embeddings, labels, indices
-        received = self._exchange(self._pack(embeddings, labels, indices))
+        batch = embeddings, labels, indices
+        return self._combine(batch, self._exchange(self._pack(*batch)))
+
+    def _combine(self, batch: Batch, received: Tensor) -> Batch:
+        """Return the rows in the messages of all ranks, which are exchanged again if they did not fit."""
         rows, dims = received[:, 0, :_HEADER].contiguous().view(torch.int64).T.tolist()
         self.counts = rows
         if len(set(dims)) > 1:
@@ -71,7 +102,7 @@ class RowGather:
             )
         if max(rows) > self._slots or dims[0] != self._dim:
             self._slots, self._dim = max(rows), dims[0]
-            received = self._exchange(self._pack(embeddings, labels, indices))
+            received = self._exchange(self._pack(*batch))
         return self._unpack(torch.cat([message[1 : 1 + count] for message, count in zip(received, rows, strict=True)]))
 
     def _pack(self, embeddings: Tensor, labels: Tensor, indices: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,11 +28,14 @@ class Memory(ABC):
         was_read: Whether `read` was called since `reset`. The callback warns while it is False; True for a memory that
             does not count.
         stores_batch: Whether the batch of the current step will be stored after it; the callback sets it.
+        given: Embeddings, labels and, if known, indices of the current step, as far as `training_step` gave them before
+            its end. The callback sends them to the other ranks while gradients are computed.
     """
 
     size: int | None
     was_read: bool = True
     stores_batch: bool = False
+    given: Mapping[str, Tensor] = MappingProxyType({})
 
     @abstractmethod
     def enqueue(

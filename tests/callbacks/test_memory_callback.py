@@ -337,4 +337,4 @@ def test_the_short_way_trains_as_the_four_lines() -> None:
     assert short.losses == four.losses
     assert same_state(first.memory.state_dict(), second.memory.state_dict())
     assert set(vars(short)) == set(vars(four)), "nothing is left on the module"
-    assert second.given == {}
+    assert second.memory.given == {}

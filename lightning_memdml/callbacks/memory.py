@@ -56,10 +56,11 @@ class MemoryCallback(Callback):
     copy of the module does not copy it. Rows are normalised and stored in float32 under every precision.
 
     **Ranks.** The rows of all ranks are gathered in rank order (one collective per step, batches may differ in size),
-    so every rank holds the same memory. With `MetricLearner` and `against_memory` they travel during the backward pass. The memory term of a rank compares its own batch with the rows of all ranks; an
-    in-batch term sees the rank's own batch only. DDP averages the gradients of the ranks. With equally large batches
-    the memory term therefore trains as on one rank with the batch of all ranks; the in-batch term trains as the mean of
-    the in-batch losses of the ranks' parts of it. Rows of a rank that gives no `indices` are stored as unknown (-1).
+    so every rank holds the same memory. With `MetricLearner` and `against_memory` they travel during the backward pass.
+    The memory term of a rank compares its own batch with the rows of all ranks; an in-batch term sees the rank's own
+    batch only. DDP averages the gradients of the ranks. With equally large batches the memory term therefore trains as
+    on one rank with the batch of all ranks; the in-batch term trains as the mean of the in-batch losses of the ranks'
+    parts of it. Rows of a rank that gives no `indices` are stored as unknown (-1).
 
     **Rows without a direction.** Rows that are NaN, infinite or zero are dropped after the gather, on all ranks alike.
     They are counted in `memory.dropped`, and a warning is given once.
@@ -251,9 +252,10 @@ class MemoryCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Send the batch to the other ranks, if the step gave it already; it arrives while gradients are computed."""
-        given, distributed = self.memory.given, dist.is_available() and dist.is_initialized()
-        early = self.memory.stores_batch and given and self._momentum is None and not self._gather.is_started
-        if distributed and early and dist.get_world_size() > 1:
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        given = self.memory.given
+        if self.memory.stores_batch and given and self._momentum is None and not self._gather.is_started:
             self._sent = given["embeddings"]
             self._gather.start(*as_rows(**given))
 

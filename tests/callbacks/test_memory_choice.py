@@ -125,7 +125,9 @@ def test_without_validation_classes_the_learner_stays_as_it_is(glyph_cache: str)
 
 
 def test_what_cannot_be_chosen_is_refused(glyph_cache: str) -> None:
-    with pytest.raises(ValueError, match="Expected `steps` of 0 or at least 10, and `factors` and `side_sums` above 0, but got 5"):
+    with pytest.raises(
+        ValueError, match="Expected `steps` of 0 or at least 10, and `factors` and `side_sums` above 0, but got 5"
+    ):
         MemoryChoice(steps=5)
     with pytest.raises(ValueError, match="Expected a MemoryCallback, about whose memory MemoryChoice decides"):
         trainer(MemoryChoice()).fit(learner(), glyphs(glyph_cache))

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 from urllib.error import URLError
 
@@ -14,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_memdml.backbone_weights import load_weights, weights_file
 from lightning_memdml.compat import BATCH_NORMS
 from lightning_memdml.heads import HeadInit, Pool, Pooling, initialize_head
-from lightning_memdml.timm_networks import PREFIX, FeatureMap, build_timm_network
+from lightning_memdml.hf_networks import HF_PREFIX, HuggingFaceModel, build_hf_network, preprocessing_of_hf
+from lightning_memdml.timm_networks import PREFIX, FeatureMap, build_timm_network, preprocessing_of_timm
 
 HeadKind = Literal["linear", "none"]
 Neck = Literal["layer", "batch"]
-WEIGHT_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin"}
-# Files of a whole classifier carry it under one of these names; auxiliary classifiers go as well.
-CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
 # The last layer before the pooling, by the class of torchvision's networks.
 LAST_LAYER = {
     **dict.fromkeys(("AlexNet", "ConvNeXt", "DenseNet", "EfficientNet", "MobileNetV2", "MobileNetV3"), "features"),
@@ -176,9 +174,10 @@ def build_backbone(
 
     Args:
         backbone: The name of a torchvision classifier (`resnet50`), `timm:` and a name of timm's list
-            (`timm:resnet18`), or any module that returns features.
+            (`timm:resnet18`), `hf:` and a name of the Hugging Face hub or a folder of `save_pretrained`, or any module
+            that returns features.
         weights: A file with a state dict, for a torchvision name one of its enums (`IMAGENET1K_V2`, `DEFAULT`), or
-            for a timm name `DEFAULT`, which downloads timm's.
+            for the other names `DEFAULT`: those of the folder, or those that are downloaded.
         num_features: The width F, for a module without the attribute `num_features`.
         feature_map: Return a named network up to its last feature map `(B, F, H, W)` or its tokens `(B, N, F)`, before
             its own pooling. A module is returned as it is.
@@ -188,27 +187,35 @@ def build_backbone(
             feature map.
         FileNotFoundError: If `weights` names a file that does not exist.
         ConnectionError: If weights cannot be downloaded.
-        ImportError: If timm is needed and not installed.
+        ImportError: If timm or transformers is needed and not installed.
 
     Example:
         >>> trunk, width = build_backbone("resnet18")
         >>> width
         512
     """
-    path = _weights_file(weights)
+    path = weights_file(weights)
     if isinstance(backbone, str) and backbone.startswith(PREFIX):
         if path is None and weights not in (None, "DEFAULT"):
             raise ValueError(f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}.")
         network, width = build_timm_network(backbone, pretrained=weights == "DEFAULT" and path is None)
         if path is not None:
-            _load(network, path)
+            load_weights(network, path)
         network.register_forward_pre_hook(_check_rgb)
         return (FeatureMap(network), network.num_features) if feature_map else (network, width)
-    if isinstance(backbone, str):
-        model = _torchvision_model(backbone, weights, path)
-        trunk, width = _up_to_feature_map(model, backbone) if feature_map else _without_classifier(model, backbone)
+    if isinstance(backbone, str) and backbone.startswith(HF_PREFIX):
+        if path is None and weights not in (None, "DEFAULT"):
+            raise ValueError(f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}.")
+        model = build_hf_network(backbone, pretrained=weights == "DEFAULT" and path is None, feature_map=feature_map)
         if path is not None:
-            _load(trunk, path)
+            load_weights(model.model, path)
+        model.register_forward_pre_hook(_check_rgb)
+        return model, model.num_features
+    if isinstance(backbone, str):
+        network = _torchvision_model(backbone, weights, path)
+        trunk, width = _up_to_feature_map(network, backbone) if feature_map else _without_classifier(network, backbone)
+        if path is not None:
+            load_weights(trunk, path)
         return trunk, width
     given = num_features or getattr(backbone, "num_features", None)
     if not isinstance(given, int):
@@ -217,12 +224,29 @@ def build_backbone(
             "it has none. Pass `num_features=`."
         )
     if path is not None:
-        _load(backbone, path)
+        load_weights(backbone, path)
     elif weights is not None:
         raise ValueError(
             f"Expected `weights` to be a file for a backbone given as a module but got {weights!r}. Pass a path."
         )
     return backbone, given
+
+
+def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
+    """Return how a network of timm or Hugging Face wants its images, as options of a data module; else nothing.
+
+    Args:
+        backbone: Its name, or the network.
+
+    Example:
+        >>> preprocessing_of("resnet18")
+        {}
+    """
+    if isinstance(backbone, str) and backbone.startswith(HF_PREFIX):
+        return preprocessing_of_hf(backbone)
+    if isinstance(backbone, HuggingFaceModel):
+        return dict(backbone.preprocessing or {})
+    return preprocessing_of_timm(backbone)
 
 
 def _torchvision_model(name: str, weights: str | None, path: Path | None) -> nn.Module:
@@ -308,18 +332,6 @@ def _check_rgb(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def _weights_file(weights: str | None) -> Path | None:
-    """Return the path if `weights` names a file, `None` if it is a torchvision enum."""
-    if weights is None:
-        return None
-    path = Path(weights).expanduser()
-    if path.is_file():
-        return path
-    if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
-        raise FileNotFoundError(f"Expected the backbone's weights in the file {weights} but it does not exist.")
-    return None
-
-
 def _enum(name: str, weights: str | None, path: Path | None) -> Any:
     """Return torchvision's enum of published weights."""
     from torchvision.models import get_model_weights
@@ -335,43 +347,6 @@ def _enum(name: str, weights: str | None, path: Path | None) -> Any:
             f"{nearest(chosen, choices)}"
         )
     return choices[chosen]
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    """Load a state dict, in which only the classifier may be additional."""
-    state = _read_state(path)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # one line per shape that differs
-        first, *others = str(error).splitlines()[1:]
-        raise ValueError(
-            f"Expected weights of {type(model).__name__} in {path} but got others: {first.strip()} And {len(others)} "
-            "more. Pass the weights of this network."
-        ) from error
-    unknown = [key for key in unexpected if not key.startswith(CLASSIFIERS)]
-    if missing or unknown:
-        raise ValueError(
-            f"Expected weights of {type(model).__name__} in {path} but {len(missing)} entries are missing "
-            f"({', '.join(missing[:3]) or 'none'}) and {len(unknown)} are unknown "
-            f"({', '.join(unknown[:3]) or 'none'}). Pass the weights of this network."
-        )
-
-
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"Expected weights in {path} but it cannot be read: it is damaged, or holds more than tensors, which "
-            "may be code and is not loaded. Save `model.state_dict()` alone."
-        ) from error
-    if isinstance(state, Mapping):
-        state = state.get("state_dict", state)
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"Expected a state dict in {path} but got a {type(state).__name__}. Save `model.state_dict()`."
-        )
-    return state
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

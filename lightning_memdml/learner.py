@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_memdml import saving
-from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone
+from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone, preprocessing_of
 from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
 from lightning_memdml.inference import methods
@@ -24,7 +24,6 @@ from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, read_checkpoint
 from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
 from lightning_memdml.schedules import Schedule, scheduler_options
-from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust_sizes import limited_tensors
 
 Batch = Sequence[Tensor]  # images, labels, and optionally the data-set index of each image
@@ -46,7 +45,8 @@ class MetricLearner(LightningModule):
 
     Args:
         backbone: The name of a torchvision classifier (`resnet50`), whose last layer is removed, `timm:` and a name of
-            timm's list (`timm:resnet18`; extra `timm`), or any module that maps images to features `(B, F)`;
+            timm's list (`timm:resnet18`; extra `timm`), `hf:` and a name of the Hugging Face hub or a folder
+            (`hf:facebook/dinov2-small`; extra `hf`), or any module that maps images to features `(B, F)`;
             `SmallConvNet` for small grey images.
         loss: The loss in the batch: a `PairLoss`, a loss of pytorch-metric-learning, or any function of embeddings and
             labels.
@@ -242,7 +242,10 @@ class MetricLearner(LightningModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How a network of timm wants its images: `FolderDataModule(root, **learner.preprocessing)`; else empty."""
+        """How a network of timm or Hugging Face wants its images, else empty.
+
+        `FolderDataModule(root, **learner.preprocessing)` prepares them so.
+        """
         return preprocessing_of(self.model.backbone)
 
     def forward(self, images: Tensor) -> Tensor:

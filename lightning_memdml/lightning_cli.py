@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_memdml.backbones import preprocessing_of
 from lightning_memdml.callbacks.memory_setup import check_strategy
 from lightning_memdml.checkpoint_config import config_source, with_config_of_checkpoint
 from lightning_memdml.cli_messages import ArgumentParser
@@ -23,6 +24,8 @@ from lightning_memdml.config_merging import merge, merge_arguments, require_orde
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.paths import local_path, require_utf8
 from lightning_memdml.deploy.predictions import columns_of, write_embeddings
+from lightning_memdml.describing import describe
+from lightning_memdml.hf_networks import HuggingFaceModel
 from lightning_memdml.latest_run import point_latest_at
 from lightning_memdml.learner import MetricLearner
 from lightning_memdml.reference_scores import (
@@ -45,7 +48,6 @@ from lightning_memdml.run_report.recorder import RunRecorder
 from lightning_memdml.run_report.report import write_report
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, run_folder
 from lightning_memdml.study.study_command import study
-from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import find_refused
 from lightning_memdml.trust_sizes import limited_tensors
 from lightning_memdml.trust_table import DEFAULT_LOGGER
@@ -246,7 +248,7 @@ class MemdmlCLI(LightningCLI):
 
     def _needs_trust(self) -> list[str]:
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return find_refused(without_own_options(config.get("fit", config)))
+        return find_refused(_self_contained(without_own_options(config.get("fit", config)), self.model))
 
     def after_fit(self) -> None:
         """Compare with the network before the training, and save the trained state as `last.ckpt`.
@@ -316,10 +318,10 @@ class SaveRunConfig(SaveConfigCallback):
             return  # without a log there is no folder of this run alone
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.config_filename).write_text(self._text())
+        (folder / self.config_filename).write_text(write_yaml(self._config()))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # whose folder has config.yaml
-                logger.log_hyperparams(yaml.safe_load(self._text()))
+                logger.log_hyperparams(self._config())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not let a file decide which files are removed."""
@@ -336,17 +338,24 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the configuration into the checkpoint, so that it can be moved, and let `latest` lead to the run."""
-        checkpoint[CONFIG_IN_CHECKPOINT] = self._text()
+        checkpoint[CONFIG_IN_CHECKPOINT] = write_yaml(_self_contained(self._config(), pl_module))
         if trainer.is_global_zero and trainer.loggers and trainer.loggers[0].save_dir is not None:
             point_latest_at(run_folder(trainer), Path(trainer.loggers[0].save_dir))
 
-    def _text(self) -> str:
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return write_yaml(without_own_options(config))
+    def _config(self) -> dict[str, Any]:
+        return without_own_options(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+
+
+def _self_contained(config: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Replace the name of a network of Hugging Face by its architecture: a checkpoint then needs no hub."""
+    network = model.model.backbone
+    if isinstance(network, HuggingFaceModel):
+        config["model"]["backbone"] = describe(network)
+    return config
 
 
 def _take_over_preprocessing(section: Any) -> None:
-    """Set what the user left open about the size and statistics of images to what a `timm:` backbone wants.
+    """Set what the user left open about the size and statistics of images to what a `timm:` or `hf:` backbone wants.
 
     It becomes part of the configuration, and so of the checkpoint and of all that is made from it.
     """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.describing import NotDescribableError, describe, describe_all, describe_factory
+from lightning_memdml.hf_networks import HF_PREFIX
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, HYPER_PARAMETERS, INSTANTIATOR, config_of
 from lightning_memdml.timm_networks import describe_timm_network
 from lightning_memdml.trust import allowed_config, build_arguments, read_yaml
@@ -164,8 +165,9 @@ def _describe_learner(learner: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _describe_backbone(learner: Any) -> Any:
-    if "backbone" in learner.hparams:
-        return describe(learner.hparams["backbone"])
+    name = learner.hparams.get("backbone")
+    if isinstance(name, str) and not name.startswith(HF_PREFIX):  # a name of the hub says nothing without the hub
+        return name
     return describe_timm_network(learner.model.backbone) or describe(learner.model.backbone)
 
 

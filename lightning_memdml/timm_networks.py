@@ -68,7 +68,7 @@ def build_timm_network(backbone: str, pretrained: bool = False) -> tuple[Any, in
     return network, int(getattr(network, "head_hidden_size", None) or network.num_features)
 
 
-def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
+def preprocessing_of_timm(backbone: nn.Module | str) -> dict[str, Any]:
     """Return how a network of timm wants its images, as options of a data module; empty for other networks.
 
     Args:
@@ -78,7 +78,7 @@ def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
         ImportError: If timm is needed and not installed.
 
     Example:
-        >>> preprocessing_of("resnet18")
+        >>> preprocessing_of_timm("resnet18")
         {}
     """
     if isinstance(backbone, str):

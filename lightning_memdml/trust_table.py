@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_memdml.hf_networks import MODEL_TYPES, WORD, WORDS
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -196,6 +198,25 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
         Classes("torch.nn", ("Identity",)),  # for features of another network
         # The names are those of torchvision's own list of classifiers, see `lightning_memdml.trust`.
         Classes("torchvision.models", ("*",), rules=NETWORK),
+        Classes(
+            "lightning_memdml.hf_networks",
+            ("HuggingFaceModel",),
+            rules={
+                "config": Options(
+                    "lightning_memdml.hf_networks.HuggingFaceModel",
+                    {
+                        "model_type": Words(MODEL_TYPES),
+                        **dict.fromkeys(WORDS, Text(WORD)),
+                        **dict.fromkeys(("num_hidden_layers", "depths"), Plain(128)),
+                        "intermediate_size": Plain(16_384),
+                    },
+                    Plain(4096),
+                ),
+                "preprocessing": Options(
+                    "lightning_memdml.hf_networks.HuggingFaceModel", {"interpolation": INTERPOLATION}, SIDE
+                ),
+            },
+        ),
         Classes(
             "timm",
             ("create_model",),

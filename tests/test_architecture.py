@@ -12,7 +12,19 @@ from support.children import run_python
 import lightning_memdml
 
 PACKAGE = Path(lightning_memdml.__file__).parent
-OPTIONAL = {"wandb", "faiss", "timm", "matplotlib", "pytorch_metric_learning", "sklearn", "scipy", "triton"}
+OPTIONAL = {
+    "wandb",
+    "faiss",
+    "timm",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "pytorch_metric_learning",
+    "sklearn",
+    "scipy",
+    "triton",
+}
 
 # What each room may import of the package, beside itself. A new room says here on what it stands.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -30,19 +42,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retrieval": {"lazy", "atomic_write", "bfloat16", "checks", "html_page", "picture_style"},
     "heads": set(),
     "timm_networks": set(),
-    "backbones": {"compat", "heads", "timm_networks"},
+    "hf_networks": set(),
+    "backbone_weights": set(),
+    "backbones": {"backbone_weights", "compat", "heads", "hf_networks", "timm_networks"},
     "training_images": {"compat", "memory"},
     "backbone_blocks": set(),
     "parameter_groups": {"backbone_blocks"},
     "schedules": set(),
     "head_fitting": {"backbones", "heads", "training_images"},
-    "trust_table": set(),
+    "trust_table": {"hf_networks"},
     "trust_sizes": set(),
     "trust": {"trust_sizes", "trust_table"},
     "runs": {"trust", "trust_sizes"},
     "describing": set(),
     "inference": {"atomic_write", "data", "retrieval", "trust", "trust_sizes"},
-    "saving": {"atomic_write", "data", "describing", "runs", "timm_networks", "trust"},
+    "saving": {"atomic_write", "data", "describing", "hf_networks", "runs", "timm_networks", "trust"},
     "curves": {"losses", "checks", "atomic_write", "csv_table", "picture_style"},
     "memory_term": {"losses", "memory"},
     "callbacks": {

@@ -17,11 +17,10 @@ from PIL import Image
 from torch import nn
 
 from lightning_memdml import ContrastiveLoss, FolderDataModule, MetricLearner
-from lightning_memdml.backbones import build_backbone
+from lightning_memdml.backbones import build_backbone, preprocessing_of
 from lightning_memdml.cli import main
 from lightning_memdml.heads import Pool
 from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
-from lightning_memdml.timm_networks import preprocessing_of
 from lightning_memdml.trust import UntrustedFileError, allowed_config, read_yaml
 
 timm = pytest.importorskip("timm", reason="the extra `timm`")

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.backbones import build_backbone
+from lightning_memdml.backbones import build_backbone, preprocessing_of
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data import FolderDataModule, RetrievalDataModule, TableDataModule
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.transforms import TrainingTransform
-from lightning_memdml.timm_networks import preprocessing_of
 
 DESCRIPTION = """\
 Write the features that a network computes of every image, for `FeatureDataModule`: a head on top of them then trains in

@@ -118,8 +118,8 @@ class Embedder(nn.Module):
         self.freeze_batch_norm = freeze_batch_norm
         self.train()  # Lightning trains in the mode it finds
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map images `(B, C, H, W)` to the features `(B, F)` that the head is given."""
+    def forward(self, images: Tensor, *, features_only: bool = False) -> Tensor:
+        """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in float32, or to the features `(B, F)` of the head."""
         features = self.backbone(images)
         if not isinstance(features, Tensor):
             features = _pooled_output(features, self.backbone)
@@ -136,12 +136,9 @@ class Embedder(nn.Module):
                 f"{tuple(features.shape)}. Pass the width as `num_features`, and for a map (B, F, H, W) or tokens "
                 "(B, N, F) also `pooling`."
             )
-        return features if self.neck is None else self.neck(features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in float32."""
+        features = features if self.neck is None else self.neck(features)
         # Norms in bfloat16 are off by up to 4e-3, enough to move pairs over a margin.
-        return F.normalize(self.head(self.features(images)).float(), dim=1)
+        return features if features_only else F.normalize(self.head(features).float(), dim=1)
 
     def train(self, mode: bool = True) -> Embedder:
         """Switch the mode; frozen batch norms stay in evaluation mode."""

@@ -58,7 +58,7 @@ def _sum_features(trainer: Trainer, model: Embedder, init: HeadInit) -> FeatureS
     model.to(device).eval()
     with torch.no_grad():
         for inputs, batch_labels, _ in shown:
-            statistics.add(model.features(inputs), torch.searchsorted(classes, batch_labels.cpu()))
+            statistics.add(model(inputs, features_only=True), torch.searchsorted(classes, batch_labels.cpu()))
     model.train(was_training)
     for total in statistics.sums():
         total.copy_(_sum_over_ranks(trainer, total.to(device)))

@@ -45,7 +45,8 @@ def closed_form(model: MetricLearner, data: GlyphDataModule, init: Any) -> nn.Li
     images = data.plain_train_set
     model.eval()
     with torch.no_grad():
-        features = model.model.features(torch.stack([images[position][0] for position in range(len(images))]))
+        pictures = torch.stack([images[position][0] for position in range(len(images))])
+        features = model.model(pictures, features_only=True)
     statistics = FeatureStatistics(features.shape[1], int(images.labels.max()) + 1)
     statistics.add(features, images.labels)
     head = nn.Linear(features.shape[1], 8)
@@ -139,7 +140,7 @@ def test_no_head_gives_the_normalised_features() -> None:
 @pytest.mark.parametrize("neck", ["layer", "batch"])
 def test_a_neck_normalises_the_features_before_the_head(neck: str) -> None:
     model = learner(neck=neck, head="none").train()
-    features = model.model.features(torch.rand(16, 1, 28, 28))
+    features = model.model(torch.rand(16, 1, 28, 28), features_only=True)
     axis = 1 if neck == "layer" else 0
     used = features.var(dim=axis) > 0.1
     torch.testing.assert_close(features.mean(dim=axis)[used], torch.zeros(int(used.sum())), atol=1e-4, rtol=0)

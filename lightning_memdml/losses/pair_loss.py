@@ -136,8 +136,12 @@ class PairLoss(nn.Module, LossDefinition, ABC):
                 return anchors.sum() * 0.0
             if not in_batch and not ref_embeddings.requires_grad:
                 constants = pairs._replace(anchors=anchors.detach(), references=ref_embeddings.detach())
-                value, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants)
-                return PrecomputedGradient.apply(anchors, value, gradient)
+                if torch.compiler.is_compiling():
+                    values, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants)
+                else:
+                    with torch.no_grad():
+                        values, gradient = evaluate(self, constants)
+                return PrecomputedGradient.apply(anchors, values.mean(), gradient.div_(anchors.shape[0]))
             # With gradient to both sides, through the whole similarity matrix.
             similarity = anchors @ ref_embeddings.to(anchors.dtype).T  # (B, M)
             masks = pair_masks(labels, ref_labels, indices, ref_indices, in_batch=in_batch)
@@ -215,7 +219,8 @@ def register_loss(loss: PairLoss) -> int:
     return loss_id
 
 
-# An operator of its own is opaque to torch.compile: the step around it stays one graph however the memory grows.
+# An operator is opaque to torch.compile: the step around it stays one graph however the memory grows. Outside of a
+# compiled step a plain call is 20 to 30 microseconds faster.
 @torch.library.custom_op("lightning_memdml::stream", mutates_args=())
 def _stream(
     loss_id: int,
@@ -227,10 +232,9 @@ def _stream(
     ref_indices: Tensor | None,
     max_shared: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss against references that carry no gradient, and the gradient of the anchors."""
+    """Return what `evaluate` does, for references that carry no gradient."""
     pairs = Pairs(anchors, labels, references, ref_labels, indices, ref_indices, max_shared)
-    value, gradient = evaluate(_LOSSES[loss_id], pairs)
-    return value.mean(), gradient.div_(anchors.shape[0])
+    return evaluate(_LOSSES[loss_id], pairs)
 
 
 @_stream.register_fake
@@ -244,7 +248,7 @@ def _(
     ref_indices: Tensor | None,
     max_shared: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    return anchors.new_empty(()), torch.empty_like(anchors)
+    return torch.empty_like(anchors[:, 0]), torch.empty_like(anchors)
 
 
 class PrecomputedGradient(torch.autograd.Function):

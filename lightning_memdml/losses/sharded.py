@@ -11,7 +11,6 @@ rank does not grow with the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -24,12 +23,10 @@ from lightning_memdml.losses.row_ops import HOST_DEVICES
 from lightning_memdml.losses.streaming import (
     BLOCK_ELEMENTS,
     GPU_BLOCK_ELEMENTS,
-    SharedBlock,
     add_plain_negatives,
-    compare_with_shared,
     find_shared,
     finish,
-    too_many_pairs,
+    shared_blocks,
 )
 
 
@@ -94,33 +91,14 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
 
     # The totals of all shares and the positives, for the anchors of this rank.
     value, gradient = torch.empty_like(anchors[:, 0]), torch.empty_like(anchors)
-    for chunk, block in _own_blocks(loss, own):
-        in_order = received[:, chunk[block.place.argsort()]]
-        numbers, *states_of_parts = in_order.split([state.shape[1] for state in states], dim=2)
+    for block in shared_blocks(loss, own) if anchors.shape[0] else ():
+        numbers, *states_of_parts = received[:, block.rows].split([state.shape[1] for state in states], dim=2)
         accumulators = make_accumulators(loss, block.contexts, block.anchors, block.references)
         for accumulator, states_of_part in zip(accumulators, states_of_parts, strict=True):
             accumulator.merge(states_of_part)
-        finished = finish(loss, block, accumulators, numbers.sum(dim=(0, 2)).long())
-        value[chunk], gradient[chunk] = (result[block.place] for result in finished)
+        number = numbers.sum(dim=(0, 2)).long()
+        value[block.rows], gradient[block.rows] = finish(loss, block, accumulators, number)
     return value, gradient
-
-
-def _own_blocks(loss: LossDefinition, own: Pairs) -> Iterator[tuple[Tensor, SharedBlock]]:
-    """Compare the anchors of this rank with the references that share a class or an image with them.
-
-    Args:
-        loss: The loss.
-        own: The anchors of this rank, and the references that any rank needs.
-
-    Yields:
-        Some of the anchors, by their numbers, and their block.
-    """
-    shared = find_shared(own)
-    if too_many_pairs(own.anchors, shared.columns):
-        for half in own.labels.argsort().tensor_split(2):
-            yield from ((half[chunk], block) for chunk, block in _own_blocks(loss, own.select(half)))
-    elif own.anchors.shape[0]:
-        yield torch.arange(own.anchors.shape[0], device=own.labels.device), compare_with_shared(loss, own, shared)
 
 
 def _contexts_of_all(loss: LossDefinition, own: Pairs, ranks: Ranks) -> list[Context]:
@@ -135,12 +113,12 @@ def _contexts_of_all(loss: LossDefinition, own: Pairs, ranks: Ranks) -> list[Con
         return of_none
     rows = own.anchors.shape[0]
     tensors = [own.anchors.new_zeros(rows, 0) for _ in flat]
-    for chunk, block in _own_blocks(loss, own):
+    for block in shared_blocks(loss, own) if rows else ():
         for k, tensor in enumerate(tensor for context in block.contexts for tensor in context):
-            columns = tensor[block.place].to(own.anchors.dtype).view(len(chunk), -1)
+            columns = tensor.to(own.anchors.dtype).view(len(block.rows), -1)
             missing = columns.shape[1] - tensors[k].shape[1]
             tensors[k] = F.pad(tensors[k], (0, max(0, missing)), value=torch.inf)
-            tensors[k][chunk] = F.pad(columns, (0, max(0, -missing)), value=torch.inf)
+            tensors[k][block.rows] = F.pad(columns, (0, max(0, -missing)), value=torch.inf)
     own_widths = own.anchors.new_tensor([[tensor.shape[1] for tensor in tensors]])
     widths = [int(width) for width in ranks.gather_contexts(own_widths).amax(dim=0)]
     padded = [

@@ -12,6 +12,7 @@ Two observations make this as fast as the two matrix products alone:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,40 +47,65 @@ class SharedReferences(NamedTuple):
 
 
 class SharedBlock(NamedTuple):
-    """The anchors beside the shared references. Anchors stand in descending order of their number of positives.
+    """Anchors beside their shared references. Anchors stand in descending order of their number of positives.
 
     Attributes:
+        rows: The number of each anchor in the batch, `(B,)`.
         anchors: `(B, D)`.
-        references: `(Q, D)`.
+        shared: Which references are shared, Q of them.
+        references: These, `(Q, D)`.
         similarity: `(B, Q)`.
         positive: Mask of the positive pairs, `(B, Q)`.
         negative: Mask of the negative pairs, `(B, Q)`.
         contexts: What the parts of the loss know of the positives.
-        place: For each anchor in its original order, its row here, `(B,)`.
     """
 
+    rows: Tensor
     anchors: Tensor
+    shared: SharedReferences
     references: Tensor
     similarity: Tensor
     positive: Tensor
     negative: Tensor
     contexts: list[Context]
-    place: Tensor
 
 
 def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
+    value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
+    for block in shared_blocks(loss, pairs):
+        accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
+        for accumulator in accumulators:
+            accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
+        add_plain_negatives(accumulators, pairs.references, block.shared.mask, loss.backend)
+        number = block.negative.sum(dim=1) + (pairs.references.shape[0] - block.shared.valid.sum())
+        value[block.rows], gradient[block.rows] = finish(loss, block, accumulators, number)
+    return value, gradient
+
+
+def shared_blocks(loss: LossDefinition, pairs: Pairs) -> Iterator[SharedBlock]:
+    """Compare the anchors with the references that share a class or an image with them.
+
+    Usually all anchors at once. Where these are too many pairs, the anchors are compared in halves, ordered by class so
+    that each half has fewer classes: with few classes, a large share of a memory has a class of the batch.
+    """
     shared = find_shared(pairs)
-    if too_many_pairs(pairs.anchors, shared.columns):
-        return evaluate_in_chunks(loss, pairs)
-    block = compare_with_shared(loss, pairs, shared)
-    accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
-    for accumulator in accumulators:
-        accumulator.add(block.similarity.clone(), block.references, shared.columns, ~block.negative)
-    add_plain_negatives(accumulators, pairs.references, shared.mask, loss.backend)
-    number = block.negative.sum(dim=1) + (pairs.references.shape[0] - shared.valid.sum())
-    value, gradient = finish(loss, block, accumulators, number)
-    return value[block.place], gradient[block.place]
+    anchors, labels, indices, ref_indices = pairs.anchors, pairs.labels, pairs.indices, None
+    most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
+    if anchors.shape[0] > 1 and anchors.shape[0] * shared.columns.shape[0] > most:
+        for half in labels.argsort().tensor_split(2):
+            yield from (block._replace(rows=half[block.rows]) for block in shared_blocks(loss, pairs.select(half)))
+        return
+    references = pairs.references.index_select(0, shared.columns).to(anchors.dtype)
+    if indices is not None and pairs.ref_indices is not None:
+        ref_indices = pairs.ref_indices[shared.columns]
+    masks = pair_masks(labels, pairs.ref_labels[shared.columns], indices, ref_indices)
+    positive, negative = (mask & shared.valid for mask in masks)
+    order = positive.sum(dim=1).argsort(descending=True)  # for losses that go through the positives one by one
+    anchors, positive, negative = anchors[order], positive[order], negative[order]
+    similarity = anchors @ references.T
+    contexts = [part.context(similarity, positive) for part in loss.parts or (loss,)]
+    yield SharedBlock(order, anchors, shared, references, similarity, positive, negative, contexts)
 
 
 def find_shared(pairs: Pairs) -> SharedReferences:
@@ -124,38 +150,6 @@ def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
     columns = torch.zeros(most + 1, dtype=torch.int64, device=mask.device)
     columns = columns.scatter_(0, place, torch.arange(len(mask), device=mask.device))[:most]
     return SharedReferences(mask, columns, torch.arange(most, device=mask.device) < number)
-
-
-def too_many_pairs(anchors: Tensor, shared: Tensor) -> bool:
-    """Whether the anchors have to be evaluated in chunks, given one entry for each shared reference."""
-    most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
-    return anchors.shape[0] > 1 and anchors.shape[0] * shared.shape[0] > most
-
-
-def evaluate_in_chunks(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Evaluate the anchors in two halves, ordered by class so that each half has fewer classes.
-
-    With few classes, a large share of the memory has a class of the batch. Anchors do not depend on each other.
-    """
-    value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
-    for half in pairs.labels.argsort().tensor_split(2):
-        value[half], gradient[half] = evaluate(loss, pairs.select(half))
-    return value, gradient
-
-
-def compare_with_shared(loss: LossDefinition, pairs: Pairs, shared: SharedReferences) -> SharedBlock:
-    """Compare the anchors with the shared references, and compute the loss's contexts from the positives."""
-    anchors, indices, ref_indices = pairs.anchors, pairs.indices, None
-    references = pairs.references.index_select(0, shared.columns).to(anchors.dtype)
-    if indices is not None and pairs.ref_indices is not None:
-        ref_indices = pairs.ref_indices[shared.columns]
-    masks = pair_masks(pairs.labels, pairs.ref_labels[shared.columns], indices, ref_indices)
-    positive, negative = (mask & shared.valid for mask in masks)
-    order = positive.sum(dim=1).argsort(descending=True)  # for losses that go through the positives one by one
-    anchors, positive, negative = anchors[order], positive[order], negative[order]
-    similarity = anchors @ references.T
-    contexts = [part.context(similarity, positive) for part in loss.parts or (loss,)]
-    return SharedBlock(anchors, references, similarity, positive, negative, contexts, order.argsort())
 
 
 def add_plain_negatives(

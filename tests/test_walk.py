@@ -9,7 +9,7 @@ from pathlib import Path
 from support.children import run_python
 
 # What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
-MOST_FUNCTIONS = 44
+MOST_FUNCTIONS = 41
 MOST_FILES = 13
 
 SCRIPT = Path(__file__).with_name("walk.py")

@@ -32,7 +32,8 @@ def requested_bytes(config: dict[str, Any]) -> dict[str, int]:
         if name in data:
             found[f"data.{name}"] = 4 * 3 * side**2 * _whole(data[name], 1)
     dim = _whole((config.get("model") or {}).get("embedding_dim"), 128)
-    for place, callback in enumerate((config.get("trainer") or {}).get("callbacks") or []):
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for place, callback in enumerate(callbacks if isinstance(callbacks, list) else [callbacks]):
         options = callback.get("init_args", {})
         memory = (options.get("memory") or {}).get("init_args", {})
         rows = max(_whole(options.get("size"), 0), _whole(memory.get("size"), 0))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from support.children import run_ranks
 from torch import Tensor, nn
 
@@ -63,6 +64,29 @@ def test_the_head_is_the_closed_form_before_the_first_step(init: str, glyph_cach
     torch.testing.assert_close(model.model.head.bias, expected.bias, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["pca", "whitening"])
+def test_scores_before_the_first_step_are_those_of_the_closed_form(init: str, glyph_cache: str) -> None:
+    scores = {}
+
+    class Score(Callback):
+        """The sanity check runs after the head is fitted and before the first step."""
+
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            scores["steps"] = trainer.global_step
+
+        def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.sanity_checking:
+                scores["fitted"] = pl_module.val_metrics.compute()
+
+    trainer(max_steps=1, num_sanity_val_steps=-1, callbacks=[Score()]).fit(learner(head_init=init), glyphs(glyph_cache))
+    expected = learner()
+    expected.model.head = closed_form(learner(), glyphs(glyph_cache), init)
+    (found,) = trainer().validate(expected, glyphs(glyph_cache), verbose=False)
+    assert scores["steps"] == 0
+    for name in ("recall_at_1", "map_at_r"):
+        assert float(scores["fitted"][name]) == pytest.approx(found[f"val/{name}"], abs=1e-4)
+
+
 def fit_as_rank(cache: str) -> Tensor:
     data, model = glyphs(cache), learner(head_init="whitening")
     trainer(devices=2, strategy="ddp").fit(model, data)
@@ -109,6 +133,21 @@ def test_a_trained_head_is_never_fitted_again(glyph_cache: str, tmp_path: Path) 
     )
     trainer().fit(loaded, glyphs(glyph_cache))
     torch.testing.assert_close(loaded.model.head.weight, trained, rtol=0, atol=0)
+
+
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(glyph_cache: str, tmp_path: Path) -> None:
+    def fit(steps: int, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], Any]:
+        model, memory = learner(head_init="whitening"), MemoryCallback(size=32)
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, enable_version_counter=False)
+        run = trainer(max_steps=steps, callbacks=[memory, saver], enable_checkpointing=True)
+        run.fit(model, glyphs(glyph_cache), ckpt_path=checkpoint)
+        return model.state_dict(), memory.memory.read()
+
+    whole, rows = fit(6)
+    fit(3)
+    resumed, resumed_rows = fit(6, tmp_path / "step=3.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert all(torch.equal(*pair) for pair in zip(rows, resumed_rows, strict=True))
 
 
 def test_the_momentum_encoder_starts_with_the_fitted_head(glyph_cache: str) -> None:

@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 from lightning_memdml import ContrastiveLoss, MetricLearner, SmallConvNet
 from lightning_memdml.runs import read_checkpoint
 from lightning_memdml.trust import UntrustedFileError, allowed_config, build
-from lightning_memdml.trust_sizes import LimitedTensors, limited_tensors
+from lightning_memdml.trust_sizes import LimitedTensors, limited_tensors, requested_bytes
 
 
 def test_a_network_is_the_same_within_the_limit() -> None:
@@ -110,3 +110,10 @@ def test_a_tensor_that_the_file_does_not_hold_is_refused(tensor: torch.Tensor, t
         read_checkpoint(path)
     torch.save({"state_dict": learner.state_dict(), "shared": [torch.zeros(4), torch.zeros(2, 2).T]}, path)
     assert read_checkpoint(path)
+
+
+def test_the_rows_of_a_single_callback_and_of_a_list_are_counted() -> None:
+    callback = {"class_path": "MemoryCallback", "init_args": {"size": 1000}}
+    for callbacks in (callback, [callback]):
+        config = {"model": {"embedding_dim": 8}, "trainer": {"callbacks": callbacks}}
+        assert requested_bytes(config) == {"trainer.callbacks[0].size": 4 * 8 * 1000}

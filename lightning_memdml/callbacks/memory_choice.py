@@ -82,22 +82,29 @@ class MemoryChoice(Callback):
         self.steps, self.factors, self.side_sums = steps, tuple(factors), tuple(side_sums)
         self.chosen: str | None = None
         self.scores: dict[str, float] = {}
+        self._own: tuple[Loss | None, float] | None = None  # loss and weight of the learner before the fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the choice of another run; that of a checkpoint is restored later."""
         if stage == "fit" and trainer.global_step == 0:
             self.chosen, self.scores = None, {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Choose, unless the run is resumed, and set the learner's memory term."""
         callback = _memory_callback(trainer)
         terms = self.terms(pl_module)
         is_new = trainer.ckpt_path is None and trainer.global_step == 0
         if self.steps and is_new and trainer.estimated_stepping_batches >= 2 * self.steps:
             self._choose(trainer, pl_module, terms, callback.memory.size or 1)
+        self._own = pl_module.memory_loss, pl_module.memory_weight
         for term in terms:
             if term.name == self.chosen:
                 use_memory_term(pl_module, callback, term)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Give the learner its own loss and weight back: another fit chooses again."""
+        if stage == "fit" and self._own is not None:
+            pl_module.memory_loss, pl_module.memory_weight = self._own
 
     def terms(self, learner: Any) -> list[MemoryTerm]:
         """Return the ways to be tried.
@@ -130,10 +137,12 @@ class MemoryChoice(Callback):
         rank_zero_info(
             f"Choosing the memory term on validation classes: {len(terms)} short trainings of {self.steps} steps."
         )
+        train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
         start = {name: value.clone() for name, value in learner.state_dict().items()}
         with torch.random.fork_rng(_devices(learner)):
             for term in terms:
-                score = self._try(trainer, learner, data, term, size)
+                self._try(trainer, learner, train_loader, term, size)
+                score = _map_at_r(trainer, learner, val_loader)
                 total = trainer.strategy.reduce(torch.tensor(score, device=learner.device), reduce_op="mean")
                 self.scores[term.name] = float(total)
                 learner.load_state_dict(start)
@@ -141,21 +150,21 @@ class MemoryChoice(Callback):
         self.chosen = max(self.scores, key=lambda name: self.scores[name])
         rank_zero_info(choice_table(self.scores, self.chosen))
 
-    def _try(self, trainer: Trainer, learner: Any, data: Any, term: MemoryTerm, size: int) -> float:
-        """Train in one way, and return MAP@R on the validation classes."""
+    def _try(self, trainer: Trainer, learner: Any, loader: Any, term: MemoryTerm, size: int) -> None:
+        """Train in one way."""
         made = learner.configure_optimizers()
         optimizer = made["optimizer"] if isinstance(made, dict) else made
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)
         memory = EmbeddingMemory(size)
         memory.to(learner.device)
         shown = tqdm(
-            self._batches(data.train_dataloader()), term.name, self.steps, delay=1, leave=False,
+            self._batches(loader), term.name, self.steps, delay=1, leave=False,
             disable=not trainer.is_global_zero,
         )  # fmt: skip
         for step, batch in enumerate(shown):
             images, labels, *rest = trainer.strategy.batch_to_device(list(batch))
             indices = rest[0] if rest else None
-            embeddings = learner(images)
+            embeddings = learner(trainer.precision_plugin.convert_input(images))
             loss = loss_term(learner.loss, embeddings, labels, indices=indices)
             if term.loss is not None:
                 loss = loss + term.weight * loss_term(term.loss, embeddings, labels, memory.read(), indices)
@@ -165,7 +174,6 @@ class MemoryChoice(Callback):
             decay.step()
             if step >= self.steps // 10:
                 memory.enqueue(embeddings.detach(), labels, indices, step=step)
-        return _map_at_r(trainer, learner, data)
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches of as many steps, epoch by epoch."""
@@ -225,11 +233,12 @@ def _devices(module: LightningModule) -> list[torch.device]:
 
 
 @torch.no_grad()
-def _map_at_r(trainer: Trainer, learner: LightningModule, data: Any) -> float:
+def _map_at_r(trainer: Trainer, learner: LightningModule, loader: Any) -> float:
+    """Return MAP@R of the images of a loader."""
     was_training = learner.training
     learner.eval()
-    images = (trainer.strategy.batch_to_device(batch[0]) for batch in data.val_dataloader())
-    rows = [learner(batch).float().cpu() for batch in images]
+    images = (trainer.strategy.batch_to_device(batch[0]) for batch in loader)
+    rows = [learner(trainer.precision_plugin.convert_input(batch)).float().cpu() for batch in images]
     learner.train(was_training)
-    ranks = rank_queries(torch.cat(rows), data.val_set.labels, indices=data.val_set.indices)
+    ranks = rank_queries(torch.cat(rows), loader.dataset.labels, indices=loader.dataset.indices)
     return float(ranks.scores(k=(1,))["map_at_r"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.children import run_ranks
 from torch import Tensor, nn
@@ -59,16 +59,25 @@ def weights(model: MetricLearner) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_the_best_way_on_validation_classes_is_used(glyph_cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model, choice = learner(memory_weight=0.5), MemoryChoice(steps=20, factors=[1, 2])
-    trainer(MemoryCallback(size=1.0), choice).fit(model, glyphs(glyph_cache))
+class Used(Callback):
+    """Notes the memory term of the training."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.loss, self.weight = pl_module.memory_loss, pl_module.memory_weight
+
+
+def test_the_best_way_on_validation_classes_is_used_in_the_fit(glyph_cache: str) -> None:
+    model, choice, used = learner(memory_weight=0.5), MemoryChoice(steps=60, factors=[1, 2]), Used()
+    own = model.memory_loss
+    trainer(MemoryCallback(size=1.0), choice, used).fit(model, glyphs(glyph_cache))
     assert list(choice.scores) == [NO_MEMORY, "weight 0.5", "weight 1", "each side sums to 1.5"]
     assert len(set(choice.scores.values())) == 4, "the ways differ"
     assert choice.scores[choice.chosen] == max(choice.scores.values())
-    term = next(term for term in choice.terms(learner(memory_weight=0.5)) if term.name == choice.chosen)
-    if term.loss is not None:
-        assert model.memory_weight == term.weight
-        assert isinstance(model.memory_loss, DirectWeightLoss) == (choice.chosen == "each side sums to 1.5")
+    assert choice.chosen == "each side sums to 1.5"
+    assert isinstance(used.loss, DirectWeightLoss)
+    assert used.weight == 1.5
+    assert model.memory_loss is own
+    assert model.memory_weight == 0.5
 
 
 def test_a_memory_that_harms_is_switched_off_and_the_training_is_that_without_it(glyph_cache: str) -> None:

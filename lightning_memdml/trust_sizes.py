@@ -89,6 +89,7 @@ class LimitedTensors(TorchFunctionMode):
         self.source = source
         self.limit = limit
         self.total = 0
+        self.refusal: ValueError | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,12 +100,19 @@ class LimitedTensors(TorchFunctionMode):
         needed = _bytes_of(func, args, options, is_new)
         self.total += needed if is_new else 0
         if max(needed, self.total) > self.limit:
-            raise ValueError(
+            self.refusal = ValueError(
                 f"Expected {self.source} to build tensors of at most {self.limit / 1e9:.1f} GB but got "
                 f"{max(needed, self.total) / 1e9:.1f} GB. If you trust the maker of this file, pass `--trust` (in "
                 "Python `trust=True`)."
             )
+            raise self.refusal
         return func(*args, **options)
+
+    def __exit__(self, *error: Any) -> None:
+        """Raise the refusal itself, which the parser may have put among other reasons."""
+        super().__exit__(*error)
+        if self.refusal is not None:
+            raise self.refusal
 
 
 def _bytes_of(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], is_new: bool) -> int:

@@ -46,6 +46,7 @@ def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "lightning_memdml", *arguments],
             stdout=file, stderr=file, env=environment, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
         )  # fmt: skip
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-MISSING = ("", "none", "nan", "null", "<na>")  # how tables write an empty cell
-INTEGER = re.compile(r"(0|-?[1-9]\d{0,18})(\.0+)?", re.ASCII)  # not "007", which is a text
+MISSING = ("", "none", "nan", "-nan", "null", "<na>", "n/a", "#n/a", "nat")  # how tables write an empty cell
+INTEGER = re.compile(r"(-?0|-?[1-9]\d{0,18})(\.0+)?", re.ASCII)  # not "007", which is a text
+UNSEEN = "\u200b\u200e\u200f\u2060\ufeff"  # spaces without width, marks of direction and of byte order
+AROUND = re.compile(f"^[\\s{UNSEEN}]+|[\\s{UNSEEN}]+$")
 NUMBERS = (float, Decimal, np.floating)
 
 
 def normal_text(text: str) -> str:
-    """Return a text without space around it, and with each accented letter as one character.
+    """Return a text without space and unseen characters around it, and with each accented letter as one character.
 
     The names that macOS gives to files have accents as characters of their own, which look the same.
 
@@ -25,7 +27,17 @@ def normal_text(text: str) -> str:
         >>> normal_text("cafe\N{COMBINING ACUTE ACCENT} ") == "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
         True
     """
-    return unicodedata.normalize("NFC", text.strip())
+    return unicodedata.normalize("NFC", AROUND.sub("", text))
+
+
+def is_missing(text: str) -> bool:
+    """Return whether a text is how tables write an empty cell: nothing, or `nan`, `NULL`, `N/A` and the like.
+
+    Example:
+        >>> [is_missing(text) for text in ("", "NaN", "NA", "na", "0")]
+        [True, True, True, False, False]
+    """
+    return text.lower() in MISSING or text == "NA"  # in small letters it is a syllable
 
 
 def label_of(cell: Any) -> int | str | None:
@@ -41,12 +53,15 @@ def label_of(cell: Any) -> int | str | None:
         [7, 7, 7, 7, 7, '007', 'cat', None, None, None]
     """
     if isinstance(cell, bytes):
-        cell = cell.decode()
+        try:
+            cell = cell.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"expected text in UTF-8 but got {cell!r}. Write the labels as text") from None
     if cell is None or (isinstance(cell, NUMBERS) and math.isnan(cell)):
         return None
     if isinstance(cell, str):
         text = normal_text(cell)
-        if text.lower() in MISSING:
+        if is_missing(text):
             return None
         whole = INTEGER.fullmatch(text)
         return _integer(int(whole[1])) if whole else text

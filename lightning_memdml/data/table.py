@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_memdml.data.archives import JpegArchive
-from lightning_memdml.data.labels import MISSING, labels_of
+from lightning_memdml.data.labels import is_missing, labels_of
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import listed_path, local_path, required_file, shown
 from lightning_memdml.data.records import Box, ClassSplit, Record, Role, box_of, split_classes
@@ -85,6 +85,7 @@ class TableDataModule(RetrievalDataModule):
             return split_classes(self.archive.records(), self.archive.classes, self.split_by)
         table = self._table()
         labels = labels_of(table.columns["label"], table.where)
+        _require_paths(table)
         has_test = any(_word(table, "split", row) == "test" for row in range(len(table)))
         records: list[Record] = []
         for row, label in enumerate(labels):
@@ -125,12 +126,22 @@ def _missing_column(table: Table, name: str) -> str:
     found = [column for column in table.names if column]
     if not found:
         return f"{shown(table.path)} has no row; expected one for each image, with its `path` and `label`."
-    near = get_close_matches(name, found, n=1)
-    hint = f"; is it `{near[0]}`?" if near else "."
+    lower = {column.lower(): column for column in found}
+    near = get_close_matches(name.lower(), lower, n=1)
+    hint = f"; is it `{lower[near[0]]}`?" if near else "."
     return (
         f"{shown(table.path)} ({table.format}) has no column `{name}`. Found: {', '.join(sorted(found))}{hint} "
         "Pass names of other columns as `--data.columns '{path: ..., label: ...}'`."
     )
+
+
+def _require_paths(table: Table) -> None:
+    missing = [row for row in range(len(table)) if is_missing(table.text("path", row))]
+    if missing:
+        raise ValueError(
+            f"{table.where(missing[0])}: the path is missing (in {len(missing):,} of {len(table):,} rows). Fill in these "
+            "cells, or remove the rows."
+        )
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -175,7 +186,7 @@ def _flag(table: Table, column: str, row: int) -> bool:
 
 def _box(table: Table, row: int) -> Box | None:
     cells = [table.text(name, row) for name in BOX]
-    empty = [cell.lower() in MISSING for cell in cells]
+    empty = [is_missing(cell) for cell in cells]
     if all(empty):
         return None
     if any(empty):

@@ -50,12 +50,21 @@ class Table:
         return f"{shown(self.path)}, " + (f"row {row}" if self.lines is None else f"line {self.lines[row]}")
 
     def text(self, column: str, row: int, default: str = "") -> str:
-        """Return a cell as text, `default` if there is no such column, and an empty text for an empty cell."""
+        """Return a cell as text, `default` if there is no such column, and an empty text for an empty cell.
+
+        Raises:
+            ValueError: If the cell holds several values.
+        """
         if column not in self.columns:
             return default
         cell = self.columns[column][row]
         if isinstance(cell, bytes):
             return cell.decode(errors="replace").strip()
+        if isinstance(cell, dict | list):
+            raise ValueError(
+                f"{self.where(row)}, column `{column}`: expected a text or a number but got {cell!r:.60}. Write one "
+                "value in each row."
+            )
         return "" if cell is None else str(cell).strip()
 
 

@@ -51,6 +51,8 @@ def table(folder: Path, labels: Any, name: str = "list.parquet", **columns: Any)
         (str(2**63), str(2**63)), (1e300, "1e+300"), (datetime.date(2020, 1, 2), "2020-01-02"),
         (None, None), (float("nan"), None), (np.float32("nan"), None), ("", None), ("  ", None), ("NaN", None),
         ("None", None), ("null", None), ("<NA>", None), (Decimal("NaN"), None),
+        ("NA", None), ("N/A", None), ("#N/A", None), ("-NaN", None), ("NaT", None), ("na", "na"), ("Na", "Na"),
+        ("-0", 0), (-0.0, 0), ("\u200b7", 7), ("7\ufeff", 7), ("\u00a0cat\u200f", "cat"), ("a\u200db", "a\u200db"),
     ],
 )  # fmt: skip
 def test_a_label_is_an_integer_or_a_text(cell, label):
@@ -69,6 +71,11 @@ def test_an_integer_is_the_same_class_as_number_and_text(number):
 def test_a_list_is_no_label(cell):
     with pytest.raises(ValueError, match=r"row 1, column `label`: expected a number or a text but got .*one label"):
         labels_of([1, cell], "row {}".format)
+
+
+def test_bytes_that_are_no_text_are_no_label():
+    with pytest.raises(ValueError, match=r"row 0, column `label`: expected text in UTF-8 but got b'\\xff'\. Write the"):
+        labels_of([b"\xff"], "row {}".format)
 
 
 def test_missing_labels_are_counted_and_the_first_is_named():

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -121,7 +123,7 @@ def test_images_are_opened_relative_to_the_table_or_the_root_and_cut_to_their_bo
         ("path,label\nC:\\x.jpg,a\n", r"line 2: expected a path below .* but got 'C:\\\\x.jpg'"),
         ("path,label\ns3://bucket/x.jpg,a\n", "line 2: Expected `path` to be a path on this machine but got 's3://buc"),
         ("path,label\n../../x.jpg,a\n", "line 2: expected a path below"),
-        ("path,label\n,a\n", "line 2: expected a path below .* but got ''"),
+        ("path,label\n,a\n", r"line 2: the path is missing \(in 1 of 1 rows\)"),
         ("path,label,split\n1,a,training\n", "line 2: expected `split` to be .* but got 'training'"),
         ("path,label,split,is_query\n1,a,test,maybe\n", "line 2: expected `is_query` of a test image .* got 'maybe'"),
         ("path,label,split,is_query\n1,a,test,\n", "line 2: expected `is_query` of a test image .* got ''"),
@@ -221,3 +223,24 @@ def test_a_damaged_image_of_an_archive_is_named(tmp_path):
     bytes_[:20] = 0
     (problem,) = module(archive(tmp_path, jpeg=bytes_)).verify()
     assert problem.path == f"{tmp_path}/images.npz#0"
+
+
+@pytest.mark.parametrize("path", ["", "nan", "None", "NULL"])
+def test_missing_paths_are_counted_before_any_image_is_opened(tmp_path, path):
+    (tmp_path / "list.csv").write_text(f"path,label\na.png,1\n{path},2\n{path},2\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 3: the path is missing \(in 2 of 3 rows\)\. Fill in these"):
+        TableDataModule(str(tmp_path / "list.csv")).records()
+
+
+def test_a_path_among_other_values_is_refused_by_its_row(tmp_path):
+    """As the image columns of Hugging Face's data sets have it."""
+    images = pa.array([{"bytes": b"", "path": "a.png"}, {"bytes": b"", "path": "b.png"}])
+    pq.write_table(pa.table({"path": images, "label": [1, 2]}), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match=r"list\.parquet, row 0, column `path`: expected a text or a number but got"):
+        TableDataModule(str(tmp_path / "list.parquet")).records()
+
+
+def test_a_column_in_capitals_is_named(tmp_path):
+    (tmp_path / "list.csv").write_text("PATH,LABEL\na.png,1\n")
+    with pytest.raises(ValueError, match=r"has no column `path`. Found: LABEL, PATH; is it `PATH`\?"):
+        TableDataModule(str(tmp_path / "list.csv")).records()

@@ -13,6 +13,8 @@ only, never a value, so the host does not wait for a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -126,6 +128,24 @@ def check_pairs(
             "Expected `embeddings` of unit length (similarities in [-1, 1]) but got a longest row of length "
             f"{longest:.4g}. Pass `torch.nn.functional.normalize(embeddings.float(), dim=1)`."
         )
+
+
+def refuse_renamed(kind: type, renamed: Mapping[str, str]) -> None:
+    """Refuse a subclass that sets a name of an earlier version, which nothing would read.
+
+    Args:
+        kind: The subclass.
+        renamed: The present name of each earlier one.
+
+    Raises:
+        TypeError: If the subclass sets an earlier name.
+    """
+    for old, new in renamed.items():
+        if old in vars(kind):
+            raise TypeError(
+                f"Expected `{new}` in the class {kind.__name__} but got `{old}`, its name in an earlier version. "
+                f"Rename it to `{new}`."
+            )
 
 
 def check_similarity(name: str, value: float) -> float:

@@ -102,7 +102,7 @@ def find_encoder(pl_module: LightningModule, name: str | None) -> nn.Module:
     return pl_module
 
 
-def embed(trainer: Trainer, encoder: nn.Module | MomentumEncoder, images: Any, batch_norm: BatchNorm) -> Tensor:
+def embed_batch(trainer: Trainer, encoder: nn.Module | MomentumEncoder, images: Any, batch_norm: BatchNorm) -> Tensor:
     """Return the embeddings of images, without side effects; `batch_norm` as for `MomentumEncoder`.
 
     Under mixed precision they are computed in it, as in a training step.

@@ -22,7 +22,7 @@ from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.picture_style import STYLES, LineStyle, new_figure, plain_axes
 from lightning_memdml.runs import run_folder
-from lightning_memdml.training_images import BATCH_SIZE, embed, find_encoder, find_train_set, load_images
+from lightning_memdml.training_images import BATCH_SIZE, embed_batch, find_encoder, find_train_set, load_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,7 +272,7 @@ def _embed_again(
         if given.tolist() != wanted:
             return None
         for name, writer in writers.items():
-            rows[name].append(unit_rows(embed(trainer, writer, inputs, batch_norm).float())[0])
+            rows[name].append(unit_rows(embed_batch(trainer, writer, inputs, batch_norm).float())[0])
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 

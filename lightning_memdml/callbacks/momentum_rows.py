@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, check_momentum
-from lightning_memdml.training_images import embed, find_encoder
+from lightning_memdml.training_images import embed_batch, find_encoder
 
 
 class MomentumRows:
@@ -86,7 +86,7 @@ class MomentumRows:
             ValueError: If the images are not found, or the embeddings have another shape.
         """
         assert self.momentum_encoder is not None, "called outside of a fit"
-        made = embed(trainer, self.momentum_encoder, _find_images(pl_module, outputs, batch), self.batch_norm)
+        made = embed_batch(trainer, self.momentum_encoder, _find_images(pl_module, outputs, batch), self.batch_norm)
         if made.shape != like.shape:
             raise ValueError(
                 f"Expected the momentum encoder to return embeddings of shape {tuple(like.shape)}, as `training_step` "

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows
-from lightning_memdml.training_images import BATCH_SIZE, embed, find_train_set, load_images
+from lightning_memdml.training_images import BATCH_SIZE, embed_batch, find_train_set, load_images
 
 
 def prefill_rows(
@@ -45,5 +45,5 @@ def prefill_rows(
     )
     shown = tqdm(loaded, "Filling the memory", len(parts), delay=1, disable=not trainer.is_global_zero, leave=False)
     for part, (inputs, labels, indices) in zip(parts, shown, strict=True):
-        embeddings, labels, indices = as_rows(embed(trainer, encoder, inputs, batch_norm), labels, indices)
+        embeddings, labels, indices = as_rows(embed_batch(trainer, encoder, inputs, batch_norm), labels, indices)
         yield embeddings[: len(part)], labels[: len(part)], indices[: len(part)]

@@ -25,7 +25,7 @@ BATCHES_PER_SAVE = 20
 
 
 @torch.inference_mode()
-def embed(
+def embed_to_file(
     model: nn.Module,
     images: ImageDataset,
     folder: Path,

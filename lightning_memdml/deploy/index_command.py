@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.paths import require_utf8
-from lightning_memdml.deploy.embedding import PROGRESS, embed
+from lightning_memdml.deploy.embedding import PROGRESS, embed_to_file
 from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
 from lightning_memdml.inference.sources import (
     FromFile,
@@ -136,7 +136,7 @@ def index_images(
     require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     with staged_folder(folder, resume=True) as staged:
-        rows = embed(
+        rows = embed_to_file(
             learner,
             chosen.images,
             staged,

@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import refuse_renamed
 from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.row_ops import hardest, row_max
 
 Context = tuple[Tensor, ...]
+#: What a loss may define, by its name in earlier versions.
+RENAMED = {"negative_cut": "negative_threshold", "stand_in": "fill_value", "coupled": "needs_negatives"}
 
 
 class NegativeTerms(NamedTuple):
@@ -156,6 +159,11 @@ class LossDefinition(ABC):
     parts: tuple[LossDefinition, ...] = ()
     #: How the negatives in a memory are added, see `lightning_memdml.losses.backends`.
     backend: Backend = "auto"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse names of earlier versions."""
+        super().__init_subclass__(**options)
+        refuse_renamed(cls, RENAMED)
 
     # ---------------------------------------------------------------- what a loss defines
     def context(self, similarity: Tensor, mask: Tensor) -> Context:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.checks import check_similarity
+from lightning_memdml.checks import check_similarity, refuse_renamed
 
 
 class WeightFunction(nn.Module, ABC):
@@ -33,6 +34,11 @@ class WeightFunction(nn.Module, ABC):
 
     #: Similarity at or below which every weight is 0.
     zero_below: float = -torch.inf
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse the name of an earlier version."""
+        super().__init_subclass__(**options)
+        refuse_renamed(cls, {"cut": "zero_below"})
 
     @abstractmethod
     def forward(self, similarity: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.children import ChildError, run_python
 
+from lightning_memdml import PairLoss, WeightFunction
 from lightning_memdml.lightning_cli import MemdmlCLI
 
 REPOSITORY = Path(__file__).parents[2]
@@ -102,3 +104,21 @@ def test_the_command_line_takes_both_by_their_import_path(
         model = MemdmlCLI(args=[*arguments, f"--model.memory_loss={loss}"], run=False).model
     assert (type(model.loss).__name__, model.loss.margin) == ("SquaredLoss", 0.4)
     assert type(model.memory_loss.negative).__name__ == "Cubic"
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        (PairLoss, "negative_cut", "negative_threshold"),
+        (PairLoss, "stand_in", "fill_value"),
+        (PairLoss, "coupled", "needs_negatives"),
+        (WeightFunction, "cut", "zero_below"),
+    ],
+)
+def test_a_name_of_an_earlier_version_is_refused(kind: type, old: str, new: str) -> None:
+    message = (
+        f"Expected `{new}` in the class Own but got `{old}`, its name in an earlier version. Rename it to `{new}`."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        type("Own", (kind,), {old: 0.0})
+    assert type("Own", (kind,), {new: 0.0})

@@ -53,6 +53,7 @@ from lightning_memdml.memory import InstanceMemory as InstanceMemory
 from lightning_memdml.memory import MomentMatchedMemory as MomentMatchedMemory
 from lightning_memdml.memory import MomentumEncoder as MomentumEncoder
 from lightning_memdml.memory import ShardedMemory as ShardedMemory
+from lightning_memdml.memory_term import MinedLoss as MinedLoss
 from lightning_memdml.retrieval import RetrievalMetrics as RetrievalMetrics
 from lightning_memdml.schedules import LinearRamp as LinearRamp
 from lightning_memdml.schedules import WarmupCosine as WarmupCosine

@@ -18,8 +18,8 @@ from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
 from lightning_memdml.inference import methods
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory_term import Loss, loss_term
-from lightning_memdml.parameter_groups import build_optimizer, check_rates
+from lightning_memdml.memory_term import Loss, check_loss, loss_term
+from lightning_memdml.parameter_groups import base_rate, build_optimizer, check_rates, with_base_rate
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, read_checkpoint
 from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
@@ -126,10 +126,7 @@ class MetricLearner(LightningModule):
         if INSTANTIATOR in self.hparams:
             self.save_hyperparameters()  # the command line's configuration, which is plain data as a whole
         for name, given in (("loss", loss), ("memory_loss", loss if memory_loss is None else memory_loss)):
-            if not callable(given):
-                raise TypeError(
-                    f"Expected `{name}` to be a loss but got {given!r}. Pass ContrastiveLoss(), for example."
-                )
+            check_loss(name, given)
         if not callable(optimizer):
             raise TypeError(
                 f"Expected `optimizer` to be a function of the parameters but got {type(optimizer).__name__}. Pass "
@@ -296,6 +293,15 @@ class MetricLearner(LightningModule):
             )
         self.log("train/memory_weight", weight)
         return weight
+
+    @property
+    def lr(self) -> float:
+        """The optimizer's learning rate, which Lightning's learning-rate finder sets; rates of parts stay."""
+        return base_rate(self.optimizer)
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimizer = with_base_rate(self.optimizer, rate)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with a group of parameters for each learning rate, and the scheduler, if any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ def loss_term(
         A scalar, the mean over the B anchors for a `PairLoss`; a differentiable 0 while the memory has no rows.
 
     Raises:
-        ValueError: If the rows are only this rank's share of a memory and the loss is not a `PairLoss`.
+        ValueError: If the rows are only this rank's share of a memory and the loss is not a `PairLoss`, or the loss
+            takes no references.
 
     Example:
         >>> from lightning_memdml.losses import ContrastiveLoss
@@ -75,11 +76,87 @@ def loss_term(
         )
     embeddings = _at_least_float32(embeddings)
     ref_embeddings = ref_embeddings.to(embeddings.dtype)
-    parameters = _parameters(loss)
+    parameters = inspect.signature(loss.forward if isinstance(loss, torch.nn.Module) else loss).parameters
     with torch.autocast(embeddings.device.type, enabled=False):
         if "ref_emb" in parameters:
-            return loss(embeddings, labels, ref_emb=ref_embeddings, ref_labels=ref_labels)
+            try:
+                return loss(embeddings, labels, ref_emb=ref_embeddings, ref_labels=ref_labels)
+            except ValueError as error:
+                if "ref_emb is not supported" not in str(error):
+                    raise
+                raise _takes_no_references(loss) from error
+        if _is_of_pytorch_metric_learning(loss, "losses") or not _takes_four(parameters.values()):
+            raise _takes_no_references(loss)
         return loss(embeddings, labels, ref_embeddings, ref_labels, **(options if "ref_indices" in parameters else {}))
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """Check that an argument is a loss.
+
+    Args:
+        name: The argument, for the error.
+        loss: What was given.
+
+    Raises:
+        TypeError: If it is a miner of pytorch-metric-learning, or cannot be called.
+
+    Example:
+        >>> check_loss("loss", 0.5)
+        Traceback (most recent call last):
+        TypeError: Expected `loss` to be a loss but got 0.5. Pass ContrastiveLoss(), for example.
+    """
+    if _is_of_pytorch_metric_learning(loss, "miners"):
+        raise TypeError(
+            f"Expected `{name}` to be a loss but got the miner {type(loss).__name__}. Pass both: MinedLoss(loss, miner)."
+        )
+    if not callable(loss):
+        raise TypeError(f"Expected `{name}` to be a loss but got {loss!r}. Pass ContrastiveLoss(), for example.")
+
+
+class MinedLoss(torch.nn.Module):
+    """A loss and a miner of pytorch-metric-learning as one loss, in the batch and against a memory.
+
+    Args:
+        loss: A loss of pytorch-metric-learning.
+        miner: A miner of pytorch-metric-learning, which chooses the pairs or triplets.
+
+    Example:
+        >>> def miner(embeddings, labels, *references): return labels > 0  # any function that chooses
+        >>> def loss(embeddings, labels, chosen, *references): return embeddings[chosen].sum()
+        >>> loss_term(MinedLoss(loss, miner), torch.eye(3), torch.tensor([0, 0, 1]))
+        tensor(1.)
+    """
+
+    def __init__(self, loss: torch.nn.Module, miner: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Tensor:
+        """Mine, and return the loss of what was chosen."""
+        chosen = self.miner(embeddings, labels, ref_emb, ref_labels)
+        return self.loss(embeddings, labels, chosen, ref_emb, ref_labels)
+
+
+def _is_of_pytorch_metric_learning(made: Any, part: str) -> bool:
+    """Whether an object is a loss or a miner of pytorch-metric-learning, without importing it."""
+    return any(base.__module__.startswith(f"pytorch_metric_learning.{part}") for base in type(made).__mro__)
+
+
+def _takes_four(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Whether a function can be called with embeddings, labels, and those of references."""
+    kinds = [parameter.kind for parameter in parameters]
+    positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) + kinds.count(inspect.Parameter.POSITIONAL_ONLY)
+    return positional >= 4 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _takes_no_references(loss: Any) -> ValueError:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return ValueError(
+        f"Expected a loss that compares with references against the memory but got {name}, which takes none. Pass "
+        "another one for the memory: `memory_loss=ContrastiveLoss()`, or `against_memory(self, ContrastiveLoss(), ...)`."
+    )
 
 
 def _parameters(loss: Callable[..., Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -81,6 +82,38 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group.pop(LR_SCALE, 1.0)
     return optimizer
+
+
+def base_rate(make: Callable[[Any], Optimizer]) -> float:
+    """Return the learning rate that an optimiser gives to parameters without a rate of their own.
+
+    Example:
+        >>> import torch
+        >>> base_rate(lambda parameters: torch.optim.SGD(parameters, lr=0.25))
+        0.25
+    """
+    return float(make([nn.Parameter(torch.zeros(1, 1))]).param_groups[0]["lr"])
+
+
+def with_base_rate(make: Callable[[Any], Optimizer], rate: float) -> Callable[[Any], Optimizer]:
+    """Return a function that makes the same optimiser with another rate, except for groups with a rate of their own.
+
+    Example:
+        >>> import torch
+        >>> weight = nn.Parameter(torch.zeros(1))
+        >>> with_base_rate(torch.optim.SGD, 0.5)([{"params": [weight]}]).param_groups[0]["lr"]
+        0.5
+    """
+
+    def made(parameters: Any) -> Optimizer:
+        has_own = [isinstance(one, dict) and "lr" in one for one in parameters]  # torch adds it to each mapping
+        optimizer = make(parameters)
+        for group, own in zip(optimizer.param_groups, has_own, strict=False):
+            if not own:
+                group["lr"] = rate
+        return optimizer
+
+    return made
 
 
 def _parameters_of(losses: Iterable[Any]) -> list[nn.Parameter]:

@@ -23,7 +23,7 @@ from lightning_memdml.data.loader import ClassBalancedLoader
 from lightning_memdml.data.paths import is_utf8, local_path, shown
 from lightning_memdml.data.records import Record, Role, first_rows
 from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, split_rows
-from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch
+from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch, feasible_batch
 
 MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
 
@@ -144,6 +144,18 @@ class RetrievalDataModule(LightningDataModule):
         self.test_transform = test_transform
         self.pixel_cache = pixel_cache
         self.pixel_cache_gb = pixel_cache_gb
+
+    @property
+    def batch_size(self) -> int:
+        """Training images per batch on each rank."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        # Lightning's batch-size finder sets any number while it trains. It becomes one that the sampler can make.
+        self._batch_size = size
+        if hasattr(self, "classes"):
+            self._batch_size = feasible_batch(size, self.images_per_class, len(self.train_set.labels.unique()))
 
     def __repr__(self) -> str:
         where = getattr(self, "root", getattr(self, "path", None))

@@ -153,6 +153,16 @@ def check_batch(batch_size: int, images_per_class: int, seed: int, batches_per_e
         )
 
 
+def feasible_batch(batch_size: int, images_per_class: int, classes: int) -> int:
+    """Return the largest batch of at most `batch_size` that can be made of whole groups of distinct classes.
+
+    Example:
+        >>> feasible_batch(30, images_per_class=4, classes=10), feasible_batch(64, 4, classes=10)
+        (28, 40)
+    """
+    return images_per_class * min(max(1, batch_size // images_per_class), classes)
+
+
 def check_classes(classes: int, batch_size: int, images_per_class: int) -> None:
     """Raise a `ValueError` unless there are enough classes for one batch of distinct ones."""
     if classes < 2:

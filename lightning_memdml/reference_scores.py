@@ -40,7 +40,7 @@ class ReferenceScores(NamedTuple):
 
 
 def score_before_training(
-    model: Embedder, data: RetrievalDataModule, device: torch.device, cache: Path | None = None
+    model: Embedder, data: RetrievalDataModule, device: torch.device, cache: Path | None = None, *, test: bool = False
 ) -> ReferenceScores:
     """Score the features of a backbone as they are, and whitened on the training images.
 
@@ -53,8 +53,9 @@ def score_before_training(
         data: A data module after `setup()`.
         device: Where the network runs.
         cache: A folder that keeps the result for a later run on the same images, files and weights.
+        test: Score the test classes, also if there are validation classes.
     """
-    classes, query_set, gallery_set = _scored_sets(data)
+    classes, query_set, gallery_set = _scored_sets(data, test)
     file = None if cache is None else ReferenceFile.find(cache, model, data)
     if file is not None and (kept := file.read()) is not None:
         rows, sums = kept
@@ -86,9 +87,11 @@ def score_before_training(
     return ReferenceScores(classes, rows, statistics)
 
 
-def score_after_training(model: Embedder, data: RetrievalDataModule, device: torch.device) -> dict[str, float]:
+def score_after_training(
+    model: Embedder, data: RetrievalDataModule, device: torch.device, *, test: bool = False
+) -> dict[str, float]:
     """Score the embeddings of a network on the images of `score_before_training`."""
-    classes, query_set, gallery_set = _scored_sets(data)
+    classes, query_set, gallery_set = _scored_sets(data, test)
     queries = embed_set(model, model, query_set, device, data, f"Embeddings of {classes} images")
     gallery = None
     if gallery_set is not query_set:
@@ -133,8 +136,8 @@ def format_scores(row: dict[str, float]) -> str:
     return ", ".join(f"{name.removesuffix(' %')} {100 * row[score]:.1f} %" for score, name in SCORES.items())
 
 
-def _scored_sets(data: RetrievalDataModule) -> tuple[str, ImageDataset, ImageDataset]:
-    if len(data.val_set):
+def _scored_sets(data: RetrievalDataModule, test: bool) -> tuple[str, ImageDataset, ImageDataset]:
+    if len(data.val_set) and not test:
         return "validation", data.val_set, data.val_set
     return "test", data.query_set, data.gallery_set
 

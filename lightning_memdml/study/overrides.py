@@ -8,6 +8,12 @@ from typing import Any
 Config = dict[str, Any]
 Values = dict[str, Any]  # dotted configuration key -> value
 
+# The options of the learner, and of its data, that decide the scores before the training.
+NETWORK = (
+    "backbone", "weights", "num_features", "embedding_dim", "pooling", "neck", "head", "head_init",
+)  # fmt: skip
+SAMPLING = ("batch_size", "images_per_class", "batches_per_epoch", "seed", "train_transform")
+
 
 def merged(base: Any, over: Any) -> Any:
     """Merge overrides into a configuration: mappings key by key, everything else is replaced.
@@ -76,3 +82,17 @@ def with_values(config: Config, values: Values) -> Config:
             over = {part: over}
         config = merged(config, over)
     return config
+
+
+def reference_config(config: Config) -> Config:
+    """Return the part of a configuration that decides the scores before the training.
+
+    Example:
+        >>> config = {"model": {"backbone": "A", "memory_weight": 2}, "data": {"init_args": {"batch_size": 8, "x": 1}}}
+        >>> reference_config(config)
+        {'model': {'backbone': 'A'}, 'data': {'init_args': {'x': 1}}}
+    """
+    data = deepcopy(config["data"])
+    for name in SAMPLING:
+        data.get("init_args", {}).pop(name, None)
+    return {"model": {name: config["model"][name] for name in NETWORK if name in config["model"]}, "data": data}

@@ -43,7 +43,7 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
     The curves are those of the memory term, or of the batch for arms without a memory. A curve is exact where the
     weight depends on the similarity alone, and otherwise the mean over measured pairs. Each curve is scaled to its own
     maximum. The grey area shows the similarities of the pairs in the last batches. Dots are seeds; bars are intervals
-    of their mean.
+    of their mean. A dashed line is the best score before any training.
 
     Args:
         results: The results of the study.
@@ -56,6 +56,9 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
     panels = figure.subplots(len(arms), 3, squeeze=False, width_ratios=[1, 1, 2.6], gridspec_kw={"wspace": 0.04})
     found = {arm: results.score(arm, data, score) for arm in arms}
     values = [value for one in found.values() if one for value in (*one.values, *_finite(one.over_seeds))]
+    before = {name: row[score] for name, row in results.references(data).items() if score in row}
+    reference = max(before, key=lambda name: before[name], default=None)
+    values += [before[reference]] if reference is not None else []
     margin = 0.06 * (max(values) - min(values) or 1)
     span = (min(values) - margin, max(values) + margin)
     for row, arm in zip(panels, arms, strict=True):
@@ -64,9 +67,12 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
             _draw_thumbnail(axes, reading, side)
         row[0].set_ylabel(arm, rotation=0, ha="right", va="center", fontsize="medium", labelpad=10)
         _draw_score(row[2], found[arm], span, last=arm == arms[-1])
+        if reference is not None:
+            row[2].axvline(before[reference], color="0.35", linewidth=1, linestyle="--")
     for axes, side in zip(panels[0], SIDES, strict=False):
         axes.set_title(f"weight of {side}s", fontsize="small", color=SIDE_STYLES[side].color)
-    panels[0][2].set_title(f"{score_name(score)}, percent", fontsize="small")
+    dashed = "" if reference is None else f"; dashed: {reference}"
+    panels[0][2].set_title(f"{score_name(score)}, percent{dashed}", fontsize="small")
     for axes in panels[-1][:2]:
         axes.set_xticks([-1, 0, 1])
         axes.set_xlabel("similarity", fontsize="small")

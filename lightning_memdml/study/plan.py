@@ -11,16 +11,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from lightning_memdml.study.overrides import Config, Values, with_values
+from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
 from lightning_memdml.study.search import missing_freedoms
 from lightning_memdml.study.study_file import Study
 
-Stage = Literal["search", "test"]
+Stage = Literal["reference", "search", "test"]
 Record = dict[str, Any]
 #: Builds learner, data and Trainer: `lightning_memdml.lightning_cli.MemdmlCLI`, which this folder must not import.
 CLI = Callable[..., Any]
@@ -40,7 +40,8 @@ class Run:
     """One training run with its score.
 
     Attributes:
-        stage: `search` is scored on validation classes, `test` on test classes.
+        stage: `search` is scored on validation classes, `test` on test classes. `reference` is not trained, and scored
+            on test classes.
         arm: The arm.
         data: The data set.
         seed: The seed.
@@ -192,6 +193,16 @@ class Plan:
             return {}
         return missing_freedoms(search, {arm: self.study.config(arm, data) for arm in self.study.arms})
 
+    def reference_runs(self) -> list[Run]:
+        """Return the runs that score networks before the training: one for all arms that share network and data."""
+        runs: dict[str, Run] = {}
+        for data in self.study.data:
+            for arm in self.study.arms:
+                first = self._run("reference", arm, data, self.study.seeds[0], self.schedule(arm, data)[0][0])
+                key = self._key("reference", reference_config(first.config))
+                runs.setdefault(key, replace(first, key=key))
+        return [*runs.values()]
+
     def search_runs(self, searched: Sequence[Record] = ()) -> list[Run]:
         """Return the search runs, which are scored on validation classes.
 
@@ -293,9 +304,11 @@ class Plan:
     def _key(self, stage: Stage, config: Config) -> str:
         config = deepcopy(config)
         for group, names in COSMETIC.items():
-            options = config[group] if group == "trainer" else config[group].get("init_args", {})
+            options = config.get(group, {}) if group == "trainer" else config[group].get("init_args", {})
             for name in names:
                 options.pop(name, None)
+        if stage == "search":
+            config["trainer"].pop("limit_test_batches", None)  # a search run is not tested
         text = json.dumps({"stage": stage, **config}, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode())
         for module, source in self._sources.items():

@@ -160,18 +160,26 @@ def rule_in_words(results: Results) -> str:
         f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study)}"
     )
     if study.control is not None:
-        control = study.control
-        able = results.able_to_tell()
-        failed = [data for data, detected in able.items() if detected is False]
-        outcome = (
-            f"It was not detected on {', '.join(failed)}, which therefore decides no claim."
-            if failed
-            else "It was detected on every data set."
-            if all(able.values())
-            else "Its runs are not finished."
-        )
-        text += f" Control: {control.compare[0]} must be better than {control.with_[0]}. {outcome}"
-    return text
+        text += f" Control: {study.control.compare[0]} must be better than {study.control.with_[0]}."
+    return f"{text} {_validity_in_words(results)}".strip()
+
+
+def _validity_in_words(results: Results) -> str:
+    """Describe which data sets are not able to tell, and why."""
+    able, score = results.able_to_tell(), results.study.scores[0]
+    failed = {data: results.why_unable(data, score) for data, one in able.items() if one is False}
+    if failed:
+        reasons = "; ".join(f"on {data} {reason}" for data, reason in failed.items())
+        return f"Not able to tell: {reasons}, so no claim is decided there."
+    if all(able.values()):
+        passed = [
+            *(["the control was detected"] if results.study.control is not None else []),
+            *(["an arm beats the references"] if results.referenced else []),
+        ]
+        return f"On every data set {' and '.join(passed)}."
+    if results.study.control is not None or results.referenced:
+        return "Whether the data sets are able to tell is not known until all runs are finished."
+    return ""
 
 
 def power_in_words(study: Study) -> str:

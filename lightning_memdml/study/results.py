@@ -48,13 +48,14 @@ class JudgedClaim(NamedTuple):
     Attributes:
         claim: The claim.
         verdict: The verdict over all data sets. Several data sets have one only if their differences have the same
-            sign; otherwise it is "data sets differ". It is "not able to tell" if no data set passes the control.
+            sign; otherwise it is "data sets differ". It is "not able to tell" if no data set is able to tell.
         joint: The judgement of the mean over data sets, or of the only data set.
-        per_data: The judgement on each data set that passes the control.
+        per_data: The judgement on each data set that is able to tell.
         over_classes: Interval of the joint difference over test classes at the same level, or `None`.
         other_scores: Other score -> mean difference in points.
         members: Arm of an averaged group -> its own difference, and the difference of the average without it.
         missing: Number of runs that are not finished yet.
+        unable: Data set that decides nothing -> why.
     """
 
     claim: Claim
@@ -65,6 +66,7 @@ class JudgedClaim(NamedTuple):
     other_scores: dict[str, float]
     members: dict[str, tuple[float, float]]
     missing: int
+    unable: dict[str, str]
 
 
 class Results:
@@ -75,6 +77,7 @@ class Results:
         records: Finished runs on test classes.
         searched: Finished runs on validation classes.
         missing_freedoms: Arm -> searched options that other arms have and this one lacks.
+        referenced: Finished runs that scored the networks before the training.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class Results:
         records: Sequence[Record],
         searched: Sequence[Record] = (),
         missing_freedoms: dict[str, list[str]] | None = None,
+        referenced: Sequence[Record] = (),
     ) -> None:
         self.study = study
         self.records = list(records)
         self.searched = list(searched)
         self.missing_freedoms = missing_freedoms or {}
+        self.referenced = list(referenced)
 
     def of(self, arm: str, data: str) -> list[Record]:
         """Return the runs of an arm on a data set, ordered by seed."""
@@ -110,23 +115,57 @@ class Results:
         over_classes = None if classes is None else class_interval([classes], self.study.confidence)
         return Score(values, found, found.interval(self.study.confidence), over_classes)
 
-    def able_to_tell(self) -> dict[str, bool | None]:
-        """Return, for each data set, whether the study detects its planted control there.
+    def references(self, data: str) -> dict[str, dict[str, float]]:
+        """Return the scores before the training on a data set in points: name -> score -> value.
 
-        `None` without a control, or while runs of it are missing. A data set that fails decides no claim.
+        Of several networks the best value counts.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for record in self.referenced:
+            if record["data"] == data:
+                for name, scores in record["references"].items():
+                    row = found.setdefault(name, {})
+                    row.update({score: max(POINTS * value, row.get(score, 0.0)) for score, value in scores.items()})
+        return found
+
+    def why_unable(self, data: str, score: str) -> str | None:
+        """Return why a data set decides no claim, or `None` if it is able to tell, or its runs are not finished.
+
+        A data set shows nothing where no arm is better than what the network is worth before the training: arms that
+        all fail look alike. It shows nothing either where a planted difference, the control, is not detected.
         """
         control = self.study.control
-        if control is None or self._missing(control):
-            return dict.fromkeys(self.study.data)
-        alpha = 1 - self.study.confidence
-        found = {data: estimate([self._differences(control, data)]) for data in self.study.data}
-        return {data: difference.tails(0.0)[0] <= alpha for data, difference in found.items()}
+        if control is not None and not self._missing(control):
+            difference = estimate([self._differences(control, data)])
+            if difference.tails(0.0)[0] > 1 - self.study.confidence:
+                return "the control was not detected"
+        known = {name: row[score] for name, row in self.references(data).items() if score in row}
+        if not known or not self._is_finished(data):
+            return None
+        best = max(known, key=lambda name: known[name])
+        means = [np.mean([_score(one, score) for one in self.of(arm, data)]) for arm in self.study.arms]
+        return None if max(means) > known[best] else f"no arm beats the {best}"
+
+    def _is_finished(self, data: str) -> bool:
+        return all(len(self.of(arm, data)) == len(self.study.seeds) for arm in self.study.arms)
+
+    def able_to_tell(self) -> dict[str, bool | None]:
+        """Return, for each data set, whether it passes the control and its arms beat the references.
+
+        `None` without either, or while runs are missing. A data set that fails decides no claim.
+        """
+        score, control = self.study.scores[0], self.study.control
+        reasons = {data: self.why_unable(data, score) for data in self.study.data}
+        detected = control is not None and not self._missing(control)
+        able = {data: detected or bool(self.references(data) and self._is_finished(data)) for data in reasons}
+        return {data: False if reason else (able[data] or None) for data, reason in reasons.items()}
 
     def claims(self) -> list[JudgedClaim]:
         """Return the verdicts on all claims, on each data set and jointly, decided with one error rate."""
-        able = self.able_to_tell()
         usable = {
-            claim.name: [data for data in claim.data if able[data] is not False and not self._missing(claim)]
+            claim.name: [
+                data for data in claim.data if not self._missing(claim) and self.why_unable(data, claim.score) is None
+            ]
             for claim in self.study.claims
         }
         questions: dict[tuple[str, str | None], tuple[Estimate, Expectation, float]] = {}
@@ -141,10 +180,12 @@ class Results:
 
     def _judged(self, claim: Claim, usable: list[str], answers: dict[tuple[str, str | None], Judgement]) -> JudgedClaim:
         missing = self._missing(claim)
+        reasons = {data: self.why_unable(data, claim.score) for data in claim.data}
+        unable = {data: reason for data, reason in reasons.items() if reason is not None}
         if not usable:
             nothing = Judgement("undecided", Estimate(math.nan, math.inf, 1), 0.0, Interval(-math.inf, math.inf), 1.0)
             verdict: Verdict = "undecided" if missing else "not able to tell"
-            return JudgedClaim(claim, verdict, nothing, {}, None, {}, {}, missing)
+            return JudgedClaim(claim, verdict, nothing, {}, None, {}, {}, missing, unable)
         per_data = {data: answers[claim.name, data] for data in usable}
         joint = answers.get((claim.name, None), per_data[usable[0]])
         signs = {judgement.estimate.mean > 0 for judgement in per_data.values()}
@@ -162,6 +203,7 @@ class Results:
             },
             self._members(claim, usable),
             missing,
+            unable,
         )
 
     def _mean_difference(self, claim: Claim, data: Sequence[str]) -> float:

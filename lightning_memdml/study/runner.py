@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.study.plan import CLI, Record, Run
+from lightning_memdml.study.references import score_references
 from lightning_memdml.study.training import train
 
 PROBE_STEPS = 12
@@ -44,7 +47,7 @@ class RunFolder:
         Raises:
             ValueError: If its file is damaged.
         """
-        file = self.runs / run.file_name
+        file = self._file(run)
         if not file.is_file():
             return None
         try:
@@ -61,8 +64,11 @@ class RunFolder:
 
     def save(self, run: Run, record: Record) -> None:
         """Write the file of a finished run atomically."""
-        with atomic_write(self.runs / run.file_name) as unfinished:
+        with atomic_write(self._file(run)) as unfinished:
             unfinished.write_text(json.dumps(record, default=str), encoding="utf-8")
+
+    def _file(self, run: Run) -> Path:
+        return (self.path / "references" if run.stage == "reference" else self.runs) / run.file_name
 
     def fail(self, run: Run, reason: str) -> Path:
         """Keep the reason why a run failed, and return the file."""
@@ -76,8 +82,15 @@ class FailedRunsError(RuntimeError):
     """Some runs of a study failed. The others are finished and kept."""
 
 
-def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1, rule: Any = None) -> list[Record]:
-    """Train all unfinished runs in the given order, and return all records.
+def run_all(
+    runs: Sequence[Run],
+    cli: CLI,
+    folder: RunFolder,
+    processes: int = 1,
+    rule: Any = None,
+    deadline: float = math.inf,
+) -> list[Record]:
+    """Train all unfinished runs in the given order, and return the records of all that are finished.
 
     Args:
         runs: The runs.
@@ -85,6 +98,7 @@ def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1
         folder: Where finished runs are kept.
         processes: Number of runs that are trained at the same time. With GPUs, process i uses GPU i.
         rule: The rule that decides the verdicts; it is stored in each new record.
+        deadline: Time of `time.monotonic` from which on no further run is started.
 
     Raises:
         FailedRunsError: If runs failed, after all others are finished.
@@ -96,7 +110,7 @@ def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1
         total=total, initial=total - sum(run.images for run in left), unit=" images", unit_scale=True, disable=not left
     ) as bar:
         bar.set_description(f"{done} of {len(runs)} runs")
-        for run, reason in _trained(left, cli, folder, processes, rule):
+        for run, reason in _trained(left, cli, folder, processes, rule, deadline):
             done += 1
             bar.set_description(f"{done} of {len(runs)} runs")
             bar.update(run.images)
@@ -111,11 +125,13 @@ def run_all(runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int = 1
 
 
 def _trained(
-    runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int, rule: Any
+    runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int, rule: Any, deadline: float
 ) -> Iterator[tuple[Run, str | None]]:
     """Yield each run when it ends, with the traceback if it failed."""
     if processes == 1 or len(runs) < 2:
         for run in runs:
+            if time.monotonic() >= deadline:
+                return
             yield run, _train_and_save(run, cli, folder, rule)
         return
     # Spawned, because a forked child can use neither a GPU that its parent initialised nor the parent's OpenMP threads.
@@ -128,7 +144,11 @@ def _trained(
             futures = {pool.submit(_train_and_save, run, cli, folder, rule): run for run in runs}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                if not future.cancelled():
+                    yield futures[future], future.result()
+                if time.monotonic() >= deadline:
+                    for waiting in futures:
+                        waiting.cancel()  # without effect on those that are running
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -163,7 +183,10 @@ def _start_worker(numbers: Any, processes: int, path: list[str]) -> None:
 def _train_and_save(run: Run, cli: CLI, folder: RunFolder, rule: Any) -> str | None:
     """Train a run and keep its record; return the traceback if it failed."""
     try:
-        record = train(run, cli, folder.path / "files" / run.file_name.removesuffix(".json"))
+        if run.stage == "reference":
+            record = score_references(run, cli)
+        else:
+            record = train(run, cli, folder.path / "files" / run.file_name.removesuffix(".json"))
         folder.save(run, {**record, "rule": rule})
     except Exception:  # a user's loss or data may raise anything: the other runs continue, and it is reported later
         return traceback.format_exc()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,18 @@ def study(arguments: list[str], cli: CLI) -> None:
     parser.add_argument(
         "--report_only", action="store_true", help="write the report of the finished runs without training"
     )
+    parser.add_argument(
+        "--time_limit",
+        type=float,
+        metavar="MINUTES",
+        help="start no further run after this time; the same command continues later",
+    )
     given, options = parser.parse_known_args(arguments)
     if given.processes < 1:
         parser.error(f"argument --processes: expected at least 1 but got {given.processes}")
-    asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only")}
+    if given.time_limit is not None and given.time_limit <= 0:
+        parser.error(f"argument --time_limit: expected minutes above 0 but got {given.time_limit}")
+    asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only", "time_limit")}
     for config in given.config:
         Plan(read_study_beside(config), cli, options)  # errors in any file appear before the first run
     failed = False
@@ -109,6 +119,7 @@ def run_study(
     processes: int = 1,
     dry_run: bool = False,
     report_only: bool = False,
+    time_limit: float | None = None,
 ) -> Results:
     """Run a study and write its report.
 
@@ -121,6 +132,7 @@ def run_study(
             Process i uses GPU i if there are GPUs.
         dry_run: List the runs and their estimated time. Only a few steps of each arm are trained.
         report_only: Write the report of the finished runs without training.
+        time_limit: Minutes after which no further run is started. The next call continues.
 
     Returns:
         The results.
@@ -137,17 +149,17 @@ def run_study(
         return Results(content, [])
     failure: FailedRunsError | None = None
     if not report_only:
+        deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
         try:
-            found: list[Record] = []
-            while len(found) < len(runs := plan.search_runs(found)):  # an extended search adds runs
-                found = run_all(runs, cli, folder, processes, content.rule_key)
-            run_all(plan.test_runs(found), cli, folder, processes, content.rule_key)
+            if not _run(plan, cli, folder, processes, deadline):
+                print(f"Stopped after {time_limit:g} minutes. Run the same command again to continue.")
         except FailedRunsError as error:
             failure = error
     searched, searching = finished_search(plan, folder)
     # The test runs depend on the complete search.
     records = folder.finished(plan.test_runs(searched)) if len(searched) == len(searching) else []
-    results = Results(content, records, searched, plan.missing_freedoms())
+    references = folder.finished(plan.reference_runs())
+    results = Results(content, records, searched, plan.missing_freedoms(), references)
     reports = write_report(results, folder.path)
     _print_results(results, reports)
     if others := len(list(folder.runs.glob("*.json"))) - len(records) - len(searched):
@@ -156,6 +168,31 @@ def run_study(
     if failure is not None:
         raise failure
     return results
+
+
+def _run(plan: Plan, cli: CLI, folder: RunFolder, processes: int, deadline: float) -> bool:
+    """Train all unfinished runs of a study until the deadline, and return whether all are finished."""
+
+    def finish(runs: Sequence[Run]) -> list[Record]:
+        return run_all(runs, cli, folder, processes, plan.study.rule_key, deadline)
+
+    failure: FailedRunsError | None = None
+    references = plan.reference_runs()
+    try:
+        if len(finish(references)) < len(references):
+            return False
+    except FailedRunsError as error:  # the arms can be compared without
+        failure = error
+    found: list[Record] = []
+    while len(found) < len(runs := plan.search_runs(found)):  # an extended search adds runs
+        found = finish(runs)
+        if len(found) < len(runs):
+            return False
+    tests = plan.test_runs(found)
+    complete = len(finish(tests)) == len(tests)
+    if failure is not None:
+        raise failure
+    return complete
 
 
 def read_study_beside(path: Path | str) -> Study:
@@ -196,7 +233,8 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         print(f"{run.stage:6}  {'finished' if done else f'{cost:6.1f} s':>10}  {words}")
     print(
         f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. For arms without a finished run this "
-        "includes the training only, not the scoring."
+        "includes the training only, not the scoring. The network before the training is scored as well: "
+        f"{len(plan.reference_runs())} times."
     )
     for line in [*freedoms_in_words(plan.study, plan.missing_freedoms()), power_in_words(plan.study)]:
         print(line)

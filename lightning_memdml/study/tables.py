@@ -49,7 +49,7 @@ def claims_table(judged: Sequence[JudgedClaim], data_sets: Sequence[str] = ()) -
         claim = one.claim
         question = f"{_group(claim.compare)} against {_group(claim.with_)}: {_question(claim)}"
         if one.missing or not one.per_data:
-            reason = f"{one.missing} runs missing" if one.missing else "the control was not detected"
+            reason = f"{one.missing} runs missing" if one.missing else "; ".join(dict.fromkeys(one.unable.values()))
             rows.append([claim.says, one.verdict, question, reason, *[""] * (len(several) + 3)])
             continue
         classes = "" if one.over_classes is None else interval_in_words(one.over_classes, signed=True)
@@ -71,7 +71,7 @@ def _on_data_set(judged: JudgedClaim, data: str) -> str:
     if data not in judged.claim.data:
         return ""
     if data not in judged.per_data:
-        return "not able to tell"
+        return f"not able to tell: {judged.unable[data]}" if data in judged.unable else ""
     found = judged.per_data[data]
     return f"{found.verdict}: {found.estimate.mean:+.1f} {interval_in_words(found.interval, signed=True)}"
 
@@ -134,6 +134,9 @@ def scores_table(results: Results, data: str) -> Table:
         diverged = sum(record["diverged"] for record in runs)
         seeds = f"{len(runs)}, {diverged} diverged" if diverged else str(len(runs))
         rows.append([arm, *choice, seeds, *cells, time])
+    for name, scores in results.references(data).items():
+        cells = [f"{scores[score]:.1f}" if score in scores else "" for score in results.study.scores]
+        rows.append([f"{name} (no training)", *([""] if searched else []), "", cells[0], "", *cells[1:], ""])
     return Table(head, rows)
 
 

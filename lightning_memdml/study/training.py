@@ -50,7 +50,7 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
     if max_steps is not None:
         config["trainer"] |= {"max_steps": max_steps, "limit_val_batches": 0}
     recorder = RunRecorder()
-    with isolated(), _quiet():
+    with isolated(), quiet():
         start = time.perf_counter()
         built = cli(run=False, args=["--config", yaml.safe_dump(config)])
         trainer, learner, data = built.trainer, built.model, built.datamodule
@@ -136,7 +136,7 @@ def commit() -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence Lightning's notices, which it repeats for every run."""
     loggers = [
         logging.getLogger(f"lightning.{name}") for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lightning_memdml.cli import main
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study import runner
 from lightning_memdml.study.plan import Plan
+from lightning_memdml.study.report import write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.runner import FailedRunsError, RunFolder
 from lightning_memdml.study.study_command import run_study
@@ -86,8 +88,17 @@ def test_arms_of_a_seed_start_alike(smoke: tuple[Path, Results]) -> None:
     assert first["batch"][0] != first["batch"][1]
 
 
-def test_claims_are_decided_and_reported(smoke: tuple[Path, Results]) -> None:
+def test_six_steps_do_not_beat_the_features_they_start_from(smoke: tuple[Path, Results]) -> None:
     folder, results = smoke
+    assert {one.verdict for one in results.claims()} == {"not able to tell"}
+    assert "no arm beats the frozen features" in (folder / "out/report.md").read_text()
+
+
+def test_claims_are_decided_and_reported(smoke: tuple[Path, Results], tmp_path: Path) -> None:
+    """Without the references, which six steps do not beat."""
+    _, complete = smoke
+    results = Results(complete.study, complete.records)
+    write_report(results, tmp_path)
     helps, harmless = results.claims()
     expected = np.mean([
         100 * (memory["scores"]["map_at_r"] - batch["scores"]["map_at_r"])
@@ -96,11 +107,30 @@ def test_claims_are_decided_and_reported(smoke: tuple[Path, Results]) -> None:
     assert helps.joint.estimate.mean == pytest.approx(expected)
     low, high = helps.over_classes or (0, 0)
     assert low <= expected <= high
-    text = (folder / "out/report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
     for claim, one in zip(CLAIMS, (helps, harmless), strict=True):
         says = CLAIMS[claim].get("says", claim)
         assert f"| {says} | {one.verdict} |" in text
     assert "memory against batch: more than +90 points of MAP@R" in text
+
+
+def test_the_network_before_the_training_is_scored_once_for_all_arms(smoke: tuple[Path, Results]) -> None:
+    """Both arms have the same network and data: the references are scored once, and stand in the table of scores."""
+    folder, results = smoke
+    (file,) = (folder / "out/references").glob("*.json")
+    names = ["untrained network", "frozen features", "frozen features, whitened"]
+    assert [*json.loads(file.read_text())["references"]] == [*results.references("Glyph")] == names
+    assert all(0 < row["map_at_r"] < 100 for row in results.references("Glyph").values())
+    text = (folder / "out/report.md").read_text()
+    assert all(f"| {name} (no training) |" in text for name in names)
+    assert results.able_to_tell()["Glyph"] is not None
+
+
+def test_a_run_on_another_network_has_references_of_its_own(write: Write) -> None:
+    wider = {"model": {"backbone": {"init_args": {"width": 6}}}}
+    faster = {"model": {"optimizer": {"init_args": {"lr": 0.1}}}, "data": {"init_args": {"batch_size": 8}}}
+    plan = Plan(read_study(write(arms={"batch": {}, "faster": faster, "wider": wider}, claims={})), MemdmlCLI)
+    assert [run.arm for run in plan.reference_runs()] == ["batch", "wider"]
 
 
 def test_table_of_runs_has_a_line_for_each(smoke: tuple[Path, Results]) -> None:
@@ -117,14 +147,14 @@ def test_page_holds_its_pictures_and_asks_nothing_of_the_network(smoke: tuple[Pa
     page = (folder / "out/report.html").read_text()
     assert not re.findall(r"<script|https?://|<link|@import", page)
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 5, "claims, scores, training, similarities, drift"
+    assert len(pictures) == 4, "scores, training, similarities, drift; no claim is decided"
     for picture in pictures:
         width, height = Image.open(io.BytesIO(base64.b64decode(picture))).size
         assert width > 1000
         assert height > 100
     text = (folder / "out/report.md").read_text()
     shown = re.findall(r"\]\((pictures/\S+\.png)\)", text)
-    assert len(shown) == 5
+    assert len(shown) == 4
     assert all((folder / "out" / name).is_file() for name in shown)
 
 
@@ -148,7 +178,7 @@ def test_page_in_a_browser_shows_every_picture_and_fits(
     shown = browse(page, f"--window-size={width},900", "--dump-dom")
     (body,) = re.findall(r"<body[^>]*>", shown)
     said = {name: float(value) for name, value in re.findall(r'data-(\w+)="(-?[\d.]+)"', body)}
-    assert said["loaded"] == 5
+    assert said["loaded"] == 4
     assert said["verdicts"] == 2
     assert said["wide"] <= 0, "nothing sticks out to the right"
     assert said["narrow"] > 0.7 * min(width, 1200)
@@ -306,7 +336,7 @@ def test_question_of_the_user_in_one_file(write: Write, tmp_path: Path, capsys: 
     (tmp_path / "question/mine_weights.py").write_text(MY_WEIGHTS)
     main(["study", "question/mine.yaml", "--data.root", "images"])
     said = capsys.readouterr().out
-    assert re.search(r"(supported|contradicted|undecided): mine_helps", said)
+    assert re.search(r"(supported|contradicted|undecided|not able to tell): mine_helps", said)
     assert "runs/study/mine/report.html" in said
     runs = finished(Path("runs/study/mine"))
     assert [(run["arm"], run["seed"]) for run in runs.values()] == [

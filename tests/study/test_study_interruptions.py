@@ -16,6 +16,7 @@ from support.children import PATIENCE, failure
 from support.studies import ARMS, MEMORY, Write, finished
 
 from lightning_memdml.lightning_cli import MemdmlCLI
+from lightning_memdml.study import runner
 from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.runner import FailedRunsError
 from lightning_memdml.study.study_command import run_study
@@ -52,6 +53,26 @@ def test_killed_study_of_two_processes_leaves_whole_files_and_no_process(write: 
     while any(alive(int(child)) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_study_stops_at_its_time_limit_and_continues_later(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No run is started after the limit; the second call trains what the first one left."""
+    path, train, now = write(seeds=[0, 1, 2], claims={}), runner.train, [0.0]
+
+    def train_for_a_minute(*arguments: Any) -> dict[str, Any]:
+        now[0] += 60
+        return train(*arguments)
+
+    monkeypatch.setattr(runner, "train", train_for_a_minute)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run_study(path, MemdmlCLI, output="out", time_limit=1.5)
+    assert len(finished(Path("out"))) == 2
+    assert "Stopped after 1.5 minutes. Run the same command again to continue." in capsys.readouterr().out
+    run_study(path, MemdmlCLI, output="out", time_limit=100)
+    assert len(finished(Path("out"))) == 6
+    assert "Stopped" not in capsys.readouterr().out
 
 
 def test_changed_arm_is_the_only_one_that_runs_again(write: Write) -> None:

@@ -12,13 +12,15 @@ import yaml
 from lightning_memdml.study.report import power_in_words, rule_in_words
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.study_file import read_study
-from lightning_memdml.study.tables import claims_table, members_table
+from lightning_memdml.study.tables import claims_table, members_table, scores_table
 
 SEEDS = 5
 CLAIM = {"compare": "a", "with": "b", "expects": "more", "by": 1}
 
 
-def results(folder: Path, means: dict[str, dict[str, float]], **changes: Any) -> Results:
+def results(
+    folder: Path, means: dict[str, dict[str, float]], references: tuple[dict[str, Any], ...] = (), **changes: Any
+) -> Results:
     """A study with these mean scores (data set -> arm -> points), and a spread of about half a point over seeds."""
     (folder / "base.yaml").write_text("data: GlyphDataModule\n")
     arms = {arm: {} for arm in next(iter(means.values()))}
@@ -30,7 +32,8 @@ def results(folder: Path, means: dict[str, dict[str, float]], **changes: Any) ->
     draws = np.random.default_rng(0)
     records = [
         {
-            "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {},
+            "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {}, "ms_per_step": 1.0,
+            "diverged": False,
             "scores": {
                 "map_at_r": (mean + draws.normal(0, 0.5)) / 100, "recall_at_1": (mean + 20) / 100, "r_precision": 0.0
             },
@@ -39,7 +42,7 @@ def results(folder: Path, means: dict[str, dict[str, float]], **changes: Any) ->
         for arm, mean in scores.items()
         for seed in range(SEEDS)
     ]  # fmt: skip
-    return Results(read_study(folder / "study.yaml"), records)
+    return Results(read_study(folder / "study.yaml"), records, referenced=references)
 
 
 def test_every_data_set_has_its_own_verdict(tmp_path: Path) -> None:
@@ -69,12 +72,42 @@ def test_a_data_set_that_misses_the_control_decides_nothing(tmp_path: Path) -> N
     assert found.able_to_tell() == {"birds": False, "groceries": True}
     (judged,) = found.claims()
     assert [*judged.per_data] == ["groceries"]
-    assert claims_table([judged], ["birds", "groceries"]).rows[0][4] == "not able to tell"
-    assert "It was not detected on birds, which therefore decides no claim." in rule_in_words(found)
+    assert claims_table([judged], ["birds", "groceries"]).rows[0][4] == "not able to tell: the control was not detected"
+    assert "Not able to tell: on birds the control was not detected, so no claim is decided" in rule_in_words(found)
     only_birds = results(tmp_path, {"birds": means["birds"]}, control=control)
     (judged,) = only_birds.claims()
     assert judged.verdict == "not able to tell"
     assert claims_table([judged]).rows[0][3] == "the control was not detected"
+
+
+def frozen(data: str, map_at_r: float, recall_at_1: float) -> dict[str, Any]:
+    """The finished run that scored the features before the training."""
+    scores = {"map_at_r": map_at_r / 100, "recall_at_1": recall_at_1 / 100}
+    return {"data": data, "references": {"untrained network": {"map_at_r": 0.01}, "frozen features": scores}}
+
+
+def test_a_data_set_on_which_no_arm_beats_the_frozen_features_decides_nothing(tmp_path: Path) -> None:
+    """The heads on frozen features: on Recall@1 both arms are below the features that they start from."""
+    means = {"birds": {"a": 15, "b": 10}, "groceries": {"a": 25, "b": 20}}
+    references = (frozen("birds", 16, 30), frozen("groceries", 18, 50))
+    on_recall = {**CLAIM, "score": "recall_at_1"}
+    found = results(tmp_path, means, references, claims={"claim": CLAIM, "on_recall": on_recall})
+    assert found.able_to_tell() == {"birds": False, "groceries": True}
+    claim, on_recall_judged = found.claims()
+    assert [*claim.per_data] == ["groceries"]
+    assert (
+        claims_table([claim], ["birds", "groceries"]).rows[0][4] == "not able to tell: no arm beats the frozen features"
+    )
+    assert [*on_recall_judged.per_data] == ["birds"], "a score of its own decides"
+    assert "on birds no arm beats the frozen features" in rule_in_words(found)
+    rows = {row[0]: row for row in scores_table(found, "birds").rows}
+    assert rows["frozen features (no training)"][2] == "16.0"
+
+
+def test_references_decide_nothing_before_all_arms_are_finished(tmp_path: Path) -> None:
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}}, (frozen("birds", 16, 40),))
+    del found.records[0]
+    assert found.able_to_tell() == {"birds": None}
 
 
 def test_an_average_over_losses_is_taken_apart(tmp_path: Path) -> None:

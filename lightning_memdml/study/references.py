@@ -1,0 +1,54 @@
+"""The reference arms of a study: what the network and its features are worth before any training.
+
+They belong to no arm, and are measured once for all arms that share network and data: the untrained network, the
+features as they are, and the features whitened on the training images (`lightning_memdml.reference_scores`).
+"""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from datetime import datetime, timezone
+from typing import Any
+
+import yaml
+from lightning.pytorch import seed_everything
+
+from lightning_memdml.reference_scores import score_after_training, score_before_training
+from lightning_memdml.study.plan import CLI, Record, Run, isolated
+from lightning_memdml.study.training import made_by, quiet
+
+
+def score_references(run: Run, cli: CLI) -> Record:
+    """Score the references of a run on the test classes.
+
+    Args:
+        run: A run of the stage `reference`.
+        cli: Builds learner, data and Trainer from the configuration.
+
+    Returns:
+        A record whose `references` map a name to scores in [0, 1].
+    """
+    config = deepcopy(run.config)
+    config["trainer"] |= {"devices": 1, "logger": False, "enable_checkpointing": False, "callbacks": None}
+    start = time.perf_counter()
+    with isolated(), quiet():
+        built = cli(run=False, args=["--config", yaml.safe_dump(config)])
+        seed_everything(run.seed)
+        model, data, device = built.model.model, built.datamodule, built.trainer.strategy.root_device
+        data.prepare_data()
+        data.setup()
+        rows: dict[str, Any] = {"untrained network": score_after_training(model, data, device, test=True)}
+        rows |= score_before_training(model, data, device, test=True).rows
+    return {
+        "stage": run.stage,
+        "arm": run.arm,
+        "data": run.data,
+        "seed": run.seed,
+        "key": run.key,
+        "references": rows,
+        "seconds": round(time.perf_counter() - start, 2),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made_by": made_by(device),
+        "config": run.config,
+    }

@@ -90,9 +90,11 @@ def reference_config(config: Config) -> Config:
     Example:
         >>> config = {"model": {"backbone": "A", "memory_weight": 2}, "data": {"init_args": {"batch_size": 8, "x": 1}}}
         >>> reference_config(config)
-        {'model': {'backbone': 'A'}, 'data': {'init_args': {'x': 1}}}
+        {'model': {'backbone': 'A'}, 'data': {'init_args': {'x': 1}}, 'trainer': {'limit_test_batches': None}}
     """
     data = deepcopy(config["data"])
     for name in SAMPLING:
         data.get("init_args", {}).pop(name, None)
-    return {"model": {name: config["model"][name] for name in NETWORK if name in config["model"]}, "data": data}
+    model = {name: config["model"][name] for name in NETWORK if name in config["model"]}
+    trainer = {"limit_test_batches": config.get("trainer", {}).get("limit_test_batches")}
+    return {"model": model, "data": data, "trainer": trainer}

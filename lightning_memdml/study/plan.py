@@ -304,7 +304,7 @@ class Plan:
     def _key(self, stage: Stage, config: Config) -> str:
         config = deepcopy(config)
         for group, names in COSMETIC.items():
-            options = config.get(group, {}) if group == "trainer" else config[group].get("init_args", {})
+            options = config[group] if group == "trainer" else config[group].get("init_args", {})
             for name in names:
                 options.pop(name, None)
         if stage == "search":

@@ -6,14 +6,17 @@ features as they are, and the features whitened on the training images (`lightni
 
 from __future__ import annotations
 
+import math
 import time
 from copy import deepcopy
 from datetime import datetime, timezone
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import seed_everything
 
+from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.reference_scores import score_after_training, score_before_training
 from lightning_memdml.study.plan import CLI, Record, Run, isolated
 from lightning_memdml.study.training import made_by, quiet
@@ -38,6 +41,7 @@ def score_references(run: Run, cli: CLI) -> Record:
         model, data, device = built.model.model, built.datamodule, built.trainer.strategy.root_device
         data.prepare_data()
         data.setup()
+        _limit_test_images(data, config["trainer"].get("limit_test_batches"))
         rows: dict[str, Any] = {"untrained network": score_after_training(model, data, device, test=True)}
         rows |= score_before_training(model, data, device, test=True).rows
     return {
@@ -52,3 +56,19 @@ def score_references(run: Run, cli: CLI) -> Record:
         "made_by": made_by(device),
         "config": run.config,
     }
+
+
+def _limit_test_images(data: RetrievalDataModule, limit: int | float | None) -> None:
+    """Keep the test images that `trainer.limit_test_batches` leaves: a number of batches, or a share of them."""
+    if limit is None or limit == 1.0:
+        return
+    is_both = data.gallery_set is data.query_set
+    for name in ("query_set", "gallery_set"):
+        images = getattr(data, name)
+        # A number of batches may have been read as a float, such as 84.0.
+        is_share = isinstance(limit, float) and limit < 1
+        batches = int(limit * math.ceil(len(images) / data.eval_batch_size)) if is_share else int(limit)
+        kept = torch.arange(min(len(images), batches * data.eval_batch_size))
+        setattr(data, name, images.part(kept, images.transform, images.indices[kept]))
+    if is_both:
+        data.gallery_set = data.query_set

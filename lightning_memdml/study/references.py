@@ -41,7 +41,7 @@ def score_references(run: Run, cli: CLI) -> Record:
         model, data, device = built.model.model, built.datamodule, built.trainer.strategy.root_device
         data.prepare_data()
         data.setup()
-        _limit_test_images(data, config["trainer"].get("limit_test_batches"))
+        limit_test_images(data, config["trainer"].get("limit_test_batches"))
         rows: dict[str, Any] = {"untrained network": score_after_training(model, data, device, test=True)}
         rows |= score_before_training(model, data, device, test=True).rows
     return {
@@ -58,9 +58,9 @@ def score_references(run: Run, cli: CLI) -> Record:
     }
 
 
-def _limit_test_images(data: RetrievalDataModule, limit: int | float | None) -> None:
+def limit_test_images(data: RetrievalDataModule, limit: int | float | None) -> None:
     """Keep the test images that `trainer.limit_test_batches` leaves: a number of batches, or a share of them."""
-    if limit is None or limit == 1.0:
+    if limit is None or (isinstance(limit, float) and limit == 1):
         return
     is_both = data.gallery_set is data.query_set
     for name in ("query_set", "gallery_set"):

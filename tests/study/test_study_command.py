@@ -18,9 +18,11 @@ from PIL import Image
 from support.studies import ARMS, BASE, CLAIMS, MEMORY, STUDY, Write, finished, write_study
 
 from lightning_memdml.cli import main
+from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study import runner
 from lightning_memdml.study.plan import Plan
+from lightning_memdml.study.references import limit_test_images
 from lightning_memdml.study.report import write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.runner import FailedRunsError, RunFolder
@@ -124,6 +126,17 @@ def test_the_network_before_the_training_is_scored_once_for_all_arms(smoke: tupl
     text = (folder / "out/report.md").read_text()
     assert all(f"| {name} (no training) |" in text for name in names)
     assert results.able_to_tell()["Glyph"] is not None
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, 144), (1.0, 144), (0.56, 80), (3, 24), (3.0, 24), (100, 144)])
+def test_references_are_scored_on_the_test_images_of_the_arms(limit: float | None, kept: int, glyph_cache: str) -> None:
+    data = GlyphDataModule(num_classes=30, batch_size=8, images_per_class=2, eval_batch_size=8, cache_dir=glyph_cache)
+    data.setup()
+    before = data.query_set
+    limit_test_images(data, limit)
+    assert len(data.query_set) == kept
+    assert data.gallery_set is data.query_set
+    assert data.query_set.labels.equal(before.labels[:kept])
 
 
 def test_a_run_on_another_network_has_references_of_its_own(write: Write) -> None:

@@ -122,7 +122,8 @@ class Embedder(nn.Module):
         """Map images `(B, C, H, W)` to unit embeddings `(B, D)` in float32, or to the features `(B, F)` of the head."""
         features = self.backbone(images)
         if not isinstance(features, Tensor):
-            features = _pooled_output(features, self.backbone)
+            name = "pooler_output" if self.pool is None else "last_hidden_state"
+            features = _tensor_of(features, name, self.backbone)
         if self.pool is not None:
             if features.ndim not in (3, 4):
                 raise ValueError(
@@ -150,14 +151,14 @@ class Embedder(nn.Module):
         return self
 
 
-def _pooled_output(output: Any, backbone: nn.Module) -> Tensor:
-    """Return the pooled features in an output object of Hugging Face."""
-    pooled = output.get("pooler_output") if isinstance(output, Mapping) else getattr(output, "pooler_output", None)
-    if isinstance(pooled, Tensor):
-        return pooled
+def _tensor_of(output: Any, name: str, backbone: nn.Module) -> Tensor:
+    """Return a tensor of an output object of Hugging Face."""
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if isinstance(found, Tensor):
+        return found
     raise TypeError(
-        f"Expected the backbone {type(backbone).__name__} to return a tensor of features, or an object with "
-        f"`pooler_output`, but got a {type(output).__name__}. Wrap it in a module that returns the features."
+        f"Expected the backbone {type(backbone).__name__} to return a tensor of features, or an object with `{name}`, "
+        f"but got a {type(output).__name__}. Wrap it in a module that returns the features."
     )
 
 

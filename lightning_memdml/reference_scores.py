@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +63,11 @@ def score_before_training(
         statistics = None if sums is None else FeatureStatistics.from_sums(*sums)
         rank_zero_info(f"Frozen features on {classes} classes: {format_scores(rows[FROZEN])} ({file.path}).")
         return ReferenceScores(classes, rows, statistics)
-    queries = embed_set(model.features, model, query_set, device, data, f"Features of {classes} images")
+    features_of = partial(model, features_only=True)
+    queries = embed_set(features_of, model, query_set, device, data, f"Features of {classes} images")
     gallery = None
     if gallery_set is not query_set:
-        gallery = embed_set(model.features, model, gallery_set, device, data, "Features of the gallery")
+        gallery = embed_set(features_of, model, gallery_set, device, data, "Features of the gallery")
     rows = {FROZEN: _scores(queries, gallery, query_set, gallery_set)}
     rank_zero_info(f"Frozen features on {classes} classes: {format_scores(rows[FROZEN])}.")
     statistics = None
@@ -73,7 +75,7 @@ def score_before_training(
         images = data.plain_train_set
         labels = images.labels.unique()
         statistics = FeatureStatistics(queries.shape[1], len(labels))
-        features = embed_set(model.features, model, images, device, data, "Features of training images")
+        features = embed_set(features_of, model, images, device, data, "Features of training images")
         places = torch.searchsorted(labels, images.labels)
         for part, at in zip(features.split(BATCH_SIZE), places.split(BATCH_SIZE), strict=True):
             statistics.add(part, at)  # in the batches of `fit_head_to_training_images`: the same sums, bit for bit

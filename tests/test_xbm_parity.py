@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from support.learners import IMAGES, learner, loader, trainer
 from torch import Tensor
 from xbm_parity import compare, relative_difference
 
-from lightning_memdml import EmbeddingMemory, MemoryCallback
+from lightning_memdml import ContrastiveLoss, EmbeddingMemory, MemoryCallback
 
 SHORT: dict[str, Any] = {"steps": 30, "size": 300, "start_step": 5, "rate": 1e-3}  # the memory is full at step 15
 
@@ -51,16 +53,27 @@ def test_a_memory_read_by_position_numbers_the_batch_alone(held: int, kept: int)
 
 
 def test_the_callback_announces_which_batches_it_stores() -> None:
-    from support.learners import learner, loader, trainer
-
     seen = []
 
-    class Learner(type(learner())):  # type: ignore[misc]
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            seen.append((self.global_step, self.memory.stores_batch, len(self.memory)))
-            return super().training_step(batch, batch_idx)
+    class Look(Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append((trainer.global_step, pl_module.memory.stores_batch, len(pl_module.memory)))
 
-    model = learner()
-    model.__class__ = Learner
-    trainer(MemoryCallback(size=8, start_step=2)).fit(model, loader())
+    trainer(MemoryCallback(size=8, start_step=2), Look()).fit(learner(), loader())
     assert seen == [(0, False, 0), (1, False, 0), (2, True, 0), (3, True, 4)]
+
+
+def test_a_memory_filled_first_is_met_with_the_batch_in_it() -> None:
+    """In the first step that stores: rows of all images, and the batch, of which each row's own entry is left out."""
+
+    class Recorded(ContrastiveLoss):
+        def forward(self, *arguments: Any, **options: Any) -> Tensor:
+            seen.append((len(arguments[3]), options["indices"].tolist(), options["ref_indices"].tolist()))
+            return super().forward(*arguments, **options)
+
+    seen: list[Any] = []
+    options = {"memory_includes_batch": True, "memory_excludes_own_image": False}
+    callback = MemoryCallback(size=20, start_step=1, prefill=True)
+    trainer(callback, max_steps=3).fit(learner(memory_loss=Recorded(), **options), loader())
+    own = list(range(4))
+    assert seen == [(rows, own, [-1] * (rows - 4) + own) for rows in (IMAGES + 4, 20)]

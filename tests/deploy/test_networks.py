@@ -1,4 +1,4 @@
-"""A transformer of timm and a convolutional network of torchvision, from training to index, search and exported files."""
+"""A transformer of timm and a convolutional network of torchvision, from training to index, search and export."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_index_and_search_use_the_trained_network(trained: Path, capsys: pytest.
     np.testing.assert_allclose(np.load("index/embeddings.npy"), expected, atol=1e-5)
     assert np.abs(expected[1:] - expected[0]).max() > 0.1, "the fitted head tells images apart"
     capsys.readouterr()
-    main("search pictures/3/1.png --index index".split())
+    main(["search", "pictures/3/1.png", "--index", "index"])
     first = next(line for line in capsys.readouterr().out.splitlines() if ".png" in line and "3/1" not in line)
     similarity = expected @ expected[files.index(trained / "pictures/3/1.png")]
     second = files[int(np.argsort(-similarity)[1])]

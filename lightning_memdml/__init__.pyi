@@ -17,6 +17,7 @@ from lightning_memdml.data import DeepFashion2 as DeepFashion2
 from lightning_memdml.data import FeatureDataModule as FeatureDataModule
 from lightning_memdml.data import FolderDataModule as FolderDataModule
 from lightning_memdml.data import GlyphDataModule as GlyphDataModule
+from lightning_memdml.data import HuggingFaceDataModule as HuggingFaceDataModule
 from lightning_memdml.data import INaturalist2018 as INaturalist2018
 from lightning_memdml.data import InShop as InShop
 from lightning_memdml.data import Omniglot as Omniglot

@@ -107,7 +107,8 @@ def check_loss(name: str, loss: Any) -> None:
     """
     if _is_of_pytorch_metric_learning(loss, "miners"):
         raise TypeError(
-            f"Expected `{name}` to be a loss but got the miner {type(loss).__name__}. Pass both: MinedLoss(loss, miner)."
+            f"Expected `{name}` to be a loss but got the miner {type(loss).__name__}. Pass both: MinedLoss(loss, "
+            "miner)."
         )
     if not callable(loss):
         raise TypeError(f"Expected `{name}` to be a loss but got {loss!r}. Pass ContrastiveLoss(), for example.")
@@ -155,7 +156,8 @@ def _takes_no_references(loss: Any) -> ValueError:
     name = getattr(loss, "__name__", type(loss).__name__)
     return ValueError(
         f"Expected a loss that compares with references against the memory but got {name}, which takes none. Pass "
-        "another one for the memory: `memory_loss=ContrastiveLoss()`, or `against_memory(self, ContrastiveLoss(), ...)`."
+        "another one for the memory: `memory_loss=ContrastiveLoss()`, or `against_memory(self, ContrastiveLoss(), "
+        "...)`."
     )
 
 

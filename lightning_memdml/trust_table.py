@@ -159,6 +159,7 @@ DATA: dict[str, Rule] = {
     "root": InputPath(),
     "path": InputPath(),
     "columns": Texts(),
+    **dict.fromkeys(("image_column", "label_column"), Text(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,99}")),
     "download": Fixed(False),
     **dict.fromkeys(("cache_dir", "pixel_cache"), Fixed(None)),
     **dict.fromkeys(("train_transform", "test_transform"), OneOf("transform")),

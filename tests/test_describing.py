@@ -33,8 +33,8 @@ EXPORTED = [
 @pytest.mark.parametrize("kind", EXPORTED, ids=lambda kind: kind.__name__)
 def test_every_loss_weight_function_and_data_module_keeps_its_arguments(kind: type) -> None:
     """Otherwise a checkpoint of a program could not hold it: `self.name = name` is all that is needed."""
-    arguments: dict[str, Any] = {"path": "a.npz"} if "Table" in kind.__name__ or "Feature" in kind.__name__ else {}
-    arguments |= {"root": "a"} if "root" in inspect.signature(kind).parameters and not arguments else {}
+    needed = [name for name in ("path", "root") if name in inspect.signature(kind).parameters][:1]
+    arguments: dict[str, Any] = dict.fromkeys(needed, "a.npz")
     if kind.__name__ == "HybridLoss":
         arguments = dict.fromkeys(("positive", "negative"), lightning_memdml.ContrastiveLoss(0.25))
     if kind.__name__ == "Piecewise":

@@ -35,9 +35,9 @@ def rows() -> tuple[Tensor, Tensor, MemoryRows]:
 def test_a_loss_without_references_is_refused_against_the_memory_with_the_way_out(name: str) -> None:
     loss: Any = WITHOUT_REFERENCES[name]()
     message = (
-        rf"^Expected a loss that compares with references against the memory but got {name}, which takes none\. Pass "
-        r"another one for the memory: `memory_loss=ContrastiveLoss\(\)`, or `against_memory\(self, ContrastiveLoss\(\), "
-        r"\.\.\.\)`\.$"
+        rf"^Expected a loss that compares with references against the memory but got {name}, which takes "
+        r"none\. Pass another one for the memory: `memory_loss=ContrastiveLoss\(\)`, or `against_memory\(self, "
+        r"ContrastiveLoss\(\), \.\.\.\)`\.$"
     )
     with pytest.raises(ValueError, match=message):
         trainer(MemoryCallback(size=SIZE)).fit(learner(loss=loss), loader())

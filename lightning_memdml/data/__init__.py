@@ -7,6 +7,7 @@ from lightning_memdml.data.deep_fashion2 import DeepFashion2
 from lightning_memdml.data.features import FeatureDataModule
 from lightning_memdml.data.folder import FolderDataModule
 from lightning_memdml.data.glyphs import GlyphDataModule
+from lightning_memdml.data.hugging_face import HuggingFaceDataModule
 from lightning_memdml.data.in_shop import InShop
 from lightning_memdml.data.inaturalist import INaturalist2018
 from lightning_memdml.data.module import RetrievalDataModule
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureDataModule",
     "FolderDataModule",
     "GlyphDataModule",
+    "HuggingFaceDataModule",
     "INaturalist2018",
     "InShop",
     "Omniglot",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lightning_memdml.data import Record, RetrievalDataModule, TableDataModule
+from lightning_memdml.data import HuggingFaceDataModule, Record, RetrievalDataModule, TableDataModule
 from lightning_memdml.data.folders import image_records
 from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
 from lightning_memdml.data.paths import local_path
@@ -143,7 +143,8 @@ def tensor_shape(data: RetrievalDataModule) -> list[int] | None:
     It is None for a data module of image files. These are not set up, so that a network can be used on a machine
     without its training images.
     """
-    if type(data).images in (RetrievalDataModule.images, TableDataModule.images):
+    opens_files = (RetrievalDataModule.images, TableDataModule.images, HuggingFaceDataModule.images)
+    if type(data).images in opens_files:
         return None
     data.setup()
     return list(data.query_set.images.shape[1:]) if isinstance(data.query_set, TensorImageDataset) else None

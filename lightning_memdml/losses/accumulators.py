@@ -93,14 +93,20 @@ class NegativeAccumulator:
         width = 0 if self.gradient is None else self.anchors.shape[1]
         each, gradients, sums = states.split([3, width, states.shape[2] - 3 - width], dim=2)
         totals, shifts, hardest = each.unbind(dim=2)
-        shift = torch.maximum(self.shift, shifts.amax(dim=0))
-        own_scale, scales = torch.exp(self.shift - shift), torch.exp(shifts - shift)
-        self.total = self.total * own_scale + (totals * scales).sum(dim=0)
+        if self.loss.exponential:
+            shift = torch.maximum(self.shift, shifts.amax(dim=0))
+            own_scale, scales = torch.exp(self.shift - shift), torch.exp(shifts - shift)
+            self.total, totals = self.total * own_scale, totals * scales
+            if self.gradient is not None:
+                self.gradient, gradients = self.gradient * own_scale[:, None], gradients * scales[:, :, None]
+            self.shift = shift
+        self.total = self.total + totals.sum(dim=0)
         if self.gradient is not None:
-            self.gradient = self.gradient * own_scale[:, None] + (gradients * scales[:, :, None]).sum(dim=0)
-        self.shift = shift
-        self.hardest = torch.maximum(self.hardest, hardest.amax(dim=0))
-        self.sums = self.sums + sums.sum(dim=0) if self.sums.shape[1] else sums.sum(dim=0)
+            self.gradient = self.gradient + gradients.sum(dim=0)
+        if self.loss.needs_hardest:
+            self.hardest = torch.maximum(self.hardest, hardest.amax(dim=0))
+        if sums.shape[2]:
+            self.sums = self.sums + sums.sum(dim=0) if self.sums.shape[1] else sums.sum(dim=0)
 
     def totals(self, number: Tensor) -> NegativeTotals:
         """Return the totals, after the last block. The gradient of an exponential loss is normalised here.

@@ -132,13 +132,14 @@ def pair_masks(
         tensor([[1, 1, 0],
                 [0, 0, 1]], dtype=torch.int32)
     """
-    same_class = labels[:, None] == ref_labels[None, :]
-    excluded = torch.zeros_like(same_class)
+    positive = labels[:, None] == ref_labels[None, :]
+    negative = ~positive
     if indices is not None and ref_indices is not None:
-        excluded |= (indices[:, None] == ref_indices[None, :]) & (indices >= 0)[:, None]
+        kept = (indices[:, None] != ref_indices[None, :]) | (indices < 0)[:, None]
+        positive, negative = positive & kept, negative & kept
     if in_batch:
-        excluded |= torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
-    return same_class & ~excluded, ~same_class & ~excluded
+        positive, negative = positive.fill_diagonal_(False), negative.fill_diagonal_(False)
+    return positive, negative
 
 
 class LossDefinition(ABC):
@@ -152,6 +153,8 @@ class LossDefinition(ABC):
     fill_value: float = -1.0
     #: The positives' weights depend on the negatives.
     needs_negatives: bool = True
+    #: The negatives take less time if the anchors stand in descending order of their number of positives.
+    wants_most_positives_first: bool = False
     #: How many of the most similar negatives of each anchor are kept; `None` keeps all.
     hardest_negatives: int | None = None
     #: For a loss that takes its sides from other losses: those whose totals over negatives it needs. The first one

@@ -47,7 +47,7 @@ class SharedReferences(NamedTuple):
 
 
 class SharedBlock(NamedTuple):
-    """Anchors beside their shared references. Anchors stand in descending order of their number of positives.
+    """Anchors beside their shared references.
 
     Attributes:
         rows: The number of each anchor in the batch, `(B,)`.
@@ -101,11 +101,13 @@ def shared_blocks(loss: LossDefinition, pairs: Pairs) -> Iterator[SharedBlock]:
         ref_indices = pairs.ref_indices[shared.columns]
     masks = pair_masks(labels, pairs.ref_labels[shared.columns], indices, ref_indices)
     positive, negative = (mask & shared.valid for mask in masks)
-    order = positive.sum(dim=1).argsort(descending=True)  # for losses that go through the positives one by one
-    anchors, positive, negative = anchors[order], positive[order], negative[order]
+    parts, rows = loss.parts or (loss,), torch.arange(len(labels), device=labels.device)
+    if any(part.wants_most_positives_first for part in parts):
+        rows = positive.sum(dim=1).argsort(descending=True)
+        anchors, positive, negative = anchors[rows], positive[rows], negative[rows]
     similarity = anchors @ references.T
-    contexts = [part.context(similarity, positive) for part in loss.parts or (loss,)]
-    yield SharedBlock(order, anchors, shared, references, similarity, positive, negative, contexts)
+    contexts = [part.context(similarity, positive) for part in parts]
+    yield SharedBlock(rows, anchors, shared, references, similarity, positive, negative, contexts)
 
 
 def find_shared(pairs: Pairs) -> SharedReferences:
@@ -114,7 +116,7 @@ def find_shared(pairs: Pairs) -> SharedReferences:
     With `pairs.max_shared` on a GPU, the columns are padded to this number and the host does not wait for it.
     """
     on_host = pairs.labels.device.type in HOST_DEVICES
-    mask = torch.zeros_like(pairs.ref_labels, dtype=torch.bool)
+    mask = None
     for ids, members, may_be_negative in (
         (pairs.ref_labels, pairs.labels, True),
         (pairs.ref_indices, pairs.indices, False),  # a negative index is unknown and equals none
@@ -130,7 +132,9 @@ def find_shared(pairs: Pairs) -> SharedReferences:
         else:
             ordered = members.long().sort().values
             found = ordered[torch.searchsorted(ordered, ids.long()).clamp_max_(len(ordered) - 1)] == ids
-        mask |= found if may_be_negative else found & (ids >= 0)
+        found = found if may_be_negative else found & (ids >= 0)
+        mask = found if mask is None else mask | found
+    assert mask is not None
     if on_host or pairs.max_shared is None:
         columns = mask.nonzero().squeeze(1)
         return SharedReferences(mask, columns, torch.ones_like(columns, dtype=torch.bool))
@@ -140,16 +144,16 @@ def find_shared(pairs: Pairs) -> SharedReferences:
 
 def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
     """Find the columns without asking the device how many there are."""
-    number = mask.sum()
+    places = mask.cumsum(dim=0)
     compat.assert_async(
-        number <= most,
+        places[-1] <= most,
         f"Expected at most `max_shared={most}` references that share a class or an image with the batch but got more. "
         "Pass a higher bound, or leave `max_shared` out.",
     )
-    place = torch.where(mask, mask.cumsum(dim=0) - 1, most)
-    columns = torch.zeros(most + 1, dtype=torch.int64, device=mask.device)
-    columns = columns.scatter_(0, place, torch.arange(len(mask), device=mask.device))[:most]
-    return SharedReferences(mask, columns, torch.arange(most, device=mask.device) < number)
+    # The first column is where the number of those so far rises to 1, the second where it rises to 2, and so on.
+    columns = torch.searchsorted(places, torch.arange(1, most + 1, device=mask.device))
+    valid = columns < len(mask)
+    return SharedReferences(mask, columns.clamp_max_(len(mask) - 1), valid)
 
 
 def add_plain_negatives(
@@ -197,7 +201,7 @@ def _add_by_triton(
     if references.device.type in TRITON_DEVICES:
         from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
 
-        reason = kernel.reason_against(references)
+        reason = kernel.reason_against(accumulators[0].anchors, references)
         if reason is None:
             accumulators, reason = kernel.add_plain_negatives(accumulators, references, is_shared)
     else:

@@ -54,6 +54,7 @@ class TripletLoss(PairLoss):
     def __init__(self, margin: float = 0.1, soft: bool = False, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
         self.margin, self.soft = margin, soft
+        self.wants_most_positives_first = not soft
         self.fill_value = 0.0 if soft else -torch.inf  # adds 0 to the sums of powers, or to the counts
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import lightning_memdml as ml
 from lightning_memdml.losses.backends.triton.codegen import Terms, UnsupportedOpError, generate_terms
+from lightning_memdml.losses.definition import NegativeTerms
 
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.2),
@@ -25,6 +27,7 @@ LOSSES: dict[str, ml.PairLoss] = {
     "InfoNCE": ml.InfoNCELoss(),
     "SupCon": ml.SupConLoss(),
     "NCA": ml.NCALoss(),
+    "soft triplet": ml.TripletLoss(soft=True),
     "hybrid": ml.HybridLoss(ml.ContrastiveLoss(), ml.CircleLoss()),
     "normalised": ml.DirectWeightLoss(negative=ml.Exponential(), normalize="sum"),
     "constant": ml.DirectWeightLoss(negative=ml.Constant(2.0)),
@@ -55,6 +58,7 @@ class Triton:
     PropagateNan = SimpleNamespace(ALL=None)
     abs, exp, exp2, log, log2 = torch.abs, torch.exp, torch.exp2, torch.log, torch.log2
     sigmoid, sqrt, where, zeros_like = torch.sigmoid, torch.sqrt, torch.where, torch.zeros_like
+    arange, sum = torch.arange, torch.sum
 
     @staticmethod
     def maximum(x: Tensor, y: Tensor | float, propagate_nan: None) -> Tensor:
@@ -65,7 +69,7 @@ class Triton:
         return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
 
 
-def evaluate(terms: Terms, similarity: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(terms: Terms, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     names = {"tl": Triton} | {f"column{k}": column for k, column in enumerate(terms.columns)}
     text = "\n ".join(["def run(similarity, constants):", *terms.text.splitlines()])
     exec(text, names)
@@ -73,12 +77,17 @@ def evaluate(terms: Terms, similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(loss: ml.PairLoss) -> None:
-    similarity = torch.linspace(-1, 1, 4 * 50, dtype=torch.float64)[torch.randperm(200)].view(4, 50)
+    # The degree of the polynomials of the soft triplet loss depends on the dtype, and that of a kernel is float32.
+    dtype = torch.float32 if isinstance(loss, ml.TripletLoss) else torch.float64
+    similarity = torch.linspace(-1, 1, 4 * 50, dtype=dtype)[torch.randperm(200)].view(4, 50)
     part = loss.parts[0] if loss.parts else loss
     context = part.context(similarity[:, :5], torch.ones(4, 5, dtype=torch.bool))
     terms = generate_terms(part, context, rows=4)
-    weights, values = evaluate(terms, similarity)
+    weights, values, sums = evaluate(terms, similarity)
     wanted = part.negative_terms(similarity.clone(), context)
+    assert terms.num_sums == (0 if wanted.sums is None else wanted.sums.shape[1])
+    if wanted.sums is not None:
+        torch.testing.assert_close(sums[:, : terms.num_sums], wanted.sums, check_dtype=False)
     torch.testing.assert_close(weights, wanted.weights, check_dtype=False)
     assert terms.has_values == (wanted.values is not None)
     if wanted.values is not None:
@@ -151,8 +160,43 @@ def test_an_operation_that_is_not_element_wise_raises(function: Callable[[Tensor
         generate_terms(ml.DirectWeightLoss(negative=function), (), rows=4)
 
 
-@pytest.mark.parametrize("loss", [ml.TripletLoss(), ml.TripletLoss(soft=True)])
-def test_a_loss_with_further_sums_raises(loss: ml.PairLoss) -> None:
+class Sums(ml.ContrastiveLoss):
+    def __init__(self, sums: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.sums = sums
+
+    def negative_terms(self, similarity: Tensor, context: Any) -> NegativeTerms:
+        return NegativeTerms(similarity.square(), sums=self.sums(similarity))
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [
+        lambda s: s.sum(dim=0),
+        lambda s: s.sum(),
+        lambda s: s.sum(dim=1, keepdim=True),
+        lambda s: s.square(),
+        lambda s: torch.ones(4, 1),
+        lambda s: torch.stack([s.sum(dim=1), s.sum(dim=1)]),
+        lambda s: torch.cat([s.sum(dim=1), s.sum(dim=1)]),
+        lambda s: s.sum(dim=1) + 1,
+    ],
+)
+def test_further_sums_that_are_not_over_the_rows_raise(sums: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedOpError):
+        generate_terms(Sums(sums), (), rows=4)
+
+
+def test_a_sum_is_of_the_block_as_it_was() -> None:
+    """Later operations in place do not change it."""
+    terms = generate_terms(Sums(lambda s: torch.stack([s.sum(dim=1), s.mul_(2).sum(dim=1)], dim=1)), (), rows=4)
+    similarity = torch.rand(4, 7)
+    wanted = torch.stack([similarity.sum(dim=1), 2 * similarity.sum(dim=1)], dim=1)
+    torch.testing.assert_close(evaluate(terms, similarity)[2], wanted)
+
+
+def test_a_loss_that_counts_violations_one_by_one_raises() -> None:
+    loss = ml.TripletLoss()
     context = loss.context(torch.rand(4, 5), torch.ones(4, 5, dtype=torch.bool))
     with pytest.raises(UnsupportedOpError):
         generate_terms(loss, context, rows=4)

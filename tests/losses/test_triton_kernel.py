@@ -38,11 +38,13 @@ LOSSES: dict[str, ml.PairLoss] = {
     "circle": ml.CircleLoss(),
     "SupCon": ml.SupConLoss(),
     "hybrid": ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss()),  # two parts, the second without a gradient
+    "soft triplet": ml.TripletLoss(soft=True),  # with further sums
+    "hybrid with sums": ml.HybridLoss(ml.TripletLoss(soft=True), ml.SupConLoss()),
 }
 WITHOUT_KERNEL: dict[str, ml.PairLoss] = {
     "triplet": ml.TripletLoss(),
     "hardest": ml.DirectWeightLoss(hardest_negatives=3),
-    "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss(soft=True)),
+    "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss()),
 }
 
 
@@ -112,7 +114,7 @@ def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-1
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_kernel_computes_what_the_blocks_compute(name: str, launches: list) -> None:
     check(LOSSES[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
-    widths = [27, 3] if name == "hybrid" else [27]
+    widths = {"hybrid": [27, 3], "soft triplet": [35], "hybrid with sums": [27, 11]}.get(name, [27])
     assert [shape[2] for shape in launches] == widths
     assert launches[0][0] > 1, "several shares are merged"
 
@@ -215,7 +217,10 @@ class Compiled:
 kernel._add_negatives = Compiled(kernel._add_negatives)
 contrastive, mined = ml.ContrastiveLoss(backend="triton"), ml.MultiSimilarityLoss(backend="triton")
 hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton")
-for capability, kilobytes, dim, loss in ((80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive)):
+soft = ml.TripletLoss(soft=True, backend="triton")
+for capability, kilobytes, dim, loss in (
+    (80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive), (90, 227, 128, soft)
+):
     driver.set_active(Driver(capability))
     kernel._device = lambda device: kernel._Device(capability // 10, 132, kilobytes << 10)
     with FakeTensorMode():
@@ -232,7 +237,9 @@ def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None})
     grids, used, estimated, warp_group_products, moves = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
-    assert grids == ([4, 33], [4, 33], [4, 33], [8, 16]), "one program for nearly every processor"
+    assert grids == ([4, 33], [4, 33], [4, 33], [8, 16], [4, 33]), "one program for nearly every processor"
     assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"
-    assert [number > 0 for number in warp_group_products] == [False, True, True, True], "tensor cores of 9.0 alone"
+    assert [number > 0 for number in warp_group_products] == [False, True, True, True, True], (
+        "tensor cores of 9.0 alone"
+    )
     assert all(moves), "a pointer moves from tile to tile: offsets from the first one overflow 32 bits in long shares"

@@ -3,8 +3,8 @@
 A loss defines the weights of its negatives once, in torch (`LossDefinition.negative_terms`). Here those lines run on a
 `Symbol` in place of a block of similarities, and each operation on it writes one line of Triton. Numbers become
 arguments of the kernel, so a margin that changes during training compiles nothing again. A value per anchor becomes a
-column of a small table. An operation that is not element-wise raises `UnsupportedOpError`, and the caller takes another
-backend.
+column of a small table. A sum over a row (`sum(dim=1)`) may be one of the further sums that a loss returns. Any other
+operation that is not element-wise raises `UnsupportedOpError`, and the caller takes another backend.
 
 >>> from lightning_memdml import BinomialDevianceLoss
 >>> print(generate_terms(BinomialDevianceLoss(), (), rows=64).text)
@@ -17,7 +17,7 @@ v5 = tl.maximum(v2, v4, propagate_nan=tl.PropagateNan.ALL)
 v6 = tl.log(v5)
 v7 = v3 - v6
 v8 = v2 * constants[1]
-return v8, v7
+return v8, v7, v8
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _NAN = "propagate_nan=tl.PropagateNan.ALL"
 _ARITHMETIC = {
     "abs": "tl.abs({})",
     "add": "{} + {}",
+    "addcmul": "{} + {} * {}",
     "div": "{} / {}",
     "exp": "tl.exp({})",
     "exp2": "tl.exp2({})",
@@ -151,6 +152,20 @@ for _name in (
     setattr(Symbol, f"__{_name}__", _operator(f"__{_name}__"))
 
 
+class RowSums:
+    """Sums over the rows of blocks, one column each."""
+
+    def __init__(self, blocks: list[str]) -> None:
+        self.blocks = blocks
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> RowSums:
+        given = kwargs or {}
+        if function is not torch.stack or (*args[1:], *given.values()) != (1,):
+            raise UnsupportedOpError(f"{function.__name__} of sums over rows")
+        return cls([block for sums in args[0] for block in sums.blocks])
+
+
 def _formula(text: str, mask: bool = False, of_masks: bool = False) -> Callable[..., Symbol]:
     def operation(recorder: _Recorder, *args: object) -> Symbol:
         if len(args) != text.count("{"):
@@ -178,6 +193,12 @@ def _power(recorder: _Recorder, base: object, exponent: object) -> Symbol:
     return recorder.write(f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})")
 
 
+def _sum(_: _Recorder, block: Symbol, dim: object = None) -> RowSums:
+    if dim != 1:
+        raise UnsupportedOpError("a sum that is not over the rows")
+    return RowSums([block.as_float().name])
+
+
 def _to(recorder: _Recorder, block: Symbol, like: object = torch.float32) -> Symbol:
     if like is not torch.float32 and not isinstance(like, Symbol):
         raise UnsupportedOpError(f"a conversion to {like}")
@@ -189,19 +210,21 @@ def _where(recorder: _Recorder, mask: object, value: object, other: object) -> S
     return recorder.write("tl.where({}, {}, {})".format(*names))
 
 
-_OPERATIONS: dict[str, Callable[..., Symbol]] = {
+_OPERATIONS: dict[str, Callable[..., Any]] = {
     **{name: _formula(text) for name, text in _ARITHMETIC.items()},
     **{name: _formula(text, mask=True) for name, text in _COMPARISONS.items()},
     **{name: _formula(text, mask=True, of_masks=True) for name, text in _LOGIC.items()},
     "clamp": _clamp,
     "clone": lambda recorder, block: Symbol(recorder, block.name, block.mask),
     "empty_like": partial(_full, value=0.0),
+    "expand_as": lambda recorder, value, block: recorder.write(f"tl.zeros_like(similarity) + {recorder.read(value)}"),
     "float": _to,
     "full_like": _full,
     "masked_fill": lambda recorder, block, mask, value: _where(recorder, mask, value, block),
     "ones_like": partial(_full, value=1.0),
     "pow": _power,
     "relu": lambda recorder, block: recorder.do("maximum", block, 0.0),
+    "sum": _sum,
     "square": lambda recorder, block: recorder.do("mul", block, block),
     "threshold": lambda recorder, block, edge, value: _where(recorder, recorder.do("gt", block, edge), block, value),
     "to": _to,
@@ -216,16 +239,24 @@ class Terms(NamedTuple):
 
     Attributes:
         text: Lines over `similarity`, `constants[k]` and `column<k>` that end in
-            `return weights, values`. Without values, the weights are returned twice.
+            `return weights, values, sums`. Where there are no values or sums, the weights are returned in their place.
+            Sums are of shape `(anchors, padded_sums)`.
         constants: The numbers that the lines read.
         columns: The values per anchor that the lines read, each of one element or `(B, 1)`.
         has_values: Whether the loss has values.
+        num_sums: How many further sums S the loss has.
     """
 
     text: str
     constants: tuple[float, ...]
     columns: list[Tensor]
     has_values: bool
+    num_sums: int
+
+    @property
+    def padded_sums(self) -> int:
+        """The power of two that is not below S."""
+        return 1 << max(0, self.num_sums - 1).bit_length()
 
 
 def generate_terms(loss: LossDefinition, context: Context, rows: int) -> Terms:
@@ -247,10 +278,17 @@ def generate_terms(loss: LossDefinition, context: Context, rows: int) -> Terms:
         weights, values, sums = loss.negative_terms(similarity, context)
     except Exception as error:  # anything a symbol does not support; torch then computes it, or raises its own error
         raise UnsupportedOpError(str(error)) from error
-    if sums is not None:
-        raise UnsupportedOpError("further sums")
+    if not isinstance(sums, RowSums | None):
+        raise UnsupportedOpError("further sums that are not over the rows")
     if not isinstance(weights, Symbol) or not isinstance(values, Symbol | None):
         raise UnsupportedOpError("weights that do not depend on the similarity")
     names = recorder.read(weights), recorder.read(weights if values is None else values)
-    text = "\n".join([*recorder.lines, f"return {names[0]}, {names[1]}"])
-    return Terms(text, tuple(recorder.constants), recorder.columns, values is not None)
+    blocks = [] if sums is None else sums.blocks
+    padded = 1 << max(0, len(blocks) - 1).bit_length()
+    lines = [f"place = tl.arange(0, {padded})[None, :]", "sums = tl.where(place < 0, 0.0, 0.0)"] if blocks else []
+    lines += [
+        f"sums = sums + tl.where(place == {k}, tl.sum({block}, 1)[:, None], 0.0)" for k, block in enumerate(blocks)
+    ]
+    last = "sums" if blocks else names[0]
+    text = "\n".join([*recorder.lines, *lines, f"return {names[0]}, {names[1]}, {last}"])
+    return Terms(text, tuple(recorder.constants), recorder.columns, values is not None, len(blocks))

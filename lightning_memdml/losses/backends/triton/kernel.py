@@ -59,13 +59,14 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     anchors, references, is_shared, columns, states, num_anchors, num_references, share, constants, fill_value,
     dim: tl.constexpr, padded_dim: tl.constexpr, num_columns: tl.constexpr, terms: tl.constexpr,
     exponential: tl.constexpr, has_values: tl.constexpr, needs_hardest: tl.constexpr, with_gradient: tl.constexpr,
+    num_sums: tl.constexpr, padded_sums: tl.constexpr,
     anchors_per_program: tl.constexpr, references_per_tile: tl.constexpr,
 ):  # fmt: skip
     """Write the state of some anchors over one share of the references.
 
     Shapes: anchors `(B, dim)` and references `(M, dim)` of one type; is_shared `(M,)`, bytes; columns
-    `(B, num_columns)`; states `(shares, B, 3 + dim)`, or 3 without a gradient, in the order of
-    `NegativeAccumulator.state`. A share is a multiple of a tile.
+    `(B, num_columns)`; states `(shares, B, 3 + dim + num_sums)`, without dim where there is no gradient, in the order
+    of `NegativeAccumulator.state`. A share is a multiple of a tile.
     """
     i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
     d = tl.arange(0, padded_dim)
@@ -76,6 +77,7 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `NegativeAccumulator`
     hardest = tl.full((anchors_per_program,), float("-inf"), tl.float32)
     peak = tl.full((anchors_per_program,), 1.1754943508222875e-38, tl.float32)  # largest absolute weight so far
+    sums = tl.zeros((anchors_per_program, padded_sums), tl.float32)
     start = tl.program_id(1) * share
     stop = tl.minimum(start + share, num_references)
     tile_start = references + start.to(tl.int64) * dim  # moves from tile to tile: offsets into a tile fit 32 bits
@@ -90,7 +92,10 @@ def _add_negatives(  # type: ignore[no-untyped-def]
         similarity = tl.dot(x, tl.trans(tile), input_precision="ieee")
         if needs_hardest:
             hardest = tl.maximum(hardest, tl.max(tl.where(drop, float("-inf"), similarity), 1))
-        weights, values = terms(tl.where(drop, fill_value, similarity), columns, i, is_anchor, constants, num_columns)
+        filled = tl.where(drop, fill_value, similarity)
+        weights, values, sums_of_tile = terms(filled, columns, i, is_anchor, constants, num_columns)
+        if num_sums > 0:
+            sums += sums_of_tile
         if exponential:
             logits = tl.where(drop, float("-inf"), weights)
             shift_before = shift
@@ -115,13 +120,17 @@ def _add_negatives(  # type: ignore[no-untyped-def]
             gradient = tl.dot(weights.to(tile.dtype), tile, gradient, input_precision="ieee")
     if not exponential and references.dtype.element_ty == tl.float16:
         gradient = gradient * peak[:, None]
-    width = 3 + dim if with_gradient else 3
+    width = 3 + (dim if with_gradient else 0) + num_sums
     state = states + (tl.program_id(1).to(tl.int64) * num_anchors + i) * width
     tl.store(state, total, mask=is_anchor)
     tl.store(state + 1, shift, mask=is_anchor)
     tl.store(state + 2, hardest, mask=is_anchor)
     if with_gradient:
         tl.store(state[:, None] + 3 + d[None, :], gradient, mask=is_anchor[:, None] & (d < dim)[None, :])
+    if num_sums > 0:
+        s = tl.arange(0, padded_sums)
+        places = state[:, None] + (width - num_sums) + s[None, :]
+        tl.store(places, sums, mask=is_anchor[:, None] & (s < num_sums)[None, :])
 
 
 @functools.lru_cache
@@ -141,15 +150,18 @@ def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
     return triton.jit(namespace[name])
 
 
-def reason_against(references: Tensor) -> str | None:
-    """Return what of the references the kernel cannot serve, or `None` if it can.
+def reason_against(anchors: Tensor, references: Tensor) -> str | None:
+    """Return what the kernel cannot serve, or `None` if it can serve both.
 
     Args:
+        anchors: `(B, D)`.
         references: `(M, D)`.
     """
     generation = _device(references.device).generation
     if references.dtype not in DTYPES:
         return f"{references.dtype}".removeprefix("torch.")
+    if anchors.dtype != torch.float32:
+        return f"embeddings in {anchors.dtype}".replace("torch.", "")
     if references.shape[1] > max(TILES):
         return f"{references.shape[1]} numbers"
     if not references.is_contiguous():
@@ -184,7 +196,7 @@ def add_plain_negatives(
 
 
 def _launch(accumulator: NegativeAccumulator, terms: Terms, references: Tensor, is_shared: Tensor) -> Tensor:
-    """Return the state of every share of the references, `(shares, B, 3 + D)`."""
+    """Return the state of every share of the references, `(shares, B, 3 + D + S)`."""
     (rows, dim), loss = accumulator.anchors.shape, accumulator.loss
     device = _device(references.device)
     padded_dim, tiles = choose_tiles(rows, dim, device.shared_memory)
@@ -193,14 +205,15 @@ def _launch(accumulator: NegativeAccumulator, terms: Terms, references: Tensor, 
     share = triton.cdiv(share, tiles.references) * tiles.references
     shares = triton.cdiv(references.shape[0], share)
     columns = [column.to(accumulator.anchors).expand(rows, 1) for column in terms.columns]
-    states = accumulator.anchors.new_empty(shares, rows, 3 + (0 if accumulator.gradient is None else dim))
+    width = 3 + (0 if accumulator.gradient is None else dim) + terms.num_sums
+    states = accumulator.anchors.new_empty(shares, rows, width)
     _add_negatives[(groups, shares)](
         accumulator.anchors.to(references.dtype), references, is_shared.view(torch.uint8),
         torch.cat(columns, dim=1) if columns else states, states,
         rows, references.shape[0], share, terms.constants or (0.0,), float(loss.fill_value),
         dim=dim, padded_dim=padded_dim, num_columns=len(columns), terms=compile_terms(terms.text, len(columns)),
         exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
-        with_gradient=accumulator.gradient is not None,
+        with_gradient=accumulator.gradient is not None, num_sums=terms.num_sums, padded_sums=terms.padded_sums,
         anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

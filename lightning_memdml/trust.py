@@ -90,8 +90,11 @@ def read_yaml(text: Any, source: str, *, trust: bool = False) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or nodes > MAX_NODES:
                 raise ValueError(f"{expected} of at most {MAX_NODES:,} values and {MAX_DEPTH} levels but got more.")
-        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}.") from error
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of numbers and dates
         raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}.") from error
 
 
@@ -115,6 +118,11 @@ def allowed_config(config: Any, source: str, *, trust: bool = False, notice: boo
         >>> allowed_config({"model": {"loss": "ContrastiveLoss"}}, "last.ckpt")["model"]["loss"]
         {'class_path': 'lightning_memdml.losses.ContrastiveLoss', 'init_args': {}}
     """
+    if not trust and _is_too_large(config):
+        raise UntrustedFileError(
+            f"Expected {source} to hold at most {MAX_NODES:,} values in {MAX_DEPTH} levels but got more. If you trust "
+            "the maker of this file, pass `--trust` (in Python `trust=True`)."
+        )
     walk = _Walk()
     found = walk.config(config)
     refused = ", ".join(map(str, walk.refused[:5])) + (", ..." if len(walk.refused) > 5 else "")
@@ -259,7 +267,7 @@ class _Walk:
             return self._refuse(where, "a mapping of options", value) or {}
         found = {}
         for key, option in value.items():
-            if isinstance(key, str) and key.isidentifier():
+            if isinstance(key, str) and key.isidentifier() and not key.startswith("__"):
                 found[key] = self.value(rule.rules.get(key, rule.others), option, f"{where}.{key}", rule.class_path)
             else:
                 self._refuse(f"the key {key!r} of {where}", "the plain name of an option", option)
@@ -295,6 +303,20 @@ class _Walk:
     def _refuse(self, where: str, expected: str, got: Any) -> Any:
         shown = repr(got)
         self.refused.append(Refusal(where, expected, shown if len(shown) < 100 else f"{shown[:97]}..."))
+
+
+def _is_too_large(config: Any) -> bool:
+    """Whether there are more values, or levels of them, than the walk may follow: pickled lists can hold themselves."""
+    level, nodes = [config], 0
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list | tuple):
+                inner += value.values() if isinstance(value, dict) else value
+        level, nodes = inner, nodes + len(inner)
+        if not level or nodes > MAX_NODES:
+            break
+    return bool(level)
 
 
 def _is_plain(value: Any, most: float, depth: int = 0) -> bool:

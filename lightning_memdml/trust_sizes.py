@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from math import isfinite
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def requested_bytes(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _whole(value: Any, otherwise: int) -> int:
-    return int(value) if isinstance(value, int | float) else otherwise
+    return int(value) if isinstance(value, int | float) and isfinite(value) else otherwise
 
 
 def _sides(part: Any, name: str = "") -> Iterator[int]:
@@ -126,12 +127,15 @@ def _bytes_of(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str
 
 
 def tensors_in(part: Any) -> Iterator[Tensor]:
-    """Yield the tensors in dictionaries, lists and tuples."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, dict | list | tuple):
-        for value in part.values() if isinstance(part, dict) else part:
-            yield from tensors_in(value)
+    """Yield the tensors in dictionaries, lists and tuples, each of which may hold itself."""
+    left, seen = [part], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
 
 
 def _on_meta(part: Any) -> Any:

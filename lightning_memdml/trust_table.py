@@ -304,7 +304,7 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
                 "dirpath": Fixed(None),
                 "loss": OneOf("loss"),
                 "memory": OneOf("memory"),
-                **dict.fromkeys(("encoder", "backbone"), Text(r"[A-Za-z_][A-Za-z0-9_.]*")),
+                **dict.fromkeys(("encoder", "backbone"), Text(r"[A-Za-z]\w*(\.[A-Za-z0-9]\w*)*")),
                 "encoder_factory": Fixed(None),
                 "size": Plain(1e9),
             },
@@ -318,8 +318,11 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
             ),
             rules={
                 "dirpath": Fixed(None),
-                # Below the folder of the run: not absolute, and no way up.
-                "filename": Text(r"(?!.*\.\.)[A-Za-z0-9{][A-Za-z0-9_{}=:./@ -]{0,199}"),
+                # Below the folder of the run: not absolute, and no way up. In braces the names of metrics: any other
+                # format could read attributes of objects, or make a text of a gigabyte.
+                "filename": Text(
+                    r"(?![/. ])(?!.*\.\.)([A-Za-z0-9_=/@. -]|\{[A-Za-z][\w/@-]{0,99}(:0?\d?(\.\d)?[defg]?)?\}){1,200}"
+                ),
                 "monitor": METRIC,
                 "mode": MIN_MAX,
                 "train_time_interval": Text(r"[0-9 a-z:,.-]{1,40}"),

@@ -139,8 +139,8 @@ def _require_paths(table: Table) -> None:
     missing = [row for row in range(len(table)) if is_missing(table.text("path", row))]
     if missing:
         raise ValueError(
-            f"{table.where(missing[0])}: the path is missing (in {len(missing):,} of {len(table):,} rows). Fill in these "
-            "cells, or remove the rows."
+            f"{table.where(missing[0])}: the path is missing (in {len(missing):,} of {len(table):,} rows). Fill in "
+            "these cells, or remove the rows."
         )
 
 

@@ -1,15 +1,17 @@
-"""Calls any loss on a batch by itself, or against the rows of a memory, each kind of loss by its own convention."""
+"""What a training step does with a memory: the loss against its rows, by any loss, and the rows that it gives."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import PairLoss
+from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import MemoryRows
 
 Loss = PairLoss | Callable[..., Any]
@@ -88,6 +90,70 @@ def loss_term(
         if _is_of_pytorch_metric_learning(loss, "losses") or not _takes_four(parameters.values()):
             raise _takes_no_references(loss)
         return loss(embeddings, labels, ref_embeddings, ref_labels, **(options if "ref_indices" in parameters else {}))
+
+
+def against_memory(
+    module: LightningModule, loss: Loss, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
+) -> Tensor:
+    """Return the loss of a batch against the memory of `MemoryCallback`, and let it store the batch after the step.
+
+    The shorter way to add a memory: `training_step` need not return embeddings and labels:
+
+        loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
+
+    Args:
+        module: The LightningModule in training.
+        loss: A `PairLoss`, a loss of pytorch-metric-learning, or a function, which is called as
+            `loss(embeddings, labels, ref_embeddings, ref_labels)`, see `loss_term`.
+        embeddings: `(B, D)`.
+        labels: `(B,)`.
+        indices: `(B,)`, the data-set index of each row's image; pairs of one image are left out.
+
+    Returns:
+        A scalar; a differentiable 0 while the memory has no rows.
+
+    Raises:
+        ValueError: If the module has no memory.
+    """
+    memory = getattr(module, "memory", None)
+    if not isinstance(memory, Memory):
+        raise ValueError(
+            f"Expected a memory of a MemoryCallback but {type(module).__name__} has no memory. Pass "
+            "`Trainer(callbacks=[MemoryCallback(size=8192)])`. Outside of `trainer.fit` there is no memory: use the "
+            "in-batch loss alone there."
+        )
+    given = {"embeddings": embeddings.detach(), "labels": labels}
+    memory.given = given if indices is None else {**given, "indices": indices}
+    return loss_term(loss, embeddings, labels, memory.read(), indices)
+
+
+def step_embeddings(owner: str, pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:
+    """Return the embeddings, labels and, if known, indices of a training step.
+
+    They are what `training_step` returned, or else what it gave to the memory before its end, as by `against_memory`.
+
+    Args:
+        owner: Who needs them, for the message.
+        pl_module: The module in training.
+        outputs: What `training_step` returned.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    memory = getattr(pl_module, "memory", None)
+    given = memory.given if isinstance(memory, Memory) else {}
+    returned = outputs if isinstance(outputs, Mapping) else {}
+    rows = returned if "embeddings" in returned or not given else given
+    missing = [f"`{name}`" for name in ("embeddings", "labels") if name not in rows]
+    if missing:
+        raise ValueError(
+            f"Expected the embeddings and labels of each training batch, which {owner} needs, but got no "
+            f"{' and no '.join(missing)} in what {type(pl_module).__name__}.training_step returned "
+            f"({', '.join(map(str, returned)) or 'nothing'}). End it with "
+            '`return {"loss": loss, "embeddings": z, "labels": y}`, or add `against_memory(self, self.loss, z, y)` to '
+            "the loss."
+        )
+    return {name: rows[name] for name in ("embeddings", "labels", "indices") if name in rows}
 
 
 def check_loss(name: str, loss: Any) -> None:

@@ -10,7 +10,7 @@ from support.children import run_python
 
 # What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
 MOST_FUNCTIONS = 41
-MOST_FILES = 13
+MOST_FILES = 12
 
 SCRIPT = Path(__file__).with_name("walk.py")
 _spec = importlib.util.spec_from_file_location("walk", SCRIPT)

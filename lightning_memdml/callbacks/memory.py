@@ -21,12 +21,11 @@ from lightning_memdml.callbacks.memory_setup import (
 )
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
-from lightning_memdml.callbacks.step_rows import choose_embeddings, is_same
 from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import as_rows
-from lightning_memdml.memory_term import Loss, loss_term
+from lightning_memdml.memory_term import step_embeddings
 from lightning_memdml.training_images import find_encoder
 
 
@@ -265,7 +264,7 @@ class MemoryCallback(Callback):
         """Store the rows of all ranks, then update the momentum encoder if the optimiser stepped."""
         if not outputs and pl_module.automatic_optimization:
             return  # training_step returned None, so Lightning skipped the batch (allowed on one rank only)
-        found = choose_embeddings(type(self).__name__, pl_module, outputs, self.memory.given)
+        found = step_embeddings(type(self).__name__, pl_module, outputs)
         embeddings, labels, indices = as_rows(**found)
         if not self.memory.was_read and len(self.memory):
             self._warn_unread(pl_module)
@@ -274,7 +273,7 @@ class MemoryCallback(Callback):
                 embeddings = self._momentum.rows(trainer, pl_module, outputs, batch, like=embeddings).detach().float()
             if dist.is_available() and dist.is_initialized():
                 sent = self._gather.finish() if self._gather.is_started else None
-                if sent is None or not is_same(found["embeddings"], self._sent):
+                if sent is None or self._sent is None or not self._sent.is_set_to(found["embeddings"]):
                     sent = self._gather(embeddings, labels, indices)
                 embeddings, labels, indices = sent
             dropped = self.memory.enqueue(embeddings, labels, indices, step=self._step)
@@ -326,57 +325,3 @@ class MemoryCallback(Callback):
         self._prefilled = state_dict.get("prefilled", len(self.memory) > 0)
         if self._momentum is not None:
             self._momentum.saved = state_dict.get("keys")
-
-
-def against_memory(
-    module: LightningModule, loss: Loss, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
-) -> Tensor:
-    """Return the loss of a batch against the memory of `MemoryCallback`, and let it store the batch after the step.
-
-    The shorter way to add a memory: `training_step` need not return embeddings and labels:
-
-        loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
-
-    Args:
-        module: The LightningModule in training.
-        loss: A `PairLoss`, a loss of pytorch-metric-learning, or a function, which is called as
-            `loss(embeddings, labels, ref_embeddings, ref_labels)`, see `loss_term`.
-        embeddings: `(B, D)`.
-        labels: `(B,)`.
-        indices: `(B,)`, the data-set index of each row's image; pairs of one image are left out.
-
-    Returns:
-        A scalar; a differentiable 0 while the memory has no rows.
-
-    Raises:
-        ValueError: If the module has no memory.
-    """
-    memory = getattr(module, "memory", None)
-    callback = None if memory is None else _find_callback(module)
-    if memory is None or callback is None:
-        raise ValueError(
-            f"Expected a memory of a MemoryCallback but {type(module).__name__} has no memory. Pass "
-            "`Trainer(callbacks=[MemoryCallback(size=8192)])`. Outside of `trainer.fit` there is no memory: use the "
-            "in-batch loss alone there."
-        )
-    given = {"embeddings": embeddings.detach(), "labels": labels}
-    memory.given = given if indices is None else {**given, "indices": indices}
-    return loss_term(loss, embeddings, labels, memory.read(), indices)
-
-
-def step_embeddings(owner: str, pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:
-    """Return the embeddings, labels and, if known, indices of a training step.
-
-    They are what `training_step` returned, or else what it gave to `against_memory`.
-
-    Args and errors are those of `choose_embeddings`.
-    """
-    callback = _find_callback(pl_module)
-    return choose_embeddings(owner, pl_module, outputs, {} if callback is None else callback.memory.given)
-
-
-def _find_callback(pl_module: LightningModule) -> MemoryCallback | None:
-    for callback in pl_module.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, MemoryCallback):
-            return callback
-    return None

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.callbacks.memory import MemoryCallback, step_embeddings
+from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.callbacks.weight_curves import find_pair_losses
 from lightning_memdml.csv_table import write_csv
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.memory_term import step_embeddings
 from lightning_memdml.picture_style import STYLES, LineStyle, new_figure, plain_axes
 from lightning_memdml.runs import run_folder
 from lightning_memdml.training_images import BATCH_SIZE, embed_batch, find_encoder, find_train_set, load_images

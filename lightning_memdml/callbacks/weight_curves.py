@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memdml.callbacks.memory import step_embeddings
 from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.curves import LossInputs, Reading, read_weights, save_readings
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.memory_term import step_embeddings
 from lightning_memdml.runs import run_folder
 
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.memory import step_embeddings
 from lightning_memdml.callbacks.memory_report import MemoryReport
 from lightning_memdml.callbacks.weight_curves import find_pair_losses
 from lightning_memdml.curves import LossInputs, Reading, read_weights
 from lightning_memdml.curves.reading import SIDES
 from lightning_memdml.memory.rows import as_rows, unit_rows
+from lightning_memdml.memory_term import step_embeddings
 from lightning_memdml.retrieval.metrics import Samples
 
 POINTS = 50  # of the training curve

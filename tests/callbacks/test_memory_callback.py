@@ -16,8 +16,9 @@ from support.memory_training import Manual, Plain, fit, loader, pair_loss
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
+from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.losses import ContrastiveLoss, HybridLoss, SupConLoss
+from lightning_memdml.memory_term import against_memory
 
 
 class Watch(Callback):

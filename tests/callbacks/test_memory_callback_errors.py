@@ -10,7 +10,8 @@ import torch
 from support.memory_training import Manual, Plain, fit, pair_loss
 from torch import Tensor, nn
 
-from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
+from lightning_memdml.callbacks.memory import MemoryCallback
+from lightning_memdml.memory_term import against_memory
 
 
 def returns(what: Any) -> type[Plain]:

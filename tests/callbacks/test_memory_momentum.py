@@ -17,7 +17,8 @@ from support.momentum_training import Learner, fit, loader, same
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_memdml.callbacks.memory import MemoryCallback, against_memory
+from lightning_memdml.callbacks.memory import MemoryCallback
+from lightning_memdml.memory_term import against_memory
 
 
 class Manual(Learner):

@@ -30,7 +30,7 @@ class ReferenceFile:
         self.path = path
 
     @classmethod
-    def find(cls, folder: Path, model: Embedder, data: RetrievalDataModule) -> ReferenceFile | None:
+    def find(cls, folder: Path, model: Embedder, data: RetrievalDataModule, classes: str) -> ReferenceFile | None:
         """Return the file for these images and this network, or None for images that are not read from files.
 
         Its name is a hash of the weights and the modules of the network, and of each set the transform, and the labels,
@@ -40,11 +40,12 @@ class ReferenceFile:
             folder: The folder of such files.
             model: The network. Of its head only the width counts.
             data: A data module after `setup()`.
+            classes: Which classes are scored.
         """
         sets = (data.plain_train_set, data.val_set, data.query_set, data.gallery_set)
         if any(isinstance(images, TensorImageDataset) for images in sets):
             return None
-        digest = hashlib.sha256(f"{model} {torch.__version__}".encode())
+        digest = hashlib.sha256(f"{model} {classes} {torch.__version__}".encode())
         _add_weights(digest, model)
         for images in sets:
             _add_images(digest, images, getattr(data, "path", None))

@@ -57,7 +57,7 @@ def score_before_training(
         test: Score the test classes, also if there are validation classes.
     """
     classes, query_set, gallery_set = _scored_sets(data, test)
-    file = None if cache is None else ReferenceFile.find(cache, model, data)
+    file = None if cache is None else ReferenceFile.find(cache, model, data, classes)
     if file is not None and (kept := file.read()) is not None:
         rows, sums = kept
         statistics = None if sums is None else FeatureStatistics.from_sums(*sums)

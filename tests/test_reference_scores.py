@@ -121,6 +121,9 @@ def test_the_cache_gives_the_same_result_and_opens_no_image(tmp_path: Path) -> N
     data.val_set.open_image = data.train_set.open_image = None  # type: ignore[assignment]
     again = score_before_training(colour_learner().model, data, CPU, cache)
     assert again[:2] == first[:2]
+    data.query_set.open_image = None  # type: ignore[assignment]
+    with pytest.raises(OSError, match="Cannot read the image"):  # the file is not about the test classes
+        score_before_training(colour_learner().model, data, CPU, cache, test=True)
     assert first.statistics is not None
     assert again.statistics is not None
     assert all(map(torch.equal, first.statistics.sums(), again.statistics.sums()))

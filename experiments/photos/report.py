@@ -24,6 +24,8 @@ ARMS = {
     "multi_similarity": "batch, Multi-Similarity",
     "memory": "memory",
     "memory_momentum": "memory and momentum encoder",
+    "photos": "`photos`",
+    "photos_without_memory": "`photos` without its memory",
 }
 DIFFERENCES = (
     ("memory", "frozen"),
@@ -31,6 +33,9 @@ DIFFERENCES = (
     ("memory", "batch"),
     ("memory", "multi_similarity"),
     ("memory_momentum", "memory"),
+    ("photos", "frozen"),
+    ("photos", "whitened"),
+    ("photos", "photos_without_memory"),
 )
 
 
@@ -108,7 +113,14 @@ def draw(rows: list[Row], names: list[str], picture: Path) -> None:
             seeds = [[start, *(100 * run[str(step)]["map_at_r"] for step in steps)] for run in runs]
             by_step = list(zip(*seeds, strict=True))
             mean = [sum(column) / len(column) for column in by_step]
-            axes.plot([0, *steps], mean, label=ARMS[arm], color=style.color, linestyle=style.line, marker=style.mark)
+            axes.plot(
+                [0, *steps],
+                mean,
+                label=ARMS[arm].replace("`", ""),
+                color=style.color,
+                linestyle=style.line,
+                marker=style.mark,
+            )
             axes.fill_between(
                 [0, *steps], list(map(min, by_step)), list(map(max, by_step)), color=style.color, alpha=0.12
             )

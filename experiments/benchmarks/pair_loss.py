@@ -1,8 +1,9 @@
-"""Measures the memory term of one training step, forward and backward, against its two matrix products alone.
+r"""Measures the memory term of one training step, forward and backward, against its two matrix products alone.
 
-All methods run on the same inputs in one process on one thread, interleaved. The time is CPU time, or on a GPU the time
-until it is done, and the least of the rounds counts. `ratio` is relative to the floor: the similarities `S = X M^T` and
-the gradient `G = W M`, the faster of the whole products and of products in blocks.
+All methods run on the same inputs in one process, interleaved. The time is CPU time of one thread, or on a GPU that of
+`--clock`, and the least of the rounds counts. `ratio` is relative to the floor: the similarities `S = X M^T` and the
+gradient `G = W M`, the faster of the whole products and of products in blocks. On a GPU `ratio_16` is relative to the
+floor in 16 bits, whatever the type of the references is.
 
 In `trained` inputs about 1 of 2,000 pairs is a hard negative. In `untrained` inputs all embeddings share a direction,
 so nearly all negatives are above the margin. With `--checkpoint`, the embeddings of a trained network are measured too:
@@ -11,7 +12,8 @@ allocator.
 
     python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
     python experiments/benchmarks/pair_loss.py --regime --checkpoint runs/memdml/version_0/checkpoints/last.ckpt
-    python experiments/benchmarks/pair_loss.py --device cuda --dtype bfloat16 --batch 512 --memory 1048576 --dim 512
+    python experiments/benchmarks/pair_loss.py --device cuda --dtype bfloat16 --batch 512 --memory 1048576 --dim 512 \
+        --clock device --make-on device --max-shared memory --compiled
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
+from clocks import CLOCKS, profile, time_step
 from torch import Tensor
 
 import lightning_memdml as ml
-from lightning_memdml.lightning_cli import MemdmlCLI
-from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+from lightning_memdml.losses import streaming
+from lightning_memdml.memory.shared_rows import SharedRowCounts
 
 OURS: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.5),
@@ -56,20 +58,19 @@ OURS: dict[str, ml.PairLoss] = {
     "SupCon": ml.SupConLoss(),
     "NCA": ml.NCALoss(),
 }
-MOST_PAIRS_OF_PEERS = 2**24  # 53 bytes a pair
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Step = Callable[[], object]
 
 
-def make_inputs(regime: str, batch: int, memory: int, dim: int) -> Inputs:
+def make_inputs(regime: str, batch: int, memory: int, dim: int, device: str = "cpu") -> Inputs:
     """Return a batch of 4 images per class, and a memory with its classes among thousands of others."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def directions(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+        return F.normalize(torch.randn(rows, dim, generator=generator, device=device), dim=1)
 
     classes = max(11_318, memory // 8)
-    kinds, class_kind = directions(400), torch.randint(0, 400, (classes,), generator=generator)
+    kinds, class_kind = directions(400), torch.randint(0, 400, (classes,), generator=generator, device=device)
     class_centre = directions(classes)
 
     def embed(labels: Tensor) -> Tensor:
@@ -78,14 +79,19 @@ def make_inputs(regime: str, batch: int, memory: int, dim: int) -> Inputs:
             return F.normalize(0.8 * kinds[:1] + 0.6 * noise, dim=1)
         return F.normalize(0.66 * kinds[class_kind[labels]] + 0.5 * class_centre[labels] + 0.56 * noise, dim=1)
 
-    labels = torch.randperm(classes, generator=generator)[: batch // 4].repeat_interleave(4)
-    ref_labels = torch.randint(0, classes, (memory,), generator=generator)
+    labels = torch.randperm(classes, generator=generator, device=device)[: batch // 4].repeat_interleave(4)
+    ref_labels = torch.randint(0, classes, (memory,), generator=generator, device=device)
     return embed(labels).requires_grad_(), labels, embed(ref_labels), ref_labels
 
 
 @functools.cache
 def embed_training_images(checkpoint: str, rows: int) -> tuple[Tensor, Tensor]:
     """Return embeddings and labels of so many augmented training images, batch after batch, by a trained network."""
+    import yaml
+
+    from lightning_memdml.lightning_cli import MemdmlCLI
+    from lightning_memdml.runs import CONFIG_IN_CHECKPOINT, read_checkpoint
+
     config = yaml.safe_load(read_checkpoint(checkpoint)[CONFIG_IN_CHECKPOINT])
     sys.argv[1:] = []  # the arguments of the benchmark are not for the command line
     cli = MemdmlCLI(run=False, args={key: config[key] for key in ("trainer", "model", "data")})
@@ -110,9 +116,9 @@ def trained_inputs(checkpoint: str, batch: int, memory: int) -> Inputs:
     return embeddings[memory:].clone().requires_grad_(), labels[memory:], embeddings[:memory], labels[:memory]
 
 
-def floors(inputs: Inputs) -> list[Step]:
-    """Return the two bare products, whole and in blocks."""
-    m = inputs[2] if inputs[2].is_cuda else inputs[2].float()  # CPUs have no fast product in 16 bits
+def floors(inputs: Inputs, dtype: torch.dtype) -> list[Step]:
+    """Return the two bare products of a type, whole and in blocks."""
+    m = inputs[2].to(dtype)
     x = inputs[0].detach().to(m.dtype)
     similarity, gradient, block = x.new_empty(len(x), len(m)), torch.empty_like(x), x.new_empty(len(x), 8192)
 
@@ -139,10 +145,21 @@ def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step
     return run
 
 
-def ours(inputs: Inputs, names: list[str] | None) -> dict[str, Step]:
-    """Return this package's losses. On a GPU with references in 16 bits, return them with the Triton kernel too."""
+def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact") -> dict[str, Step]:
+    """Return this package's losses. On a GPU with references in 16 bits, return them with the Triton kernel too.
+
+    Args:
+        inputs: The batch and the memory.
+        names: Which losses; None for all.
+        bound: Of the references that share a class with the batch: their `exact` number, or what a `memory` gives,
+            which does not know the batch.
+    """
     _, labels, references, ref_labels = inputs
-    max_shared = int(torch.isin(ref_labels, labels).sum())
+    max_shared: int | tuple[int, ...] = int(torch.isin(ref_labels, labels).sum())
+    if bound == "memory":
+        counts = SharedRowCounts(len(ref_labels))
+        counts.update(np.stack([ref_labels.cpu().numpy(), np.arange(len(ref_labels))]))
+        max_shared = counts.bounds()
     chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
     if references.is_cuda and references.dtype != torch.float32:
         for name, loss in list(chosen.items()):
@@ -198,27 +215,21 @@ def peers(inputs: Inputs) -> dict[str, Step]:
     return steps
 
 
-def seconds(run: Step, device: str) -> float:
-    """Return the CPU seconds of a step, or the seconds until the GPU has done it."""
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(steps: dict[str, Step], rounds: int, slow: int, device: str) -> dict[str, float]:
-    """Return the least seconds of each step; the slow peers run ``slow`` rounds."""
+def measure(steps: dict[str, Step], rounds: int, slow: int, clock: str) -> dict[str, float]:
+    """Return the least seconds of each step; the slow peers run `slow` rounds, and what cannot be captured none."""
     best = dict.fromkeys(steps, float("inf"))
     for k in range(rounds + 1):
-        for name, run in steps.items():
+        for name in list(best):
             if k > slow and "(pytorch-metric-learning)" in name:
                 continue
-            taken = seconds(run, device)
+            try:
+                taken = time_step(steps[name], clock)
+            except RuntimeError as error:
+                if clock != "graph":
+                    raise
+                print(f"{name} cannot be captured: {str(error).splitlines()[0]}", file=sys.stderr)
+                del best[name]
+                continue
             if k:  # the first round warms up
                 best[name] = min(best[name], taken)
     return best
@@ -228,28 +239,57 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
     """Measure one size, and return a row per method."""
     inputs = to_device(inputs, options.device, options.dtype)
     batch, memory, dim = len(inputs[0]), *inputs[2].shape
-    steps = {f"floor {k}": run for k, run in enumerate(floors(inputs))} | ours(inputs, options.losses)
-    if not options.ours_only and batch * memory <= MOST_PAIRS_OF_PEERS:
-        steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
-        steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
+    on_gpu = options.device == "cuda"
+    dtype = inputs[2].dtype if on_gpu else torch.float32  # CPUs have no fast product in 16 bits
+    steps = {f"floor {k}": run for k, run in enumerate(floors(inputs, dtype))}
+    if on_gpu:
+        half = torch.float16 if dtype == torch.float32 else dtype
+        steps |= {f"floor in 16 bits {k}": run for k, run in enumerate(floors(inputs, half))}
+    steps |= ours(inputs, options.losses, options.max_shared)
+    if not options.ours_only and batch * memory <= options.most_pairs:
+        masked = {"contrastive": masked_contrastive, "multi-similarity, mined": masked_multi_similarity}
+        for name, function in masked.items():
+            steps[f"{name} (masked torch)"] = step(function, inputs)
+            if options.compiled:
+                steps[f"{name} (masked torch, compiled)"] = step(torch.compile(function, dynamic=False), inputs)
         steps |= peers(inputs)
-    best = measure(steps, options.rounds, slow=1, device=options.device)
-    floor = min(value for name, value in best.items() if name.startswith("floor"))
-    size = {"device": options.device, "dtype": options.dtype, "regime": regime, "batch": batch, "memory": memory}
-    size |= {"dim": dim, "floor_ms": round(1e3 * floor, 2)}
-    rows = [
-        {**size, "method": name, "ms": round(1e3 * value, 2), "ratio": round(value / floor, 2)}
-        for name, value in best.items()
-        if not name.startswith("floor")
-    ]
+    best = measure(steps, options.rounds, slow=1, clock=options.clock)
+    halves = [best[name] for name in best if name.startswith("floor in 16 bits")]
+    floor, floor_16 = min(best["floor 0"], best["floor 1"]), min(halves, default=None)
+    size = {"device": options.device, "clock": options.clock, "dtype": options.dtype, "regime": regime, "batch": batch}
+    size |= {"memory": memory, "dim": dim, "floor_ms": round(1e3 * floor, 3)}
+    rows = []
+    for name, value in best.items():
+        if name.startswith("floor"):
+            continue
+        rows.append({**size, "method": name, "ms": round(1e3 * value, 3), "ratio": round(value / floor, 2)})
+        if floor_16 is not None:
+            rows[-1] |= {"floor_16_ms": round(1e3 * floor_16, 3), "ratio_16": round(value / floor_16, 2)}
     if options.peak:
         for row in rows if regime != "network" else ():
             row["peak_mb"] = peak_megabytes(row) if options.device == "cpu" else peak_on_gpu(steps[row["method"]])
+    if options.profile:
+        with options.profile.open("a") as file:
+            for name in best:
+                file.write(
+                    f"{name}, {regime}, B={batch}, M={memory}, D={dim}\n{profile(steps[name], options.device)}\n"
+                )
     return rows
 
 
+def set_blocks(options: argparse.Namespace) -> None:
+    """Use the given sizes of blocks and tiles in place of those of the package."""
+    if options.block:
+        name = "GPU_BLOCK_ELEMENTS" if options.device == "cuda" else "BLOCK_ELEMENTS"
+        setattr(streaming, name, options.block)
+    if options.tiles:
+        from lightning_memdml.losses.backends.triton import kernel
+
+        kernel.TILES = {dim: [kernel.Tiles(*options.tiles)] for dim in kernel.TILES}
+
+
 def to_device(inputs: Inputs, device: str, dtype: str) -> Inputs:
-    """Return the inputs where they are to be measured, the references in the type of a memory."""
+    """Return the inputs where they are measured, the references in the type of a memory."""
     x, y, m, my = inputs
     return x.detach().to(device).requires_grad_(), y.to(device), m.to(device, getattr(torch, dtype)), my.to(device)
 
@@ -321,19 +361,37 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the references"
     )
+    parser.add_argument("--clock", choices=CLOCKS[2:], default="wall", help="on a GPU; on a CPU it is CPU time")
+    parser.add_argument("--make-on", choices=["cpu", "device"], default="cpu", help="where the inputs are drawn")
+    parser.add_argument(
+        "--max-shared", choices=["exact", "memory"], default="exact",
+        help="bound of the references of the batch's classes: their number, or what a memory gives for any batch",
+    )  # fmt: skip
+    parser.add_argument("--compiled", action="store_true", help="also measure the masked losses with torch.compile")
+    parser.add_argument("--most-pairs", type=int, default=2**24, help="of the peers, which take up to 53 bytes a pair")
+    parser.add_argument("--block", type=int, help="similarities of a block")
+    parser.add_argument(
+        "--tiles", type=int, nargs=4, metavar=("ANCHORS", "REFERENCES", "WARPS", "STAGES"), help="of the Triton kernel"
+    )
+    parser.add_argument("--profile", type=Path, help="append what each method runs, operation by operation")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU; with several, the time that passes counts")
     parser.add_argument("--peak", action="store_true", help="also measure the peak extra memory (Linux)")
     parser.add_argument("--json", type=Path, help="append a line per row to this file")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        options.clock = "cpu" if options.threads == 1 else "elapsed"
+    set_blocks(options)
     if options.peak_of:
         print_peak(json.loads(options.peak_of))
         return
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "one thread"
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, references in {options.dtype}\n")
     rows = []
     for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):
-        rows += benchmark(make_inputs(regime, batch, memory, dim), regime, options)
+        device = options.device if options.make_on == "device" else "cpu"
+        rows += benchmark(make_inputs(regime, batch, memory, dim, device), regime, options)
     for batch, memory in product(options.batch, options.memory) if options.checkpoint else ():
         rows += benchmark(trained_inputs(options.checkpoint, batch, memory), "network", options)
     print(table(rows))

@@ -1,0 +1,77 @@
+"""Ways to time a step: CPU time, and on a CUDA GPU wall time, the device's own time, or that of a replayed graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+CLOCKS = ("cpu", "elapsed", "wall", "device", "graph")
+FLUSHED_BYTES = 1 << 28  # more than the L2 cache of any GPU
+FLUSHES = 20  # which keep a GPU busy for about 2 ms, while the host enqueues the step
+
+
+def time_step(run: Callable[[], object], clock: str) -> float:
+    """Return the seconds of one call.
+
+    Args:
+        run: The step.
+        clock: `cpu`: CPU time of this process. `elapsed`: the time that passes, for several threads. `wall`: from the
+            call until the GPU has done it. `device`: between two events on the GPU, with its L2 cache flushed and the
+            host ahead. `graph`: the same of a CUDA graph, which is captured here; a step in which the host waits for
+            the GPU cannot be captured.
+
+    Raises:
+        RuntimeError: If the step cannot be captured.
+    """
+    if clock == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    if clock == "elapsed":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    if clock == "wall":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    if clock == "graph":
+        run = capture(run)
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for _ in range(FLUSHES):
+        flushed.zero_()
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def capture(run: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays a step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the first calls allocate, on a stream of their own
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def profile(run: Callable[[], object], device: str) -> str:
+    """Return what one call runs, operation by operation, as a table."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        run()
+    return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)

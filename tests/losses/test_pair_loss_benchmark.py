@@ -1,0 +1,35 @@
+"""The benchmark of the losses runs with torch alone, and its switches reach what they are to change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support.children import run_python
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmarks" / "pair_loss.py"
+RUN = """
+import runpy, sys
+for name in ("jsonargparse", "yaml", "pytorch_metric_learning"):
+    sys.modules[name] = None  # importing it fails, as if it were not installed
+script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, str(__import__("pathlib").Path(script).parent))
+from lightning_memdml.losses import streaming
+runpy.run_path(script, run_name="__main__")
+print("block", streaming.BLOCK_ELEMENTS)
+"""
+
+
+def test_it_runs_without_the_command_line_and_writes_a_row_per_method(tmp_path: Path) -> None:
+    rows, profiles = tmp_path / "rows.jsonl", tmp_path / "profiles.txt"
+    options = (
+        "--batch 8 --memory 512 --dim 16 --rounds 1 --regime trained --losses contrastive --max-shared memory "
+        f"--block 4096 --json {rows} --profile {profiles}"
+    )
+    done = run_python("-c", RUN, SCRIPT, *options.split())
+    assert done.stdout.splitlines()[-1] == "block 4096"
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    masked = ["contrastive (masked torch)", "multi-similarity, mined (masked torch)"]
+    assert [row["method"] for row in found] == ["contrastive", *masked]
+    assert all(row["clock"] == "cpu" and row["ratio"] > 0 for row in found)
+    assert "aten::mm" in profiles.read_text()

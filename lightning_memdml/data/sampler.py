@@ -1,4 +1,4 @@
-"""Batches of some classes times some images each: the same on any number of ranks, and resumable anywhere."""
+"""Class-balanced batches: the same on any number of ranks, and resumable at any batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Draw(NamedTuple):
     """One image of a batch.
 
     Attributes:
-        position: Its place in the data set.
-        seed: Seed of its augmentation; every draw of a run has its own.
+        position: Its position in the data set.
+        seed: Seed of its augmentation, different for every draw of a run.
     """
 
     position: int
@@ -25,28 +25,28 @@ class Draw(NamedTuple):
 class ClassBalancedSampler:
     """Draws batches of `batch_size / images_per_class` classes with `images_per_class` images each.
 
-    One **pass** visits every image of every class at least once. The images of a class are shuffled and cut into groups
-    of `images_per_class`; a last short group is filled with other images of the class, and a class with fewer images
-    than that repeats them evenly (then pairs of equal indices occur, which the losses leave out). A batch takes its
-    groups from distinct classes, each with a probability proportional to the groups it has left; where a class has so
-    many groups that the others run out, the others are drawn again. No class and no image is dropped.
+    One **pass** contains every image at least once. The images of a class are shuffled and split into groups of
+    `images_per_class`. If the last group is too short, it is filled with other images of the class. A class with fewer
+    images than a group repeats them evenly; the losses leave out pairs of equal indices. A batch takes its groups from
+    different classes, each with a probability proportional to the groups that it has left. If one class has more groups
+    than there are batches for the others, the others are drawn again. No class and no image is dropped.
 
-    The draws of batch `b` of epoch `e` are a function of `(seed, e, b)` and the global batch size alone. On `W` ranks
-    the global batch of `W * batch_size` images is the one that a single rank would draw with that batch size, and rank
-    `r` gets its `r`-th part. If it has more groups than there are classes, classes repeat in it as little as possible.
+    Batch `b` of epoch `e` depends on `(seed, e, b)` and the global batch size only. On `W` ranks the global batch of
+    `W * batch_size` images is the batch that one rank would draw with that batch size, and rank `r` gets its `r`-th
+    part. If the global batch has more groups than there are classes, classes repeat in it as little as possible.
 
     Args:
         labels: Class of each image `(N,)`.
         batch_size: Images per batch on each rank; a multiple of `images_per_class`.
         images_per_class: Images of each class in a batch.
         seed: Seed of all draws, 0 or more.
-        batches_per_epoch: Length of an epoch; by default one pass. Passes run on from epoch to epoch, so also short
-            epochs visit every image.
-        rank: Rank to draw for. By default rank and world size are asked from `torch.distributed` when a batch is drawn,
-            as the process group may not be there before.
+        batches_per_epoch: Length of an epoch; by default one pass. A pass continues in the next epoch, so short epochs
+            contain every image too.
+        rank: Rank to draw for. By default rank and world size are those of `torch.distributed` when a batch is drawn;
+            before, there may be no process group.
         world_size: Number of ranks; goes with `rank`.
-        same_every_epoch: Draw the batches of the first epoch in every epoch, with the same augmentation, to see whether
-            a network can learn them (`Trainer(overfit_batches=)`).
+        same_every_epoch: Draw the batches of the first epoch in every epoch, with the same augmentation, to test
+            whether a network can learn them (`Trainer(overfit_batches=)`).
 
     Raises:
         ValueError: If there is only one class, a batch needs more classes than there are, or `batch_size` is
@@ -73,7 +73,9 @@ class ClassBalancedSampler:
     ) -> None:
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
         if (rank is None) != (world_size is None) or (rank is not None and not 0 <= rank < (world_size or 0)):
-            raise ValueError(f"Expected 0 <= `rank` < `world_size`, or neither, but got {rank} and {world_size}.")
+            raise ValueError(
+                f"Expected 0 <= `rank` < `world_size`, or neither, but got {rank} and {world_size}. Leave both out."
+            )
         _, sizes = torch.unique(labels, return_counts=True)
         check_classes(len(sizes), batch_size, images_per_class)
         self._images_of_class = [part.numpy() for part in torch.argsort(labels, stable=True).split(sizes.tolist())]
@@ -90,17 +92,17 @@ class ClassBalancedSampler:
 
     @property
     def rank(self) -> int:
-        """Rank the batches are drawn for."""
+        """The rank for which batches are drawn."""
         return self._placement[0] if self._placement else _distributed()[0]
 
     @property
     def global_batch_size(self) -> int:
-        """Images per batch over all ranks."""
+        """Images per batch, over all ranks."""
         return self.batch_size * (self._placement[1] if self._placement else _distributed()[1])
 
     @property
     def batches_per_pass(self) -> int:
-        """Batches in which every image is visited."""
+        """Batches of one pass."""
         slots = self.global_batch_size // self.images_per_class
         return count_batches(share_groups(self._groups, slots), slots)
 
@@ -108,7 +110,7 @@ class ClassBalancedSampler:
         return self.batches_per_pass if self.batches_per_epoch is None else self.batches_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of `epoch` from now on, from its first batch unless it is the epoch resumed into."""
+        """Draw the batches of `epoch` from now on: a resumed epoch from `first_batch` on, any other from its start."""
         if epoch != self.epoch:
             self.epoch, self.first_batch = epoch, 0
 
@@ -127,7 +129,7 @@ class ClassBalancedSampler:
             yield self.batch(number)
 
     def _pass(self, number: int) -> np.ndarray:
-        """Return the positions of the global batches of one pass; the latest is kept, as it takes a while to draw."""
+        """Return the positions of the global batches of one pass. The last one is cached, since drawing takes a while."""
         key = (number, self.global_batch_size)
         if self._plan is None or self._plan[0] != key:
             generator = np.random.default_rng((self.seed, number, 0))
@@ -137,19 +139,20 @@ class ClassBalancedSampler:
 
 
 def check_batch(batch_size: int, images_per_class: int, seed: int, batches_per_epoch: int | None) -> None:
-    """Raise a `ValueError` unless a batch can be cut into groups of `images_per_class`."""
+    """Raise a `ValueError` unless a batch can be split into groups of `images_per_class`."""
     if images_per_class < 1 or batch_size < 1 or batch_size % images_per_class:
         below = batch_size // max(1, images_per_class) * max(1, images_per_class)
         near = " or ".join(str(size) for size in (below, below + max(1, images_per_class)) if size > 0)
         raise ValueError(
             "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got "
-            f"batch_size={batch_size} and images_per_class={images_per_class}; batch_size={near} would do."
+            f"batch_size={batch_size} and images_per_class={images_per_class}. Pass batch_size={near}."
         )
     if seed < 0:
-        raise ValueError(f"Expected `seed` to be 0 or more but got {seed}.")
+        raise ValueError(f"Expected `seed` of at least 0 but got {seed}. Pass 0, for example.")
     if batches_per_epoch is not None and batches_per_epoch < 1:
         raise ValueError(
-            f"Expected `batches_per_epoch` to be 1 or more, or None for one pass, but got {batches_per_epoch}."
+            f"Expected `batches_per_epoch` of at least 1, or None for one pass, but got {batches_per_epoch}. Leave it "
+            "out."
         )
 
 
@@ -167,35 +170,36 @@ def check_classes(classes: int, batch_size: int, images_per_class: int) -> None:
     """Raise a `ValueError` unless there are enough classes for one batch of distinct ones."""
     if classes < 2:
         raise ValueError(
-            f"Expected at least 2 training classes but got {classes}: without another class there is no negative."
+            f"Expected at least 2 training classes but got {classes}: without another class there is no negative. Add "
+            "images of other classes."
         )
     if batch_size // images_per_class > classes:
         raise ValueError(
-            f"Expected at most {classes} classes per batch, as there are no more, but got "
-            f"batch_size={batch_size} / images_per_class={images_per_class} = {batch_size // images_per_class}; "
-            f"pass batch_size={classes * images_per_class} or less, or more images per class."
+            f"Expected at most {classes} classes per batch, the number of training classes, but got "
+            f"batch_size={batch_size} / images_per_class={images_per_class} = {batch_size // images_per_class}. "
+            f"Pass batch_size={classes * images_per_class} or less, or more images per class."
         )
 
 
 def share_groups(groups: np.ndarray, slots: int) -> np.ndarray:
-    """Share the groups of each class among its lanes, and return the groups of every lane.
+    """Divide the groups of each class among its lanes, and return the number of groups of every lane.
 
-    A lane appears at most once in a batch. One lane per class makes the classes of a batch distinct; only if a batch
-    has more slots than there are classes, each class gets more.
+    A batch takes at most one group of a lane. With one lane per class, the classes of a batch are different. Only if a
+    batch has more slots than there are classes, each class has several lanes.
     """
     lanes = -(-slots // len(groups))
     return ((groups[:, None] + np.arange(lanes)) // lanes).ravel()
 
 
 def count_batches(groups: np.ndarray, slots: int) -> int:
-    """Return how many batches of `slots` distinct lanes hold `groups` of each lane."""
+    """Return the number of batches, each of `slots` different lanes, that contain `groups` groups of each lane."""
     return max(-(-int(groups.sum()) // slots), int(groups.max()))
 
 
 def plan_pass(
     images_of_class: Sequence[np.ndarray], slots: int, images_per_class: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Return the batches of one pass `(batches, slots * images_per_class)`: positions of images, group by group."""
+    """Return the batches of one pass, `(batches, slots * images_per_class)`: positions of images, group by group."""
     needed = np.array([-(-len(images) // images_per_class) for images in images_of_class])
     left = share_groups(needed, slots)
     batches = count_batches(left, slots)
@@ -218,7 +222,7 @@ def plan_pass(
 
 
 def _fill(groups: np.ndarray, batches: int, total: int, generator: np.random.Generator) -> np.ndarray:
-    """Raise `groups` to the sum `total`: evenly, by random lanes, none above `batches`."""
+    """Add groups to random lanes, evenly and none above `batches`, until their sum is `total`."""
     groups = groups.copy()
     while (missing := total - int(groups.sum())) > 0:
         groups[generator.permutation(np.flatnonzero(groups < batches))[:missing]] += 1
@@ -226,23 +230,24 @@ def _fill(groups: np.ndarray, batches: int, total: int, generator: np.random.Gen
 
 
 def _cut(images: np.ndarray, count: int, extra: int, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Return `count` groups with all `images` and `extra` further ones, `(count + extra, size)`.
+    """Return `count` groups that contain all `images`, and `extra` further groups, `(count + extra, size)`.
 
-    Groups are cut from a shuffled cycle of the images, so a group repeats an image only if the class has fewer than
-    `size`, and then evenly.
+    Groups are consecutive parts of a repeated random order of the images. So a group repeats an image only if the class
+    has fewer than `size` images, and then evenly.
     """
     cycles = [np.resize(generator.permutation(images), number * size) for number in (count, extra)]
     return np.concatenate(cycles).reshape(-1, size)
 
 
 def _choose(left: np.ndarray, batches: int, slots: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw `slots` distinct lanes for the next of `batches` batches, in proportion to the groups they have `left`.
+    """Draw `slots` different lanes for the next of `batches` batches, in proportion to the groups they have `left`.
 
-    A lane with as many groups left as there are batches is always taken. So none ever has more groups than batches, and
-    as `left` sums to `batches * slots`, there are always enough lanes.
+    A lane with as many groups left as there are batches left is always chosen. So no lane ever has more groups than
+    batches, and since `left` sums to `batches * slots`, there are always enough lanes.
     """
-    with np.errstate(divide="ignore"):  # log(0): an empty lane is never taken
-        keys = np.log(left) + generator.gumbel(size=len(left))  # the largest keys are a weighted draw without return
+    with np.errstate(divide="ignore"):  # log(0): an empty lane is never chosen
+        # Gumbel keys: the lanes with the largest keys are a weighted sample without replacement.
+        keys = np.log(left) + generator.gumbel(size=len(left))
     keys[left == batches] = np.inf
     return generator.permutation(np.argpartition(-keys, slots - 1)[:slots])
 

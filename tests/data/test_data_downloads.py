@@ -1,4 +1,4 @@
-"""Downloads go on where they stopped, are checked, and never leave half a data set; a server of this test answers."""
+"""Downloads are resumed and verified, and never leave an incomplete data set. A local server answers them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Scores are not comparable")
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves `files`; breaks off after `limit` bytes; knows ranges or not; writes down what was asked for."""
+    """Serves `files`, at most `limit` bytes at once, with or without ranges, and records the requests."""
 
     files: ClassVar[dict[str, bytes]] = {}
     limit: ClassVar[int | None] = None
@@ -76,11 +76,13 @@ def offered(server: str, content: bytes = CONTENT, name: str = "x.bin") -> Archi
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on_and_is_put_into_place_whole(tmp_path, server, ranges, monkeypatch):
+def test_an_interrupted_download_is_resumed_and_gets_its_name_when_complete(tmp_path, server, ranges, monkeypatch):
     archive = offered(server)
     monkeypatch.setattr(Server, "ranges", ranges)
     monkeypatch.setattr(Server, "limit", 4000)
-    with pytest.raises(ConnectionError, match=r"x\.bin stopped \(.*\)\. Start again to go on with it, or .* put it to"):
+    with pytest.raises(
+        ConnectionError, match=r"x\.bin failed \(.*\)\. Run the same command again to continue it, or .* save it as"
+    ):
         fetch(archive, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin.part"]
     assert (tmp_path / "x.bin.part").stat().st_size == 4000
@@ -88,31 +90,33 @@ def test_a_broken_download_goes_on_and_is_put_into_place_whole(tmp_path, server,
     assert fetch(archive, tmp_path).read_bytes() == CONTENT
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
     fetch(archive, tmp_path)
-    assert Server.asked == [None, "bytes=4000-"], "what is there is not asked for again"
+    assert Server.asked == [None, "bytes=4000-"], "a complete file is not requested again"
 
 
-def test_a_download_that_was_complete_but_not_in_place_is_taken(tmp_path, server):
+def test_a_complete_partial_file_is_used(tmp_path, server):
     archive = offered(server)
     (tmp_path / "x.bin.part").write_bytes(CONTENT)
     assert fetch(archive, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_wrong_file_is_refused_and_removed(tmp_path, server):
+def test_a_file_with_another_checksum_is_removed(tmp_path, server):
     archive = offered(server)._replace(md5="0" * 32)
-    with pytest.raises(ValueError, match=rf"to have the MD5 {'0' * 32} but got {hashlib.md5(CONTENT).hexdigest()}"):
+    with pytest.raises(
+        ValueError, match=rf"to have the MD5 {'0' * 32} but got {hashlib.md5(CONTENT).hexdigest()}. The file was"
+    ):
         fetch(archive, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_under_the_right_name_is_replaced(tmp_path, server):
+def test_a_damaged_file_is_replaced(tmp_path, server):
     archive = offered(server)
     (tmp_path / "x.bin").write_bytes(CONTENT[:-1])
     assert fetch(archive, tmp_path).read_bytes() == CONTENT
 
 
-def test_no_server_and_no_file_are_connection_errors(tmp_path, server):
+def test_a_missing_server_or_file_is_a_connection_error(tmp_path, server):
     for url in (f"{server}/missing.zip", "http://127.0.0.1:9/x.zip"):
-        with pytest.raises(ConnectionError, match=r"The download of .*\.zip stopped"):
+        with pytest.raises(ConnectionError, match=r"The download of .*\.zip failed"):
             fetch(Archive(url, "0" * 32), tmp_path)
 
 
@@ -124,7 +128,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_nothing_is_unpacked_outside_the_folder(tmp_path):
+def test_nothing_is_unpacked_outside_of_the_folder(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     (tmp_path / "a.zip").write_bytes(zipped({"../out.txt": b"x", "/out.txt": b"x", "d/in.txt": b"y"}))
@@ -139,14 +143,14 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
-def test_a_damaged_archive_leaves_nothing_behind(tmp_path, name):
+def test_a_damaged_archive_leaves_no_files(tmp_path, name):
     (tmp_path / name).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"Cannot unpack .*{name}"):
         unpack(tmp_path / name, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_data_set_is_fetched_once_and_then_found(tmp_path, server, monkeypatch):
+def test_a_data_set_is_downloaded_once(tmp_path, server, monkeypatch):
     tree = trees.omniglot(tmp_path / "tree")
     archives = []
     for part in ("images_background", "images_evaluation"):
@@ -169,6 +173,6 @@ def test_a_data_set_is_fetched_once_and_then_found(tmp_path, server, monkeypatch
     assert not list((tmp_path / "root").glob(".unpacking*"))
 
 
-def test_a_data_set_without_an_address_says_where_it_comes_from():
+def test_the_error_for_a_data_set_without_an_address_names_its_source():
     with pytest.raises(ValueError, match=r"`download=False`, as Cars196 has no official .* Get Stanford Cars from"):
         Cars196(root="x", download=True)

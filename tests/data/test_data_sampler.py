@@ -1,4 +1,4 @@
-"""What a pass promises: every image, distinct classes, and batches that do not depend on the number of ranks."""
+"""A pass contains every image, a batch has different classes, and batches do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configurations(draw: st.DrawFn) -> tuple[list[int], int, int]:
 
 @settings(max_examples=60, deadline=None)
 @given(configurations(), st.integers(0, 2**40), st.integers(0, 3))
-def test_a_pass_visits_every_image_in_batches_of_distinct_classes(configuration, seed, epoch):
+def test_a_pass_contains_every_image_in_batches_of_different_classes(configuration, seed, epoch):
     sizes, classes_per_batch, images_per_class = configuration
     labels = labels_of(sizes)
     size_of = Counter(labels.tolist())
@@ -74,7 +74,7 @@ def test_the_ranks_share_the_global_batch_in_order(configuration, world_size, sh
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_no_image_of_an_online_products_like_set_is_missed_on_any_number_of_ranks(world_size):
+def test_every_image_is_drawn_on_any_number_of_ranks(world_size):
     sizes = torch.randint(2, 13, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     labels = labels_of(sizes)
     samplers = [ClassBalancedSampler(labels, 64, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -84,7 +84,7 @@ def test_no_image_of_an_online_products_like_set_is_missed_on_any_number_of_rank
     assert sum(drawn.values()) == batches * 64 * world_size
 
 
-def test_a_huge_class_keeps_its_batches_distinct_and_the_others_are_drawn_again_evenly():
+def test_with_a_very_large_class_the_others_are_drawn_again_evenly():
     labels = labels_of([100, 4, 4, 4, 4])
     batches = [positions(batch) for batch in ClassBalancedSampler(labels, batch_size=6, images_per_class=2)]
     assert len(batches) == 50
@@ -94,7 +94,7 @@ def test_a_huge_class_keeps_its_batches_distinct_and_the_others_are_drawn_again_
     assert groups == {0: 50, 7: 25, 14: 25, 21: 25, 28: 25}
 
 
-def test_classes_repeat_as_little_as_possible_in_a_global_batch_larger_than_all_classes():
+def test_classes_repeat_as_little_as_possible_in_a_global_batch_with_more_groups_than_classes():
     labels = labels_of([6] * 5)
     ranks = [ClassBalancedSampler(labels, 8, 2, rank=rank, world_size=3) for rank in range(3)]
     drawn = set()
@@ -105,7 +105,7 @@ def test_classes_repeat_as_little_as_possible_in_a_global_batch_larger_than_all_
     assert drawn == set(range(30))
 
 
-def test_a_batch_is_a_function_of_seed_epoch_and_number():
+def test_a_batch_depends_on_seed_epoch_and_number_only():
     def batches(seed: int, epoch: int) -> list:
         sampler = ClassBalancedSampler(labels_of([5] * 8), 8, 2, seed)
         sampler.set_epoch(epoch)
@@ -118,7 +118,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_number():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_the_images_of_a_class_are_grouped_anew_in_every_pass():
+def test_the_images_of_a_class_are_grouped_differently_in_every_pass():
     sampler = ClassBalancedSampler(torch.tensor([0] * 8 + [1] * 8), 4, 2)
     groups = set()
     for epoch in range(20):
@@ -127,7 +127,7 @@ def test_the_images_of_a_class_are_grouped_anew_in_every_pass():
     assert len(groups) > 40  # of the 56 pairs of images of one class; 8 if they were always the same
 
 
-def test_short_epochs_go_on_through_the_passes():
+def test_a_pass_continues_in_the_next_epoch():
     labels = labels_of([5, 9, 3, 2])
     whole, short = (ClassBalancedSampler(labels, 4, 2, batches_per_epoch=length) for length in (None, 3))
 
@@ -141,7 +141,7 @@ def test_short_epochs_go_on_through_the_passes():
     assert steps(short, 3 * len(whole)) == steps(whole, 3 * len(whole))
 
 
-def test_classes_come_in_proportion_to_the_groups_they_have_left():
+def test_classes_are_drawn_in_proportion_to_the_groups_they_have_left():
     # One group of class 0 and nine of class 1 in ten batches of one class: class 0 is equally likely in each of them.
     first = 0
     for seed in range(400):
@@ -153,27 +153,30 @@ def test_classes_come_in_proportion_to_the_groups_they_have_left():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 10, "images_per_class": 4}, "multiple of `images_per_class`.*batch_size=8 or 12 would do"),
-        ({"batch_size": 2, "images_per_class": 4}, "batch_size=4 would do"),
+        ({"batch_size": 10, "images_per_class": 4}, r"multiple of `images_per_class`.*\. Pass batch_size=8 or 12\."),
+        ({"batch_size": 2, "images_per_class": 4}, r"Pass batch_size=4\."),
         ({"batch_size": 8, "images_per_class": 0}, "both positive"),
-        ({"batch_size": 16, "images_per_class": 4}, "at most 3 classes per batch.*batch_size=12 or less"),
-        ({"batch_size": 4, "seed": -1}, "`seed` to be 0 or more but got -1"),
-        ({"batch_size": 4, "batches_per_epoch": 0}, "`batches_per_epoch` to be 1 or more"),
+        (
+            {"batch_size": 16, "images_per_class": 4},
+            "at most 3 classes per batch, the number of training classes, .*Pass batch_size=12 or less",
+        ),
+        ({"batch_size": 4, "seed": -1}, "`seed` of at least 0 but got -1"),
+        ({"batch_size": 4, "batches_per_epoch": 0}, "`batches_per_epoch` of at least 1"),
         ({"batch_size": 4, "rank": 1}, "`rank` < `world_size`"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "`rank` < `world_size`"),
     ],
 )
-def test_wrong_arguments_are_named(options, message):
+def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ClassBalancedSampler(torch.tensor([0, 0, 1, 1, 2, 2]), **options)
 
 
-def test_one_class_is_an_error():
+def test_a_single_class_is_refused():
     with pytest.raises(ValueError, match="at least 2 training classes but got 1"):
         ClassBalancedSampler(torch.zeros(8, dtype=torch.long), 4, 4)
 
 
-def test_the_same_batches_in_every_epoch_on_demand() -> None:
+def test_batches_can_be_the_same_in_every_epoch() -> None:
     labels = torch.arange(20) // 2
     for same in (True, False):
         sampler = ClassBalancedSampler(labels, batch_size=4, images_per_class=2, same_every_epoch=same)

@@ -38,7 +38,9 @@ TRAINING: dict[str, list[tuple[str, str, tuple[str, str] | str]]] = {
         ("--model.embedding_dim", "width of the embedding", LEARNER),
         ("--model.head_init", "`whitening` for pretrained features", LEARNER),
         ("--model.backbone_lr", "learning rate of the backbone", LEARNER),
+        ("--model.layer_decay", "slower learning of earlier blocks, such as 0.75", LEARNER),
         ("--model.optimizer", "with --model.optimizer.lr and others", "AdamW"),
+        ("--model.lr_scheduler", "WarmupCosine, or a scheduler of torch", LEARNER),
     ],
     "Images": [
         ("--data", "FolderDataModule, CUB200, ...", "GlyphDataModule"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import textwrap
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_memdml.curves.plot import LETTERS, LOSS_STYLES, SIDE_STYLES
 from lightning_memdml.curves.reading import SIDES
-from lightning_memdml.picture_style import new_figure, plain_axes
+from lightning_memdml.picture_style import as_label, new_figure, plain_axes
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
 from lightning_memdml.study.tables import score_name
@@ -28,6 +28,22 @@ VERDICT_COLORS = {
     "not able to tell": "#6b7486",
 }
 CENTERS = -1 + (2 * np.arange(BINS) + 1) / BINS
+
+
+def break_name(name: str, width: int, lines: int = 3) -> str:
+    r"""Break a name after its separators into lines of about `width` characters; a longer one ends in an ellipsis.
+
+    Example:
+        >>> break_name("contrastive_loss_with_momentum", 18)
+        'contrastive_loss_\\nwith_momentum'
+    """
+    broken = [""]
+    for part in re.findall(r"[^\s_.+=-]+[\s_.+=-]*|[\s_.+=-]+", name):
+        if broken[-1] and len(broken[-1]) + len(part.rstrip()) > width:
+            broken.append("")
+        broken[-1] += part
+    shown = [as_label(line.rstrip(), 2 * width) for line in broken[:lines]]
+    return "\n".join(shown) + ("…" if len(broken) > lines else "")
 
 
 def _bare(axes: Axes, *spines: str) -> None:
@@ -53,7 +69,7 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
     arms = [arm for arm in results.study.arms if results.of(arm, data)]
     height = 0.62 * len(arms) + 1.0
     figure = new_figure(9, height)
-    panels = figure.subplots(len(arms), 3, squeeze=False, width_ratios=[1, 1, 2.6], gridspec_kw={"wspace": 0.04})
+    panels = figure.subplots(len(arms), 3, squeeze=False, width_ratios=[1.1, 1.1, 2.4], gridspec_kw={"wspace": 0.04})
     found = {arm: results.score(arm, data, score) for arm in arms}
     values = [value for one in found.values() if one for value in (*one.values, *_finite(one.over_seeds))]
     before = {name: row[score] for name, row in results.references(data).items() if score in row}
@@ -65,7 +81,9 @@ def plot_scores(results: Results, data: str, score: str) -> Figure:
         reading = _reading(results.of(arm, data))
         for axes, side in zip(row, SIDES, strict=False):
             _draw_thumbnail(axes, reading, side)
-        row[0].set_ylabel(arm, rotation=0, ha="right", va="center", fontsize="medium", labelpad=10)
+        name = break_name(arm, 26, lines=4)
+        size = "x-small" if "\n" in name else "medium"
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=size, labelpad=10)
         _draw_score(row[2], found[arm], span, last=arm == arms[-1])
         if reference is not None:
             row[2].axvline(before[reference], color="0.35", linewidth=1, linestyle="--")
@@ -166,8 +184,9 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
         axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if label else 5, alpha=0.4)
         axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=4 if label else 6)
         axes.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[])
-        name = textwrap.shorten(f"on {label}" if label else claim.name, 32, placeholder="...")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, fontsize="small" if label else None)
+        name = break_name(f"on {label}" if label else claim.name, 28)
+        size = "x-small" if "\n" in name else "small" if label else "medium"
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, fontsize=size)
         axes.text(1.01, 0.5, verdict, transform=axes.transAxes, color=color, va="center", weight="bold")
         _bare(axes, "left")
         if axes is not panels[-1]:
@@ -216,8 +235,11 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
     if not lines:
         return None
     arms = list(results.study.arms)
-    legend_rows = math.ceil(len(arms) / 4)
-    figure = new_figure(9, 2.9 + 0.22 * legend_rows)
+    names = {arm: break_name(arm, 42) for arm in arms}
+    longest = max(len(line) for name in names.values() for line in name.split("\n"))
+    legend_columns = max(1, min(4, 110 // (longest + 8)))  # as many as fit side by side
+    legend_lines = math.ceil(len(arms) / legend_columns) * max(name.count("\n") + 1 for name in names.values())
+    figure = new_figure(9, 2.9 + 0.22 * legend_lines)
     drawn = figure.subplots(1, len(lines), squeeze=False)[0]
     for axes, (title, series) in zip(drawn, lines.items(), strict=True):
         for arm, points in series.items():
@@ -231,7 +253,7 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
                 color=style.color,
                 linestyle=style.line,
                 linewidth=width,
-                label=arm,
+                label=names[arm],
                 marker=marker,
             )
         values = [abs(value) for points in series.values() for _, value in points]
@@ -246,7 +268,7 @@ def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figur
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=4,
+        ncols=legend_columns,
         frameon=False,
         fontsize="small",
         handlelength=3,
@@ -285,7 +307,7 @@ def plot_similarities(results: Results, data: str) -> Figure | None:
             axes.step(
                 CENTERS, density, where="mid", color=color, linewidth=1, linestyle=("-", "--")[side == "negative"]
             )
-        axes.set_title(arm, fontsize="small")
+        axes.set_title(break_name(arm, 26), fontsize="x-small" if len(arm) > 26 else "small")
         axes.set(xlim=(-1, 1), ylim=(0, None), yticks=[])
         _bare(axes, "left")
     figure.supxlabel("similarity of test images: same class (solid), other classes (dashed)", fontsize="small")

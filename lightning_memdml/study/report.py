@@ -284,7 +284,7 @@ def _html_section(section: Section, drawn: dict[str, bytes]) -> str:
         parts.append(f"<p>{_code(escape(section.text))}</p>")
     if section.picture:
         name, words = section.picture
-        parts.append(html_picture(drawn[name], "png", words))
+        parts.append(f'<div class="wide">{html_picture(drawn[name], "png", words)}</div>')
     if section.table:
         parts.append(_html_table(section.table))
     return f"<section>{''.join(parts)}</section>"
@@ -305,7 +305,8 @@ def _html_cell(cell: str) -> str:
     if cell in pictures.VERDICT_COLORS:
         return f'<td><b class="{cell.replace(" ", "-")}">{cell}</b></td>'
     unbroken = re.sub(r"\(\S+ to \S+\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), cell)
-    pieces = escape(unbroken).split("**")
+    breakable = re.sub(r"(?<=\w[_])(?=\w)|(?<=\w[.=])(?=[A-Za-z])", "<wbr>", escape(unbroken))  # never inside a number
+    pieces = breakable.split("**")
     return f"<td>{''.join(f'<b>{piece}</b>' if place % 2 else piece for place, piece in enumerate(pieces))}</td>"
 
 
@@ -315,12 +316,17 @@ h2 { margin: 0 0 .5rem; font-size: 1.15rem; }
 header p, section > p { color: var(--faint); max-width: 75ch; }
 section { margin-top: 1.25rem; padding: 1.25rem; }
 img { display: block; width: 100%; height: auto; margin: .5rem 0 1rem; }
+.wide img { min-width: 720px; }  /* a phone scrolls: shrunk to its width, the words could not be read */
+.zoom input:checked + img { min-width: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td {
   padding: .4rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: normal;
 }
+td { min-width: 5rem; }
+td:first-child { min-width: 10rem; max-width: 20rem; }
+@media (max-width: 700px) { td { min-width: 9rem; } }
 th { color: var(--faint); font-weight: 600; }
 td:first-child { font-weight: 600; }
 td b[class] { padding: .1rem .5rem; border-radius: 99px; color: #fff; font-weight: 600; }

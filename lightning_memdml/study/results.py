@@ -32,7 +32,7 @@ class Score(NamedTuple):
     Attributes:
         values: One value per seed.
         estimate: The mean over seeds.
-        over_seeds: Interval of the mean over seeds.
+        over_seeds: Interval of the mean over seeds, within the possible scores.
         over_classes: Interval over test classes, or `None` without scores per class.
     """
 
@@ -113,7 +113,10 @@ class Results:
         found = estimate([values])
         classes = _per_class([runs], [1.0], score)
         over_classes = None if classes is None else class_interval([classes], self.study.confidence)
-        return Score(values, found, found.interval(self.study.confidence), over_classes)
+        low, high = found.interval(self.study.confidence)
+        # Of two or three seeds, Student's t gives intervals that reach beyond 0 or 100.
+        over_seeds = Interval(max(low, 0.0), min(high, float(POINTS))) if math.isfinite(low) else Interval(low, high)
+        return Score(values, found, over_seeds, over_classes)
 
     def references(self, data: str) -> dict[str, dict[str, float]]:
         """Return the scores before the training on a data set in points: name -> score -> value.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lightning_memdml.study.report import power_in_words, rule_in_words
+from lightning_memdml.study.pictures import break_name
+from lightning_memdml.study.report import _html_cell, power_in_words, rule_in_words
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.study_file import read_study
 from lightning_memdml.study.tables import claims_table, members_table, scores_table
@@ -145,3 +146,24 @@ def test_the_report_names_the_difference_that_the_seeds_can_show(tmp_path: Path)
     assert (
         power_in_words(results(tmp_path, {"birds": {"a": 1, "b": 1}}, seeds=[0]).study) == "One seed decides no claim."
     )
+
+
+def test_an_interval_of_few_seeds_stays_within_the_possible_scores(tmp_path: Path) -> None:
+    """Student's t over two seeds reaches from -140 to 180 %."""
+    found = results(tmp_path, {"birds": {"a": 20, "b": 10}}, seeds=[0, 1])
+    found.records = [record for record in found.records if record["seed"] < 2]
+    for record in found.records:
+        record["scores"]["map_at_r"] = 0.1 + 0.2 * record["seed"]
+    score = found.score("a", "birds", "map_at_r")
+    assert score is not None
+    assert score.over_seeds == (0, 100)
+
+
+def test_long_names_are_broken_at_their_separators_and_numbers_are_not() -> None:
+    name = "contrastive_loss_with_margin_0.65_and_a_memory_of_the_whole_training_set_and_more"
+    assert break_name(name, 26).split("\n") == [
+        "contrastive_loss_with_", "margin_0.65_and_a_memory_", "of_the_whole_training_set_…",
+    ]  # fmt: skip
+    assert break_name("b64", 26) == "b64"
+    assert _html_cell("lr=0.003: -4.8 (-42.3 to +32.8)").count("<wbr>") == 0
+    assert _html_cell(name).count("<wbr>") == 14

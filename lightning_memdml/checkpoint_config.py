@@ -34,7 +34,14 @@ def with_config_of_checkpoint(arguments: list[str]) -> list[str]:
     """
     given = _given(arguments)
     arguments = [argument for argument in arguments if argument != "--trust"]
-    if given.ckpt_path in (None, "", "null", *KEYWORDS) or Path(given.ckpt_path).is_dir():
+    if given.ckpt_path in (None, "", "null", *KEYWORDS):
+        return arguments
+    if Path(given.ckpt_path).is_dir():  # as strategies that divide a network over ranks write it
+        if given.config is None and not any(argument.startswith("--model") for argument in arguments):
+            raise ValueError(
+                f"Expected a checkpoint of `memdml fit` but {given.ckpt_path} is a folder. Pass the file in it, such "
+                "as runs/latest/checkpoints/last.ckpt."
+            )
         return arguments
     checkpoint = read_checkpoint(given.ckpt_path)
     if given.config is not None:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 from lightning_memdml.commands import COMMANDS, TRAINER, run
 from lightning_memdml.latest_run import follow_latest
+from lightning_memdml.library_errors import sentence_for
 from lightning_memdml.verbosity import is_verbose, take_verbose
 from lightning_memdml.warnings_filter import hide_what_users_cannot_change
+
+OWN_ERRORS = (ValueError, TypeError, OSError, ImportError)  # that this package raises for a user's mistakes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, SystemExit) as error:
         _exit_if_interrupted(name, error)
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        message = _message_of_this_package(error)
+    except Exception as error:
+        known = sentence_for(error)
+        if known is not None:
+            sys.exit(f"error: {known}")
+        message = _message_of_this_package(error) if isinstance(error, OWN_ERRORS) else None
         if message is None:
             raise
         from lightning_memdml.cli_messages import readable

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import Any, NoReturn
 
 import torch
@@ -55,7 +55,9 @@ class ArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, cut down to what a person can act on, and exit with 2."""
         # The parser of a nested class does not exit; the one around it reports the message.
-        super().error(readable(message, self._options()) if self.exit_on_error else message, ex)
+        if self.exit_on_error:
+            self.exit(2, f"error: {readable(message, self._options())}\n")
+        super().error(message, ex)
 
     def print_usage(self, *args: Any, **kwargs: Any) -> None:
         """Print nothing: before an error this would be a list of all options."""
@@ -97,6 +99,10 @@ def _wrong_classes(message: str) -> Iterator[str]:
     for name in re.findall(r"Expected a dot import path string: ([\w.]+)", message):
         if name not in CLASS_NAMES:
             yield _unknown("class", name, CLASS_NAMES)
+    for path, module in re.findall(r"class_path '([\w.]+)':\s+No module named '([\w.]+)'", message):
+        own = path.startswith(module) and "." not in module
+        place = f" Put {module}.py into the working directory, or install the package." if own else " Install it."
+        yield f"There is no module {module!r}.{place}"
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         yield _unknown("class", f"{module}.{name}", [f"{module}.{other}" for other in dir(import_module(module))])
 
@@ -113,7 +119,14 @@ def _wrong_parameters(message: str) -> Iterator[str]:
 
 def find_class(path: str) -> Any:
     """Return the class or function of a path, or of a name that needs no module; None if there is none."""
-    return locate(path) if "." in path else CLASSES.get(path)
+    if "." not in path:
+        return CLASSES.get(path)
+    try:
+        return locate(path)
+    except ErrorDuringImport as error:
+        raise ValueError(
+            f"Expected a class or function {path} but its module cannot be imported: {error.value}."
+        ) from error
 
 
 def parameters_of(found: Any) -> dict[str, inspect.Parameter]:
@@ -126,6 +139,15 @@ def parameters_of(found: Any) -> dict[str, inspect.Parameter]:
 
 
 def _wrong_values(message: str) -> Iterator[str]:
+    if "Union subtypes" in message and (given := re.search(r"Given value: (.+)", message)) is not None:
+        value = given[1].strip()
+        lists = re.findall(r"Expected a typing\.Literal\[(.*?)\]", message)
+        choices = list(dict.fromkeys(name.strip("' ") for found in lists for name in found.split(",")))
+        plain = [kind for kind in ("bool", "int", "float", "str") if f"Expected a <class '{kind}'>" in message]
+        expected = f"one of {', '.join(choices)}" if choices else " or ".join(plain)
+        if expected and "class_path" not in message and "import path" not in message:
+            yield f"Expected {expected} but got {value!r}.{nearest(value, choices)}"
+            return
     for kind, value in re.findall(r"Expected a (\S.*?)\. Got value: (.+?)(?:\. Got value.*)?$", message, re.MULTILINE):
         kind = re.sub(r"<class '(.*)'>|typing\.", r"\1", kind)
         if "Sequence" in kind or kind.startswith("list"):
@@ -162,3 +184,29 @@ def _wrong_options(message: str, options: Sequence[str]) -> Iterator[str]:
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
     return f"There is no {kind} {name!r}.{nearest(name, names)}"
+
+
+def require_backbone(backbone: Any) -> None:
+    """Name what is wrong with the import path of a backbone, which the parser leaves as text.
+
+    Raises:
+        ValueError: If there is no such module or class, or it is no network.
+    """
+    if not isinstance(backbone, str) or ":" in backbone or "." not in backbone:
+        return
+    module, _, name = backbone.rpartition(".")
+    try:
+        found = vars(import_module(module))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Expected a backbone in the module {module!r} but got {error}. Put {module}.py into the working "
+            "directory, or install the package."
+        ) from error
+    if name not in found:
+        classes = [other for other, kind in found.items() if isinstance(kind, type)]
+        raise ValueError(
+            f"Expected a class of the module {module!r} as the backbone but got {name!r}.{nearest(name, classes)}"
+        )
+    raise ValueError(
+        f"Expected the backbone {backbone} to be a torch.nn.Module, or a function that returns one, but it is neither."
+    )

@@ -145,11 +145,12 @@ def run(name: str, arguments: list[str]) -> None:
     if "--help_all" in arguments:
         sys.argv[1:] = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
         arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
-    # An option before the command, such as --config, is for Lightning's parser.
-    function = TRAINER if name.startswith("-") else COMMANDS[name].function if name in COMMANDS else None
-    if function is None:
-        print(f"error: {unknown_command(name)}", file=sys.stderr)
+    if name not in COMMANDS:
+        later = next((argument for argument in arguments if argument in COMMANDS), "fit")
+        wrong_order = f"Expected a command before the option {name}. Write `memdml {later} {name} ...`."
+        print(f"error: {wrong_order if name.startswith('-') else unknown_command(name)}", file=sys.stderr)
         sys.exit(2)
+    function = COMMANDS[name].function
     module, _, attribute = function.partition(":")
     # A flag; jsonargparse would want a value.
     arguments = ["--trust=true" if argument == "--trust" else argument for argument in arguments]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -59,6 +59,17 @@ def require_order(arguments: Sequence[str]) -> None:
         if early and not {name, f"{name}+"} & seen:
             raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
         seen.add(name)
+
+
+def _yaml_problem(file: Path, text: str, error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"Expected YAML in {file} but it cannot be read: {error}."
+    line = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
+    return (
+        f"Expected YAML in {file} but line {mark.line + 1}, {line.strip()!r}, does not fit: "
+        f"{getattr(error, 'problem', error)}. Indent keys of one level alike, with spaces, and close all brackets."
+    )
 
 
 def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[str]:
@@ -185,12 +196,17 @@ def _inside(part: dict[str, Any]) -> dict[str, Any]:
 def _read(source: str) -> dict[str, Any] | None:
     """Return a configuration from a file, a packaged one or a text, dotted keys as mappings; None if there is none."""
     file = find_config(source)
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    try:
         text = source if file is None else file.read_text()
+    except (OSError, ValueError):
+        return None
+    try:
         found = yaml.load(text, Loader=_Loader)
-        if isinstance(found, dict):
-            return _nested(found)
-    return None
+    except (ValueError, yaml.YAMLError) as error:
+        if file is None:
+            return None
+        raise ValueError(_yaml_problem(file, text, error)) from error
+    return _nested(found) if isinstance(found, dict) else None
 
 
 def _nested(config: dict[Any, Any]) -> dict[str, Any]:

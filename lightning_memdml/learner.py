@@ -20,6 +20,7 @@ from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, check_loss, loss_term
 from lightning_memdml.parameter_groups import base_rate, build_optimizer, check_rates, with_base_rate
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import RetrievalMetrics
 from lightning_memdml.runs import INSTANTIATOR, read_checkpoint
 from lightning_memdml.schedules import LinearRamp as LinearRamp  # where configurations of version 0.1 name it
@@ -244,6 +245,10 @@ class MetricLearner(LightningModule):
         `FolderDataModule(root, **learner.preprocessing)` prepares them so.
         """
         return preprocessing_of(self.model.backbone)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return f"{options_repr(self)}: {type(self.model.backbone).__name__}, {parameters:,} parameters"
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(B, C, H, W)` to unit embeddings `(B, D)`."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_memdml.backbones import preprocessing_of
 from lightning_memdml.callbacks.memory_setup import check_strategy
 from lightning_memdml.checkpoint_config import config_source, with_config_of_checkpoint
-from lightning_memdml.cli_messages import ArgumentParser
+from lightning_memdml.cli_messages import ArgumentParser, require_backbone
 from lightning_memdml.command_options import FIT, PREDICT, REPORT, without_own_options
 from lightning_memdml.commands import COMMANDS
 from lightning_memdml.config_merging import merge, merge_arguments, require_order, write_yaml
@@ -145,6 +145,7 @@ class MemdmlCLI(LightningCLI):
         Raises:
             ValueError: If a folder for output is a URL of another machine.
         """
+        require_backbone(self._section().model.backbone)
         _take_over_preprocessing(self._section())
         if self.subcommand is None:
             return

@@ -27,7 +27,7 @@ def answer(memdml: Command, line: str, capsys: pytest.CaptureFixture[str]) -> st
 WRONG_ON_THE_COMMAND_LINE = {
     "--model.loss Contrastve": "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?",
     "--model.loss lightning_memdml.ContrastivLoss": "Did you mean 'lightning_memdml.ContrastiveLoss'?",
-    "--model.loss no_such_package.Loss": "No module named 'no_such_package'",
+    "--model.loss no_such_package.Loss": "There is no module 'no_such_package'.",
     "--model.loss SmallConvNet": "model.loss: The class 'SmallConvNet' does not belong here.",
     "--model.loss ContrastiveLoss --model.loss.margn 1": "ContrastiveLoss has no option 'margn'. Did you mean 'margi",
     "--model.loss ContrastiveLoss --model.loss.margin wide": "model.loss.margin: Expected float but got 'wide'.",
@@ -72,7 +72,7 @@ WRONG_IN_YAML = {
     "trainer.callbacks: [{class_path: MemoryCalback}]": "Did you mean 'MemoryCallback'?",
     "trainer.callbacks: [{class_path: MemoryCallback, init_args: {siz: 3}}]": "Did you mean 'size'?",
     "model.backbone: null": "Expected --model.backbone, on the command line or in a file",
-    "model: [": "Problems parsing config",
+    "model: [": "Expected YAML in wrong.yaml but line 4, 'model: [', does not fit",
 }
 
 
@@ -125,9 +125,13 @@ def test_wrong_value_is_answered_by_the_sentence_alone(
     assert expected in answer(memdml, line, capsys)
 
 
-def test_error_from_elsewhere_keeps_its_traceback(memdml: Command) -> None:
-    with pytest.raises(ValueError, match="Invalid learning rate"):
-        memdml(f"{TINY} --model.optimizer.lr -1")
+def test_error_from_elsewhere_keeps_its_traceback(memdml: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise KeyError("in a library")
+
+    monkeypatch.setattr("torch.optim.AdamW.step", wrong)
+    with pytest.raises(KeyError, match="in a library"):
+        memdml(TINY)
 
 
 def test_message_that_is_not_understood_is_handed_on() -> None:

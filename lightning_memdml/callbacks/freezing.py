@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_memdml.backbone_blocks import Block, find_blocks
 from lightning_memdml.compat import BATCH_NORMS
+from lightning_memdml.readable_repr import options_repr
 
 
 class FreezeBackbone(Callback):
@@ -38,6 +39,8 @@ class FreezeBackbone(Callback):
         >>> callback = FreezeBackbone(blocks=-1)  # train the last block and the head
         >>> callback = FreezeBackbone(until_step=200)  # train the head first, then everything
     """
+
+    __repr__ = options_repr
 
     def __init__(
         self, blocks: int | None = None, until_step: int | None = None, backbone: str = "model.backbone"

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_memdml.callbacks.run_pictures import log_picture
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import RetrievalExample, RetrievalMetrics, retrieval_examples, save_gallery, save_map
 from lightning_memdml.retrieval.metrics import Samples
 from lightning_memdml.runs import run_folder
@@ -48,6 +49,8 @@ class GalleryLogger(Callback):
         >>> GalleryLogger(every_n_validations=5).count
         8
     """
+
+    __repr__ = options_repr
 
     def __init__(
         self,

@@ -25,7 +25,12 @@ from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import as_rows
+<<<<<<< HEAD
 from lightning_memdml.memory_term import step_embeddings
+=======
+from lightning_memdml.memory_term import Loss, loss_term
+from lightning_memdml.readable_repr import options_repr
+>>>>>>> e1feac6 (Answer forty mistakes of the command line by one sentence each, and print objects as the call that makes them)
 from lightning_memdml.training_images import find_encoder
 
 
@@ -109,6 +114,8 @@ class MemoryCallback(Callback):
         >>> MemoryCallback(size=1024, start_step=200).memory
         EmbeddingMemory(size=1024, rows=0, dim=0, dtype=torch.float32, device='cpu')
     """
+
+    __repr__ = options_repr
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.losses import ContrastiveLoss, DirectWeightLoss, Threshold
 from lightning_memdml.memory import EmbeddingMemory
 from lightning_memdml.memory_term import Loss, loss_term
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import rank_queries
 
 
@@ -70,6 +71,8 @@ class MemoryChoice(Callback):
         >>> callbacks = [MemoryCallback(size=1.0, start_step=50), MemoryChoice(steps=100)]
         >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
+
+    __repr__ = options_repr
 
     def __init__(
         self, steps: int = 100, factors: Sequence[float] = (1.0, 0.3), side_sums: Sequence[float] = (3.0,)

@@ -22,6 +22,7 @@ from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.memory_term import step_embeddings
 from lightning_memdml.picture_style import STYLES, LineStyle, new_figure, plain_axes
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.runs import run_folder
 from lightning_memdml.training_images import BATCH_SIZE, embed_batch, find_encoder, find_train_set, load_images
 
@@ -87,6 +88,8 @@ class MemoryReport(Callback):
         >>> MemoryReport(every_n_steps=200).reports
         []
     """
+
+    __repr__ = options_repr
 
     def __init__(
         self, every_n_steps: int = 500, sample: int = 256, dirpath: str | None = None, loss: PairLoss | None = None

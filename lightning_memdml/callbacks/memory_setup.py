@@ -31,8 +31,8 @@ def make_memory(size: int | float, dtype: StorageName) -> tuple[EmbeddingMemory,
         return EmbeddingMemory(size, storage), None
     if not 0 < size <= 1:
         raise ValueError(
-            f"Expected `size` as a share of the training set in (0, 1] but got {size}. Pass a number of rows as a "
-            "whole number."
+            f"Expected `size` of the memory as a number of rows, at least 1, or as a share of the training images in "
+            f"(0, 1], but got {size:g}. Pass 8192, for example."
         )
     return EmbeddingMemory(1, storage), size  # of one row until the training set is known
 

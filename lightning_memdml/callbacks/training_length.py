@@ -7,6 +7,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.training_images import find_train_set
 
 
@@ -33,6 +34,8 @@ class TrainingLength(Callback):
         >>> TrainingLength(passes=8, at_least=300, at_most=5000).steps(images=2400, images_per_step=32)
         600
     """
+
+    __repr__ = options_repr
 
     def __init__(self, passes: float = 8.0, at_least: int = 300, at_most: int = 5000) -> None:
         if not (0 < passes < math.inf and 1 <= at_least <= at_most):

@@ -13,6 +13,7 @@ from lightning_memdml.curves import LossInputs, Reading, read_weights, save_read
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.rows import as_rows, unit_rows
 from lightning_memdml.memory_term import step_embeddings
+from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.runs import run_folder
 
 
@@ -49,6 +50,8 @@ class WeightCurveLogger(Callback):
         >>> WeightCurveLogger(every_n_steps=500).every_n_steps
         500
     """
+
+    __repr__ = options_repr
 
     def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None, loss: PairLoss | None = None) -> None:
         if every_n_steps < 1:

@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.paths import require_utf8
+from lightning_memdml.deploy.damaged_images import damaged_images, without_skipped
 from lightning_memdml.deploy.embedding import PROGRESS, embed_to_file
 from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
 from lightning_memdml.inference.sources import (
@@ -100,6 +101,7 @@ def index_images(
     device: str = "cpu",
     kind: IndexKind | None = None,
     trust: bool = False,
+    skip_damaged: bool = False,
 ) -> EmbeddingIndex:
     """Embed images with a trained network, and build an index of them in a folder.
 
@@ -113,6 +115,7 @@ def index_images(
         device: Where the network runs, `cpu` or `cuda`; on `cuda`, faiss trains the index there too.
         kind: Kind of index; by default flat.
         trust: Let the checkpoint build whatever it names, also what is not on the closed list.
+        skip_damaged: Leave out images that are missing or damaged, and list them. All images are opened once more.
 
     Raises:
         FileNotFoundError: If there is no such source.
@@ -133,18 +136,28 @@ def index_images(
     about["data"] = absolute_paths(about["data"], module)
     about["tensor_shape"] = tensor_shape(module)
     chosen = indexed_images(about, trust=trust)
+    if skip_damaged:
+        about["skipped"] = damaged_images(chosen.images)
+        chosen = without_skipped(chosen, about["skipped"])
     require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     with staged_folder(folder, resume=True) as staged:
-        rows = embed_to_file(
-            learner,
-            chosen.images,
-            staged,
-            about["sha256"],
-            batch_size=module.eval_batch_size,
-            num_workers=workers,
-            device=device,
-        )
+        try:
+            rows = embed_to_file(
+                learner,
+                chosen.images,
+                staged,
+                about["sha256"],
+                batch_size=module.eval_batch_size,
+                num_workers=workers,
+                device=device,
+            )
+        except OSError as error:
+            unreadable = re.findall("(?:Cannot read the|The) image .*", str(error))
+            if not unreadable:
+                raise
+            described = unreadable[-1].partition(" Replace it or take")[0]
+            raise OSError(f"{described} To index the others, pass --skip_damaged true.") from error
         named = IndexedImages(chosen.images.paths, chosen.images.labels.tolist(), chosen.classes)
         built = build_index(rows, named, kind, about=about, device=device, progress=True)
         classes = len(set(chosen.classes))
@@ -166,5 +179,7 @@ def indexed_images(about: dict[str, Any], *, trust: bool = False) -> NamedImages
     """
     module = data_of(about["data"], trust=trust)
     if about["source"] is None:
-        return part_of(module, about["images"])
-    return images_at(about["source"], FromFile(input_transform(module), about["tensor_shape"]))
+        chosen = part_of(module, about["images"])
+    else:
+        chosen = images_at(about["source"], FromFile(input_transform(module), about["tensor_shape"]))
+    return without_skipped(chosen, about.get("skipped"))

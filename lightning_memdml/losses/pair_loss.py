@@ -28,6 +28,7 @@ from lightning_memdml.losses.definition import (
 )
 from lightning_memdml.losses.sharded import Ranks, evaluate_sharded
 from lightning_memdml.losses.streaming import evaluate
+from lightning_memdml.readable_repr import options_repr
 
 __all__ = ["AnchorTerms", "Backend", "Context", "NegativeTerms", "NegativeTotals", "PairLoss"]
 
@@ -76,6 +77,8 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         >>> LinearLoss()(x, torch.tensor([0, 0, 1]))  # (0.4 + 0.8^2 + 0.4 + 0.96^2 + 0.8^2 + 0.96^2) / 3
         tensor(1.3077)
     """
+
+    __repr__ = options_repr
 
     def __init__(self, backend: Backend = "auto") -> None:
         super().__init__()

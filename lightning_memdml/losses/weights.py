@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memdml.checks import check_similarity, refuse_renamed
+from lightning_memdml.readable_repr import options_repr
 
 
 class WeightFunction(nn.Module, ABC):
@@ -34,6 +35,8 @@ class WeightFunction(nn.Module, ABC):
 
     #: Similarity at or below which every weight is 0.
     zero_below: float = -torch.inf
+
+    __repr__ = options_repr
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuse the name of an earlier version."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import lightning
 from tqdm import tqdm
@@ -14,6 +16,14 @@ LIGHTNING = Path(lightning.__file__).parent
 
 class AboveBars(logging.StreamHandler):
     """Prints to standard error, above progress bars, without what Lightning reports of itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)  # not with a stream, which would be kept: standard error may be redirected
+
+    @property
+    def stream(self) -> Any:
+        """Standard error as it is now."""
+        return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Leave out what Lightning logs below a warning: devices, seeds, advertisements."""

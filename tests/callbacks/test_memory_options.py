@@ -134,7 +134,7 @@ def test_a_whole_number_of_rows_may_come_as_a_float() -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1.5, -0.5])
 def test_a_share_out_of_range_is_refused(size: float) -> None:
-    with pytest.raises(ValueError, match=r"share of the training set in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"share of the training images in \(0, 1\]"):
         MemoryCallback(size=size)
 
 

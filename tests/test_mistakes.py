@@ -149,8 +149,8 @@ MISTAKES = {
         f"FolderDataModule looked for the folder {HERE}/nowhere, which does not exist; pass `root=`."
     ),
     "FOLDER --data.root pictures --data.batch_size 64": (
-        "Expected at most 10 classes per batch but got batch_size=64 / images_per_class=2 = 32: of 24 classes 10 "
-        "train, 2 validate and 12 test. Pass batch_size=20 or less, or more images per class."
+        "Expected at most 10 classes per batch but got batch_size=64 / images_per_class=2 = 32: of the classes "
+        "10 train, 2 validate and 12 test. Pass batch_size=20 or less, or more images per class."
     ),
     "FOLDER --data.root pictures --data.batch_size 7": (
         "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got batch_size=7 and "

@@ -25,12 +25,8 @@ from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import as_rows
-<<<<<<< HEAD
 from lightning_memdml.memory_term import step_embeddings
-=======
-from lightning_memdml.memory_term import Loss, loss_term
 from lightning_memdml.readable_repr import options_repr
->>>>>>> e1feac6 (Answer forty mistakes of the command line by one sentence each, and print objects as the call that makes them)
 from lightning_memdml.training_images import find_encoder
 
 

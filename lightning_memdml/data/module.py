@@ -22,7 +22,7 @@ from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDat
 from lightning_memdml.data.loader import ClassBalancedLoader
 from lightning_memdml.data.paths import is_utf8, local_path, shown
 from lightning_memdml.data.records import Record, Role, first_rows
-from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, split_rows
+from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows
 from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch, feasible_batch
 
 MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
@@ -284,29 +284,6 @@ class RetrievalDataModule(LightningDataModule):
         """The training images with the transform of the evaluation, after `setup()`."""
         return self.train_set.part(torch.arange(len(self.train_set)), self.query_set.transform)
 
-    def _require_classes(self) -> None:
-        """Refuse a batch of more classes than are trained on, and warn of a batch that repeats the images of all.
-
-        Raises:
-            ValueError: If there are too few.
-        """
-        sizes = self.train_set.labels.unique(return_counts=True)[1]
-        found, wanted, largest = len(sizes), self.batch_size // self.images_per_class, int(sizes.max())
-        if largest < self.images_per_class:
-            rank_zero_warn(
-                f"Expected training classes of at least images_per_class={self.images_per_class} images but the "
-                f"largest has {largest}: every batch repeats images. Pass images_per_class={largest} or less."
-            )
-        if not 2 <= found < wanted:
-            return  # the sampler refuses a single class
-        validated, tested = len(self.val_set.labels.unique()), len(self.query_set.labels.unique())
-        raise ValueError(
-            f"Expected at most {found} classes per batch but got batch_size={self.batch_size} / "
-            f"images_per_class={self.images_per_class} = {wanted}: of {len(self.classes)} classes {found} train, "
-            f"{validated} validate and {tested} test. Pass batch_size={found * self.images_per_class} or less, or more "
-            "images per class."
-        )
-
     def _warn_of_odd_classes(self) -> None:
         """Warn of classes that may surprise in the results."""
         classes, sizes = self.train_set.labels.unique(return_counts=True)
@@ -324,7 +301,8 @@ class RetrievalDataModule(LightningDataModule):
         """Return the resumable loader of class-balanced training batches."""
         self.setup()
         self._require(self.train_set, "train")
-        self._require_classes()
+        tested = {"validate": self.val_set.labels, "test": self.query_set.labels}
+        require_classes(self.train_set.labels, tested, self.batch_size, self.images_per_class)
         sampler = ClassBalancedSampler(
             self.train_set.labels,
             self.batch_size,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_memdml.data.records import Record, Role
@@ -104,3 +105,32 @@ def validation_classes(labels: Sequence[int | str], fraction: float) -> set[int 
             f"{count} for validation; pass val_fraction=0 to train on all and validate on none."
         )
     return {classes[int((i + 0.5) * len(classes) / count)] for i in range(count)}
+
+
+def require_classes(train: Tensor, others: Mapping[str, Tensor], batch_size: int, images_per_class: int) -> None:
+    """Refuse a batch of more classes than are trained on, and warn of a batch that repeats the images of all.
+
+    Args:
+        train: Labels of the training images.
+        others: Use of the other classes -> labels of their images.
+        batch_size: Images in a batch.
+        images_per_class: Of each class in a batch.
+
+    Raises:
+        ValueError: If there are too few classes.
+    """
+    sizes = train.unique(return_counts=True)[1]
+    found, wanted, largest = len(sizes), batch_size // images_per_class, int(sizes.max())
+    if largest < images_per_class:
+        rank_zero_warn(
+            f"Expected training classes of at least images_per_class={images_per_class} images but the largest has "
+            f"{largest}: every batch repeats images. Pass images_per_class={largest} or less."
+        )
+    if not 2 <= found < wanted:
+        return  # the sampler refuses a single class
+    parts = [f"{found} train", *(f"{len(labels.unique())} {use}" for use, labels in others.items())]
+    raise ValueError(
+        f"Expected at most {found} classes per batch but got batch_size={batch_size} / "
+        f"images_per_class={images_per_class} = {wanted}: of the classes {', '.join(parts[:-1])} and {parts[-1]}. Pass "
+        f"batch_size={found * images_per_class} or less, or more images per class."
+    )

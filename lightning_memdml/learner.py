@@ -11,7 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_memdml import saving
+from lightning_memdml import hub, saving
 from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone, preprocessing_of
 from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
@@ -189,6 +189,8 @@ class MetricLearner(LightningModule):
 
     save = saving.save
     load = classmethod(saving.load)
+    push_to_hub = hub.push_to_hub
+    from_pretrained = classmethod(hub.from_pretrained)
     embed = methods.embed
     build_index = methods.build_index
     search = methods.search

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"trust", "trust_sizes"},
     "describing": set(),
     "inference": {"atomic_write", "data", "retrieval", "trust", "trust_sizes"},
+    "hub": {"saving"},
     "saving": {"atomic_write", "data", "describing", "hf_networks", "runs", "timm_networks", "trust"},
     "curves": {"losses", "checks", "atomic_write", "csv_table", "picture_style"},
     "memory_term": {"losses", "memory"},
@@ -65,7 +66,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "learner": {
         *("memory_term", "losses", "memory", "retrieval", "backbones", "heads", "head_fitting", "runs", "trust"),
-        *("timm_networks", "parameter_groups", "schedules", "saving", "inference", "trust_sizes", "readable_repr"),
+        *("timm_networks", "parameter_groups", "schedules", "saving", "hub", "inference", "trust_sizes"),
+        "readable_repr",
     },
     "help_pages": {"packaged_configs"},
     "library_errors": set(),

@@ -124,6 +124,11 @@ class Embedder(nn.Module):
         if not isinstance(features, Tensor):
             name = "pooler_output" if self.pool is None else "last_hidden_state"
             features = _tensor_of(features, name, self.backbone)
+        if not features.is_floating_point():
+            raise TypeError(
+                f"Expected the backbone to return features as floating-point numbers but got {features.dtype}. Convert "
+                "them with `.float()`."
+            )
         if self.pool is not None:
             if features.ndim not in (3, 4):
                 raise ValueError(

@@ -88,6 +88,13 @@ UNPOOLED = "Pass the width as `num_features`, and for a map (B, F, H, W) or toke
             "a list. Wrap it in a module that returns the features.",
         ),
         (
+            ROWS.long(),
+            None,
+            TypeError,
+            "Expected the backbone to return features as floating-point numbers but got torch.int64. Convert them with "
+            "`.float()`.",
+        ),
+        (
             {"pooler_output": ROWS},
             "average",
             TypeError,

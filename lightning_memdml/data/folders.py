@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ def find_splits(root: Path) -> tuple[Path, dict[Path, Role]]:
         ValueError: If there are two folders of one role, or others beside them.
     """
     folders = subfolders(root)
-    named = [folder for folder in folders if folder.name.lower() in SPLITS]
+    named = [folder for folder in folders if _plain(folder) in SPLITS]
+    _refuse_almost_splits(root, folders)
     if not named or (len(named) == 1 and _holds_images(named[0])):
         if len(folders) == 1 and not _holds_images(folders[0]):
             top, splits = find_splits(folders[0])
@@ -101,7 +103,7 @@ def find_splits(root: Path) -> tuple[Path, dict[Path, Role]]:
         )
     kinds: dict[tuple[Role, bool], Path] = {}
     for folder in named:
-        kind = SPLITS[folder.name.lower()], is_distractors(folder)
+        kind = SPLITS[_plain(folder)], is_distractors(folder)
         if kind in kinds:
             raise ValueError(
                 f"Expected one folder of the {kind[0]} images in {shown(root)} but got "
@@ -114,7 +116,23 @@ def find_splits(root: Path) -> tuple[Path, dict[Path, Role]]:
 
 def is_distractors(folder: Path) -> bool:
     """Return whether a folder holds images that are right answers to no query."""
-    return folder.name.lower().startswith("distractor")
+    return _plain(folder).startswith("distractor")
+
+
+def _plain(folder: Path) -> str:
+    return folder.name.strip().lower()
+
+
+def _refuse_almost_splits(root: Path, folders: Sequence[Path]) -> None:
+    """Refuse folders such as train_set and test_set, or train2017 and val2017, which would become classes."""
+    words = [[word.removesuffix("set") for word in re.split("[^a-z]+", _plain(folder))] for folder in folders]
+    roles = [next((SPLITS[word] for word in named if word in SPLITS), None) for named in words]
+    exact = any(_plain(folder) in SPLITS for folder in folders)
+    if not exact and None not in roles and len(set(roles)) > 1:
+        raise ValueError(
+            f"Expected the folders {NAMES} in {shown(root)} but got {_listed([folder.name for folder in folders])}. "
+            "Rename them."
+        )
 
 
 def _holds_images(folder: Path) -> bool:

@@ -155,6 +155,32 @@ def test_roles_that_are_not_understood_are_refused_by_name(tmp_path, parts, mess
         module(tree(tmp_path, dict.fromkeys(parts, "ab")))
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("train_set", "test_set"), ("trainset", "testset"), ("train2017", "val2017"), ("Training-Set", "validation_set"),
+        ("train.v2", "test.v2"), ("image_train", "image_query", "image_gallery"), ("my_train", "my_test"),
+    ],
+)  # fmt: skip
+def test_almost_the_names_of_roles_are_refused_and_no_classes(tmp_path, parts):
+    for place, part in enumerate(parts):
+        for label in range(3):
+            draw(tmp_path / part / f"c{place}{label}/0.png")
+    with pytest.raises(
+        ValueError, match=rf"Expected the folders train, val, .* but got .*{parts[0]}.*\. Rename them\."
+    ):
+        FolderDataModule(str(tmp_path)).records()
+
+
+@pytest.mark.parametrize("names", [("test_tube", "flask"), ("train station", "train track"), ("train ", "test ")])
+def test_classes_with_such_words_are_classes_and_spaces_make_no_other_name(tmp_path, names):
+    for name in names:
+        for label in range(2):
+            draw(tmp_path / name / f"{label}/0.png")
+    labels = {record.label for record in FolderDataModule(str(tmp_path)).records()}
+    assert labels == ({"0", "1"} if names[0] == "train " else set(names))
+
+
 def test_roles_below_the_classes_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"above the class folders, but got them below: '.*cat/test', '.*cat/train'"):
         module(tree(tmp_path, {"cat": ["train", "test"], "dog": ["train", "test"]}))

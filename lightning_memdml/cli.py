@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_memdml.argument_paths import with_local_paths
 from lightning_memdml.commands import COMMANDS, TRAINER, run
 from lightning_memdml.latest_run import follow_latest
 from lightning_memdml.library_errors import sentence_for
@@ -17,6 +19,10 @@ from lightning_memdml.verbosity import is_verbose, take_verbose
 from lightning_memdml.warnings_filter import hide_what_users_cannot_change
 
 OWN_ERRORS = (ValueError, TypeError, OSError, ImportError)  # that this package raises for a user's mistakes
+ABOUT_PATHS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.append(here)
     name = "".join(sys.argv[1:2])
     try:
+        sys.argv[1:] = with_local_paths(sys.argv[1:])
         run(name, sys.argv[2:])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -53,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if known is not None:
             sys.exit(f"error: {known}")
         message = _message_of_this_package(error) if isinstance(error, OWN_ERRORS) else None
+        message = message or _message_about_a_file(error)
         if message is None:
             raise
         from lightning_memdml.cli_messages import readable
@@ -83,6 +91,13 @@ def _message_of_this_package(error: BaseException | None) -> str | None:
             return message
         error = error.__cause__  # jsonargparse wraps the error of a class
     return None
+
+
+def _message_about_a_file(error: BaseException) -> str | None:
+    """Return a sentence for an error of the operating system about a path, such as a folder that is read-only."""
+    if not isinstance(error, OSError) or error.errno not in ABOUT_PATHS or error.filename is None:
+        return None
+    return f"Expected to read or write {error.filename!r} but got: {error.strerror}. Check the path, or pass another."
 
 
 def _message_of_a_worker(text: str) -> str | None:

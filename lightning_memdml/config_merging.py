@@ -197,8 +197,10 @@ def _read(source: str) -> dict[str, Any] | None:
     """Return a configuration from a file, a packaged one or a text, dotted keys as mappings; None if there is none."""
     file = find_config(source)
     try:
-        text = source if file is None else file.read_text()
-    except (OSError, ValueError):
+        text = source if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"Expected YAML in {source} but it is no text in UTF-8. Pass another file.") from None
+    except OSError:
         return None
     try:
         found = yaml.load(text, Loader=_Loader)

@@ -94,7 +94,11 @@ MAY_IMPORT |= {
     "command_options": {"deploy"},
     "lightning_cli": {*ROOMS, "study", "deploy", "command_options"},
     "demo": {"atomic_write", "lightning_cli", "retrieval"},
-    "cli": {"commands", "cli_messages", "latest_run", "library_errors", "verbosity", "warnings_filter"},
+    "argument_paths": {"data"},
+    "cli": {
+        *("argument_paths", "commands", "cli_messages", "latest_run", "library_errors", "verbosity"),
+        "warnings_filter",
+    },
     "__main__": {"cli"},
     "__init__": ROOMS - {"cli_messages", "config_merging", "commands", "packaged_configs"},
 }

@@ -158,7 +158,7 @@ def test_roles_that_are_not_understood_are_refused_by_name(tmp_path, parts, mess
 @pytest.mark.parametrize(
     "parts",
     [
-        ("train_set", "test_set"), ("trainset", "testset"), ("train2017", "val2017"), ("Training-Set", "validation_set"),
+        ("train_set", "test_set"), ("trainset", "testset"), ("train2017", "val2017"), ("Training-Set", "valid_set"),
         ("train.v2", "test.v2"), ("image_train", "image_query", "image_gallery"), ("my_train", "my_test"),
     ],
 )  # fmt: skip

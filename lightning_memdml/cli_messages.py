@@ -33,13 +33,32 @@ CLASSES: dict[str, Any] = {
 }
 CLASS_NAMES = [name for name in CLASSES if name[0].isupper()]
 MANY_CLASSES = 40
+
+#: What jsonargparse and argparse write of each mistake, and what is read of it. Their exceptions carry this text and
+#: nothing else. `tests/test_cli_messages.py` makes each mistake, and so fails if a version words it differently.
+WORDING = {
+    "key": r'Parser key "([\w.]+)"',
+    "unknown class": r"Expected a dot import path string: ([\w.]+)",
+    "unknown class of a module": r"module '([\w.]+)' has no attribute '(\w+)'",
+    "missing module": r"class_path '([\w.]+)':\s+No module named '([\w.]+)'",
+    "class": r"class_path[= ]'([\w.]+)'",
+    "unknown parameter": r"(?:class_path '(?:\w+\.)*(\w+)':\s+)?Option '([\w.]+)' is not accepted",
+    "wrong value": r"Expected a (\S.*?)\. Got value: (.+?)(?:\. Got value.*)?$",
+    "value of several types": r"Given value: (.+)",
+    "choices": r"Expected a typing\.Literal\[(.*?)\]",
+    "missing options": r"arguments are required: (.*)",
+    "unknown option": r"unrecognized arguments: --([\w.]+)",
+    "unknown option of a command": r"not accept option '([\w.]+)",
+    "unknown command": r"argument subcommand: invalid choice: '([\w-]*)'",
+    "no command": r'(expected "subcommand")',
+}
 NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
 )
 
 
 class ArgumentParser(LightningArgumentParser):
-    """Answers a wrong name with the nearest right one.
+    """Reports a wrong name together with the nearest right one.
 
     Args:
         own_options: Further options: name -> keyword arguments of `add_argument`.
@@ -53,7 +72,7 @@ class ArgumentParser(LightningArgumentParser):
             self.add_argument(name, **option)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, cut down to what a person can act on, and exit with 2."""
+        """Print what is wrong in one line, and exit with 2."""
         # The parser of a nested class does not exit; the one around it reports the message.
         if self.exit_on_error:
             self.exit(2, f"error: {readable(message, self._options())}\n")
@@ -75,43 +94,48 @@ class ArgumentParser(LightningArgumentParser):
 
 
 def readable(message: str, options: Sequence[str] = ()) -> str:
-    r"""Return what jsonargparse says is wrong in a line: where, what, and the nearest right name.
+    r"""Return a message of jsonargparse in one line: where, what is wrong, and the nearest right name.
 
     Args:
-        message: What it says.
-        options: The options there are.
+        message: The message of jsonargparse.
+        options: All options, as they are typed.
 
     Example:
         >>> readable('Parser key "model.loss":\n  Expected a dot import path string: Contrastve')
         "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?"
     """
-    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
-    for find in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
-        if found := list(dict.fromkeys(find(message))):
+    key = ".".join(dict.fromkeys(find("key", message)))
+    for explain in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
+        if found := list(dict.fromkeys(explain(message))):
             return "\n".join(f"{key}: {sentence}" if key else sentence for sentence in found)
     if found := [*_missing(message, key, options), *_wrong_options(message, options)]:
         return "\n".join(found)
-    message = re.sub(r'^Parser key "([\w.]+)":\s+', r"\1: ", message)
+    message = re.sub(rf"^{WORDING['key']}:\s+", r"\1: ", message)
     return "\n".join(dict.fromkeys(line for line in message.splitlines() if line.strip() and not NOISE.search(line)))
 
 
+def find(mistake: str, message: str) -> list[Any]:
+    """Return what `WORDING` reads of a mistake, for each place where it is in a message."""
+    return re.findall(WORDING[mistake], message, re.MULTILINE)
+
+
 def _wrong_classes(message: str) -> Iterator[str]:
-    for name in re.findall(r"Expected a dot import path string: ([\w.]+)", message):
+    for name in find("unknown class", message):
         if name not in CLASS_NAMES:
             yield _unknown("class", name, CLASS_NAMES)
-    for path, module in re.findall(r"class_path '([\w.]+)':\s+No module named '([\w.]+)'", message):
+    for path, module in find("missing module", message):
         own = path.startswith(module) and "." not in module
         place = f" Put {module}.py into the working directory, or install the package." if own else " Install it."
         yield f"There is no module {module!r}.{place}"
-    for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+    for module, name in find("unknown class of a module", message):
         yield _unknown("class", f"{module}.{name}", [f"{module}.{other}" for other in dir(import_module(module))])
 
 
 def _wrong_parameters(message: str) -> Iterator[str]:
-    classes = [find_class(path) for path in re.findall(r"class_path[= ]'([\w.]+)'", message)]
+    classes = [find_class(path) for path in find("class", message)]
     names = [name for found in classes if found is not None for name in parameters_of(found)]
     owners: dict[str, str] = {}
-    for owner, name in re.findall(r"(?:class_path '(?:\w+\.)*(\w+)':\s+)?Option '([\w.]+)' is not accepted", message):
+    for owner, name in find("unknown parameter", message):
         owners.setdefault(name, owner)
     for name, owner in owners.items():
         yield f"{f'{owner} has' if owner else 'There is'} no option {name!r}.{nearest(name, names)}"
@@ -139,16 +163,16 @@ def parameters_of(found: Any) -> dict[str, inspect.Parameter]:
 
 
 def _wrong_values(message: str) -> Iterator[str]:
-    if "Union subtypes" in message and (given := re.search(r"Given value: (.+)", message)) is not None:
-        value = given[1].strip()
-        lists = re.findall(r"Expected a typing\.Literal\[(.*?)\]", message)
+    if "Union subtypes" in message and (given := find("value of several types", message)):
+        value = given[0].strip()
+        lists = find("choices", message)
         choices = list(dict.fromkeys(name.strip("' ") for found in lists for name in found.split(",")))
         plain = [kind for kind in ("bool", "int", "float", "str") if f"Expected a <class '{kind}'>" in message]
         expected = f"one of {', '.join(choices)}" if choices else " or ".join(plain)
         if expected and "class_path" not in message and "import path" not in message:
             yield f"Expected {expected} but got {value!r}.{nearest(value, choices)}"
             return
-    for kind, value in re.findall(r"Expected a (\S.*?)\. Got value: (.+?)(?:\. Got value.*)?$", message, re.MULTILINE):
+    for kind, value in find("wrong value", message):
         kind = re.sub(r"<class '(.*)'>|typing\.", r"\1", kind)
         if "Sequence" in kind or kind.startswith("list"):
             yield f"Expected a list, such as [{value}], but got {value!r}."
@@ -159,26 +183,26 @@ def _wrong_values(message: str) -> Iterator[str]:
 
 
 def _misplaced_classes(message: str) -> Iterator[str]:
-    for name in re.findall(r"Expected a dot import path string: ([\w.]+)", message):
+    for name in find("unknown class", message):
         yield f"The class {name!r} does not belong here."
 
 
 def _missing(message: str, key: str, options: Sequence[str]) -> Iterator[str]:
-    for names in dict.fromkeys(re.findall(r"arguments are required: (.*)", message)):
-        # jsonargparse says `fit.model.loss` of a command, and `root` of the class at the key `data`.
+    for names in dict.fromkeys(find("missing options", message)):
+        # jsonargparse writes `fit.model.loss` for a command, and `root` for the class at the key `data`.
         typed = [f"{key}.{name}" if key else re.sub(r"^\w+\.", "", name) for name in names.split(", ")]
         shown = ", ".join(f"--{name}" if key or f"--{name}" in options else name for name in typed)
         evaluated = re.match(r"(validate|test|predict)\.", names)
         checkpoint = ", or a checkpoint of `memdml fit` as --ckpt_path" if evaluated else ""
         yield f"Expected {shown}, on the command line or in a file given with --config{checkpoint}."
-    if 'expected "subcommand"' in message:
+    if find("no command", message):
         yield unknown_command("")
 
 
 def _wrong_options(message: str, options: Sequence[str]) -> Iterator[str]:
-    for name in re.findall(r"(?:not accept option '|ambiguous option: --|unrecognized arguments: --)([\w.]+)", message):
+    for name in [*find("unknown option of a command", message), *find("unknown option", message)]:
         yield _unknown("option", f"--{name}", options)
-    for name in re.findall(r"argument subcommand: invalid choice: '([\w-]*)'", message):
+    for name in find("unknown command", message):
         yield unknown_command(name)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from support.command_line import DATA, LOSS, MEMORY, NET, QUIET, TINY, Command
 
-from lightning_memdml import MetricLearner
-from lightning_memdml.cli_messages import readable
+from lightning_memdml import MetricLearner, PairLoss
+from lightning_memdml.cli_messages import WORDING, ArgumentParser, find, readable
 from lightning_memdml.commands import COMMANDS
 
 
@@ -192,3 +193,38 @@ def test_a_checkpoint_without_a_configuration_is_named(
     assert said.startswith(
         "error: Expected a checkpoint of `memdml fit`, which holds its configuration, but got model.pt."
     )
+
+
+# A mistake -> what is typed, or written in a file, and what is read of the message of jsonargparse or argparse.
+MISTAKES: dict[str, tuple[str | dict[str, Any], Any]] = {
+    "key": ("--name=a --steps=many run", "steps"),
+    "unknown class": ("--name=a --loss=Contrastve run", "Contrastve"),
+    "unknown class of a module": ("--name=a --loss=torch.nn.Lineer run", ("torch.nn", "Lineer")),
+    "missing module": ("--name=a --loss=no_such.Loss run", ("no_such.Loss", "no_such")),
+    "class": ("--name=a --loss=ContrastiveLoss --loss.margn=1 run", "lightning_memdml.ContrastiveLoss"),
+    "unknown parameter": ("--name=a --loss=ContrastiveLoss --loss.margn=1 run", ("ContrastiveLoss", "margn")),
+    "wrong value": ("--name=a --unit=steps run", ("typing.Literal['step', 'epoch']", "steps")),
+    "value of several types": ("--name=a --length=steps run", "steps"),
+    "choices": ("--name=a --length=steps run", "'step', 'epoch'"),
+    "missing options": ("run", "name"),
+    "unknown option": ("--name=a run --rate=3", "rate"),
+    "unknown option of a command": ({"name": "a", "subcommand": "run", "run": {"rate": 3}}, "rate"),
+    "unknown command": ("--name=a rnu", "rnu"),
+    "no command": ("--name=a", 'expected "subcommand"'),
+}
+
+
+@pytest.mark.parametrize("mistake", WORDING)
+def test_the_messages_of_jsonargparse_are_worded_as_they_are_read(mistake: str) -> None:
+    command, parser = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
+    command.add_argument("--x", type=int)
+    parser.add_argument("--loss", type=PairLoss)
+    parser.add_argument("--unit", type=Literal["step", "epoch"])
+    parser.add_argument("--length", type=int | Literal["step", "epoch"])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--name", required=True)
+    parser.add_subcommands().add_subcommand("run", command)
+    made, expected = MISTAKES[mistake]
+    with pytest.raises(ArgumentError) as error:
+        parser.parse_args(made.split()) if isinstance(made, str) else parser.parse_object(made)
+    assert expected in find(mistake, str(error.value))

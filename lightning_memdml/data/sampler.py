@@ -129,7 +129,7 @@ class ClassBalancedSampler:
             yield self.batch(number)
 
     def _pass(self, number: int) -> np.ndarray:
-        """Return the positions of the global batches of one pass. The last one is cached, since drawing takes a while."""
+        """Return the positions of the global batches of one pass. The last one is cached: drawing takes a while."""
         key = (number, self.global_batch_size)
         if self._plan is None or self._plan[0] != key:
             generator = np.random.default_rng((self.seed, number, 0))

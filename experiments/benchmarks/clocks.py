@@ -1,9 +1,10 @@
-"""Ways to time a step: CPU time, and on a CUDA GPU wall time, the device's own time, or that of a replayed graph."""
+"""Ways to measure a step: CPU time, on a CUDA GPU also the device's own time or that of a replayed graph, and memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -75,3 +76,17 @@ def profile(run: Callable[[], object], device: str) -> str:
     with torch.profiler.profile(activities=kinds) as profiler:
         run()
     return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
+
+
+def peak_on_gpu(run: Step) -> float:
+    """Return by how many megabytes a step raises what is allocated."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def read_status(key: str) -> int:
+    """Return a line of the process's status in kilobytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])

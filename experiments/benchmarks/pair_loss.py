@@ -6,9 +6,9 @@ gradient `G = W M`, the faster of the whole products and of products in blocks. 
 floor in 16 bits, whatever the type of the references is.
 
 In `trained` inputs about 1 of 2,000 pairs is a hard negative. In `untrained` inputs all embeddings share a direction,
-so nearly all negatives are above the margin. With `--checkpoint`, the embeddings of a trained network are measured too:
-of augmented training images, as a memory holds them. Peak memory is measured in a process of its own, on a GPU by its
-allocator.
+so nearly all negatives are above the margin. In `crowded` inputs 6 % of the negatives are, and as many are mined, as
+with really trained networks. With `--checkpoint`, the embeddings of a trained network are measured too: of augmented
+training images, as a memory holds them. Peak memory is measured in a process of its own, on a GPU by its allocator.
 
     python experiments/benchmarks/pair_loss.py --batch 64 --memory 65536 --dim 128 512 --json pairs.jsonl
     python experiments/benchmarks/pair_loss.py --regime --checkpoint runs/memdml/version_0/checkpoints/last.ckpt
@@ -33,10 +33,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clocks import CLOCKS, profile, time_step
+from clocks import CLOCKS, peak_on_gpu, profile, read_status, time_step
 from torch import Tensor
 
 import lightning_memdml as ml
+from lightning_memdml import compat
 from lightning_memdml.losses import streaming
 from lightning_memdml.memory.shared_rows import SharedRowCounts
 
@@ -77,6 +78,9 @@ def make_inputs(regime: str, batch: int, memory: int, dim: int, device: str = "c
         noise = directions(len(labels))
         if regime == "untrained":
             return F.normalize(0.8 * kinds[:1] + 0.6 * noise, dim=1)
+        if regime == "crowded":  # the kinds lie in a space of 3 dimensions
+            near = F.pad(F.normalize(kinds[:, :3], dim=1), (0, dim - 3))
+            return F.normalize(0.75 * near[class_kind[labels]] + 0.3 * class_centre[labels] + 0.6 * noise, dim=1)
         return F.normalize(0.66 * kinds[class_kind[labels]] + 0.5 * class_centre[labels] + 0.56 * noise, dim=1)
 
     labels = torch.randperm(classes, generator=generator, device=device)[: batch // 4].repeat_interleave(4)
@@ -271,17 +275,18 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
     if options.profile:
         with options.profile.open("a") as file:
             for name in best:
-                file.write(
-                    f"{name}, {regime}, B={batch}, M={memory}, D={dim}\n{profile(steps[name], options.device)}\n"
-                )
+                print(f"{name}, {regime}, B={batch}, M={memory}, D={dim}", file=file)
+                print(profile(steps[name], options.device), file=file)
     return rows
 
 
-def set_blocks(options: argparse.Namespace) -> None:
-    """Use the given sizes of blocks and tiles in place of those of the package."""
+def set_engine(options: argparse.Namespace) -> None:
+    """Use the given sizes of blocks and tiles, and instructions, in place of those the package chooses."""
     if options.block:
         name = "GPU_BLOCK_ELEMENTS" if options.device == "cuda" else "BLOCK_ELEMENTS"
         setattr(streaming, name, options.block)
+    if options.no_bfloat16:
+        compat.has_avx512_bf16 = lambda: False
     if options.tiles:
         from lightning_memdml.losses.backends.triton import kernel
 
@@ -292,14 +297,6 @@ def to_device(inputs: Inputs, device: str, dtype: str) -> Inputs:
     """Return the inputs where they are measured, the references in the type of a memory."""
     x, y, m, my = inputs
     return x.detach().to(device).requires_grad_(), y.to(device), m.to(device, getattr(torch, dtype)), my.to(device)
-
-
-def peak_on_gpu(run: Step) -> float:
-    """Return by how many megabytes a step raises what is allocated."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_megabytes(row: dict) -> float:
@@ -319,14 +316,9 @@ def print_peak(row: dict) -> None:
     small = make_inputs(row["regime"], row["batch"], 512, row["dim"])
     (OURS["contrastive"](*small)).backward()  # loads the libraries
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = read_status("VmRSS")
     steps[row["method"]]()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    print((read_status("VmHWM") - before) / 1024)
 
 
 def table(rows: list[dict]) -> str:
@@ -352,21 +344,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--memory", type=int, nargs="+", default=[65_536])
     parser.add_argument("--dim", type=int, nargs="+", default=[128])
-    parser.add_argument("--regime", nargs="*", choices=["trained", "untrained"], default=["trained", "untrained"])
+    regimes = ["trained", "untrained", "crowded"]
+    parser.add_argument("--regime", nargs="*", choices=regimes, default=regimes[:2])
     parser.add_argument("--checkpoint", help="of `memdml fit`: measure on the embeddings of its network too")
     parser.add_argument("--losses", nargs="+", help="only these of ours")
     parser.add_argument("--ours-only", action="store_true", help="leave out the peers, which take minutes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the references"
-    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of references")
     parser.add_argument("--clock", choices=CLOCKS[2:], default="wall", help="on a GPU; on a CPU it is CPU time")
     parser.add_argument("--make-on", choices=["cpu", "device"], default="cpu", help="where the inputs are drawn")
-    parser.add_argument(
-        "--max-shared", choices=["exact", "memory"], default="exact",
-        help="bound of the references of the batch's classes: their number, or what a memory gives for any batch",
-    )  # fmt: skip
+    bound = "of the references in the batch's classes: their number, or what a memory gives for any batch"
+    parser.add_argument("--max-shared", choices=["exact", "memory"], default="exact", help=bound)
     parser.add_argument("--compiled", action="store_true", help="also measure the masked losses with torch.compile")
     parser.add_argument("--most-pairs", type=int, default=2**24, help="of the peers, which take up to 53 bytes a pair")
     parser.add_argument("--block", type=int, help="similarities of a block")
@@ -374,6 +363,7 @@ def main() -> None:
         "--tiles", type=int, nargs=4, metavar=("ANCHORS", "REFERENCES", "WARPS", "STAGES"), help="of the Triton kernel"
     )
     parser.add_argument("--profile", type=Path, help="append what each method runs, operation by operation")
+    parser.add_argument("--no-bfloat16", action="store_true", help="on a CPU, as if it had no bfloat16 instructions")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; with several, the time that passes counts")
     parser.add_argument("--peak", action="store_true", help="also measure the peak extra memory (Linux)")
     parser.add_argument("--json", type=Path, help="append a line per row to this file")
@@ -382,7 +372,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
         options.clock = "cpu" if options.threads == 1 else "elapsed"
-    set_blocks(options)
+    set_engine(options)
     if options.peak_of:
         print_peak(json.loads(options.peak_of))
         return
@@ -390,8 +380,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, references in {options.dtype}\n")
     rows = []
     for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):
-        device = options.device if options.make_on == "device" else "cpu"
-        rows += benchmark(make_inputs(regime, batch, memory, dim, device), regime, options)
+        made = make_inputs(regime, batch, memory, dim, options.device if options.make_on == "device" else "cpu")
+        rows += benchmark(made, regime, options)
     for batch, memory in product(options.batch, options.memory) if options.checkpoint else ():
         rows += benchmark(trained_inputs(options.checkpoint, batch, memory), "network", options)
     print(table(rows))

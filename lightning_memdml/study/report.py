@@ -18,8 +18,10 @@ from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import detectable_difference
 from lightning_memdml.study.study_file import Study
 from lightning_memdml.study.tables import (
+    MASS_FACTOR,
     Table,
     claims_table,
+    masses_table,
     members_table,
     origin_table,
     planned_runs,
@@ -102,6 +104,9 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
     if judged:
         picture = ("claims", "The deciding interval of every claim") if "claims" in drawn else None
         yield Section("Claims", rule_in_words(results), picture, claims_table(judged, [*study.data]))
+        masses = masses_table(results)
+        if masses.rows:
+            yield Section("Sums of weights", _MASSES_TEXT.format(factor=MASS_FACTOR), None, masses)
         members = members_table(judged)
         if members.rows:
             text = "A mean over several arms can hide opposite results. Differences of single arms have no verdict."
@@ -138,6 +143,11 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
     yield Section("Origin", "", None, origin_table(results))
 
 
+_MASSES_TEXT = (
+    "The weights of an anchor, summed over its pairs in the last batches, differ by a factor of more than {factor} "
+    "between the arms of these claims. Such arms differ in scale, not only in the shape of their weights: compare them "
+    'with `normalize="sum"`, or search `memory_weight`.'
+)
 _SCORES_TEXT = (
     "Scores of the last step on test classes, which neither the training nor the search uses. In brackets are {level} "
     "intervals: of the mean over seeds (Student's t), and of the score over test classes (bootstrap). "

@@ -251,6 +251,17 @@ class Results:
             groups.append(group)
         return class_interval(groups, level)
 
+    def weight_mass(self, arm: str, data: str) -> dict[str, float]:
+        """Return the sum of weights per anchor of each side, of the memory term or else of the batch, over seeds."""
+        found: dict[str, list[float]] = {}
+        for record in self.of(arm, data):
+            weights = record.get("weights") or {}
+            reading = weights.get("memory", weights.get("batch", {}))
+            for side in ("positive", "negative"):
+                if reading.get(side, {}).get("mass") is not None and reading["anchors"]:
+                    found.setdefault(side, []).append(sum(reading[side]["mass"]) / reading["anchors"])
+        return {side: float(np.mean(masses)) for side, masses in found.items()}
+
     def tries(self, arm: str, data: str) -> list[tuple[Values, list[float]]]:
         """Return every choice of an arm's search with its validation scores in points, one per seed."""
         search = self.study.search

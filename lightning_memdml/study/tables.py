@@ -15,6 +15,7 @@ from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import Judgement
 from lightning_memdml.study.study_file import Claim, Study
 
+MASS_FACTOR = 3  # between sums of weights, from which on arms differ in scale
 SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
 
 
@@ -84,6 +85,20 @@ def members_table(judged: Sequence[JudgedClaim]) -> Table:
         for arm, (alone, without) in one.members.items()
     ]
     return Table(["claim", "arm", "difference of this arm alone", "difference of the average without it"], rows)
+
+
+def masses_table(results: Results) -> Table:
+    """Return the claims whose arms differ in the sum of weights per anchor by a factor of more than `MASS_FACTOR`."""
+    rows = []
+    for claim in results.study.claims:
+        for data in claim.data:
+            masses = {arm: results.weight_mass(arm, data) for arm in (*claim.compare, *claim.with_)}
+            for side in ("positive", "negative"):
+                known = {arm: mass[side] for arm, mass in masses.items() if mass.get(side, 0.0) > 0}
+                if known and max(known.values()) > MASS_FACTOR * min(known.values()):
+                    listed = ", ".join(f"{arm} {mass:.3g}" for arm, mass in known.items())
+                    rows.append([claim.says, data, f"{side}s", listed])
+    return Table(["claim", "data", "weights of", "sum per anchor"], rows)
 
 
 def _group(arms: Sequence[str]) -> str:

@@ -3,47 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import yaml
+from support.studies import CLAIM, frozen, results
 
 from lightning_memdml.study.pictures import break_name
 from lightning_memdml.study.report import _html_cell, power_in_words, rule_in_words
-from lightning_memdml.study.results import Results
-from lightning_memdml.study.study_file import read_study
 from lightning_memdml.study.tables import claims_table, members_table, scores_table
-
-SEEDS = 5
-CLAIM = {"compare": "a", "with": "b", "expects": "more", "by": 1}
-
-
-def results(
-    folder: Path, means: dict[str, dict[str, float]], references: tuple[dict[str, Any], ...] = (), **changes: Any
-) -> Results:
-    """A study with these mean scores (data set -> arm -> points), and a spread of about half a point over seeds."""
-    (folder / "base.yaml").write_text("data: GlyphDataModule\n")
-    arms = {arm: {} for arm in next(iter(means.values()))}
-    content = {
-        "base": "base.yaml", "arms": arms, "data": {name: {} for name in means}, "seeds": [*range(SEEDS)],
-        "claims": {"claim": CLAIM}, **changes,
-    }  # fmt: skip
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
-    draws = np.random.default_rng(0)
-    records = [
-        {
-            "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {}, "ms_per_step": 1.0,
-            "diverged": False,
-            "scores": {
-                "map_at_r": (mean + draws.normal(0, 0.5)) / 100, "recall_at_1": (mean + 20) / 100, "r_precision": 0.0
-            },
-        }
-        for data, scores in means.items()
-        for arm, mean in scores.items()
-        for seed in range(SEEDS)
-    ]  # fmt: skip
-    return Results(read_study(folder / "study.yaml"), records, referenced=references)
 
 
 def test_every_data_set_has_its_own_verdict(tmp_path: Path) -> None:
@@ -79,12 +45,6 @@ def test_a_data_set_that_misses_the_control_decides_nothing(tmp_path: Path) -> N
     (judged,) = only_birds.claims()
     assert judged.verdict == "not able to tell"
     assert claims_table([judged]).rows[0][3] == "the control was not detected"
-
-
-def frozen(data: str, map_at_r: float, recall_at_1: float) -> dict[str, Any]:
-    """The finished run that scored the features before the training."""
-    scores = {"map_at_r": map_at_r / 100, "recall_at_1": recall_at_1 / 100}
-    return {"data": data, "references": {"untrained network": {"map_at_r": 0.01}, "frozen features": scores}}
 
 
 def test_a_data_set_on_which_no_arm_beats_the_frozen_features_decides_nothing(tmp_path: Path) -> None:

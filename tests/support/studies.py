@@ -1,4 +1,4 @@
-"""A study of two arms on drawn characters."""
+"""A study of two arms on drawn characters, and results of made-up scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+
+from lightning_memdml.study.results import Results
+from lightning_memdml.study.study_file import read_study
 
 BASE = {
     "trainer": {
@@ -52,3 +56,41 @@ def write_study(folder: Path, said: dict[str, Any], base: dict[str, Any]) -> Pat
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.name: json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+# ---------------------------------------------------------------- made-up scores
+SEEDS = 5
+CLAIM = {"compare": "a", "with": "b", "expects": "more", "by": 1}
+
+
+def results(
+    folder: Path, means: dict[str, dict[str, float]], references: tuple[dict[str, Any], ...] = (), **changes: Any
+) -> Results:
+    """A study with these mean scores (data set -> arm -> points), and a spread of about half a point over seeds."""
+    (folder / "base.yaml").write_text("data: GlyphDataModule\n")
+    arms = {arm: {} for arm in next(iter(means.values()))}
+    content = {
+        "base": "base.yaml", "arms": arms, "data": {name: {} for name in means}, "seeds": [*range(SEEDS)],
+        "claims": {"claim": CLAIM}, **changes,
+    }  # fmt: skip
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    draws = np.random.default_rng(0)
+    records = [
+        {
+            "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {}, "ms_per_step": 1.0,
+            "diverged": False,
+            "scores": {
+                "map_at_r": (mean + draws.normal(0, 0.5)) / 100, "recall_at_1": (mean + 20) / 100, "r_precision": 0.0
+            },
+        }
+        for data, scores in means.items()
+        for arm, mean in scores.items()
+        for seed in range(SEEDS)
+    ]  # fmt: skip
+    return Results(read_study(folder / "study.yaml"), records, referenced=references)
+
+
+def frozen(data: str, map_at_r: float, recall_at_1: float) -> dict[str, Any]:
+    """The finished run that scored the features before the training."""
+    scores = {"map_at_r": map_at_r / 100, "recall_at_1": recall_at_1 / 100}
+    return {"data": data, "references": {"untrained network": {"map_at_r": 0.01}, "frozen features": scores}}

@@ -366,6 +366,7 @@ def test_two_ranks_from_one_command(tmp_path: Path, glyph_cache: str) -> None:
         "config.yaml",
         "hparams.yaml",
         "metrics.csv",
+        "report.html",
     ]
     assert [row["step"] for row in logged(folder) if row["val/map_at_r"]] == ["2"]
     saved: dict[str, Any] = torch.load(tmp_path / LAST, weights_only=True)

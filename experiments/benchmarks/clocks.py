@@ -1,4 +1,4 @@
-"""Ways to measure a step: CPU time, on a CUDA GPU also the device's own time or that of a replayed graph, and memory."""
+"""Ways to measure a step: CPU time, on a CUDA GPU also its own time or that of a replayed graph, and memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def profile(run: Callable[[], object], device: str) -> str:
     return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
 
 
-def peak_on_gpu(run: Step) -> float:
+def peak_on_gpu(run: Callable[[], object]) -> float:
     """Return by how many megabytes a step raises what is allocated."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_memdml.argument_paths import with_local_paths
+from lightning_memdml.atomic_write import DISK_FULL
 from lightning_memdml.commands import COMMANDS, TRAINER, run
 from lightning_memdml.latest_run import follow_latest
 from lightning_memdml.library_errors import sentence_for
@@ -94,7 +95,10 @@ def _message_of_this_package(error: BaseException | None) -> str | None:
 
 
 def _message_about_a_file(error: BaseException) -> str | None:
-    """Return a sentence for an error of the operating system about a path, such as a folder that is read-only."""
+    """Return a sentence for an error of the operating system about a path or a full disk."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        place = "" if error.filename is None else f" for {error.filename!r}"
+        return f"Expected space on the disk{place} but got: {error.strerror}. Free some space."
     if not isinstance(error, OSError) or error.errno not in ABOUT_PATHS or error.filename is None:
         return None
     return f"Expected to read or write {error.filename!r} but got: {error.strerror}. Check the path, or pass another."

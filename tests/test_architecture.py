@@ -96,7 +96,7 @@ MAY_IMPORT |= {
     "demo": {"atomic_write", "lightning_cli", "retrieval"},
     "argument_paths": {"data"},
     "cli": {
-        *("argument_paths", "commands", "cli_messages", "latest_run", "library_errors", "verbosity"),
+        *("argument_paths", "atomic_write", "commands", "cli_messages", "latest_run", "library_errors", "verbosity"),
         "warnings_filter",
     },
     "__main__": {"cli"},

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.command_line import Command
 
+from lightning_memdml import cli
 from lightning_memdml.argument_paths import with_local_paths
+from lightning_memdml.atomic_write import named_if_full
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,17 @@ def test_a_configuration_that_is_no_text_is_named(memdml: Command) -> None:
     Path("bin.yaml").write_bytes(b"\xff\xfe\0")
     with pytest.raises(SystemExit, match=r"^error: Expected YAML in bin.yaml but it is no text in UTF-8"):
         memdml("fit --config bin.yaml")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(
+    number: int, memdml: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cli, "run", full)
+    with pytest.raises(SystemExit, match=r"^error: Expected space on the disk but got: .*\. Free some space\.$"):
+        memdml("fit")
+    with pytest.raises(OSError, match="Expected space on the disk for x but there is no"), named_if_full(Path("x")):
+        full()

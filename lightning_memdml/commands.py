@@ -138,7 +138,8 @@ def run(name: str, arguments: list[str]) -> None:
     if name in ("--version", "version"):
         print(f"memdml {lightning_memdml.__version__}")
         sys.exit(0)
-    if name in COMMANDS and {"-h", "--help"} & set(arguments):
+    is_own = name in COMMANDS and COMMANDS[name].function.startswith(f"{__package__}.")  # whose source can be read
+    if is_own and {"-h", "--help"} & set(arguments):
         command = COMMANDS[name]
         print(help_page(name, command.help, command.function, command.options))
         sys.exit(0)

@@ -63,6 +63,8 @@ def test_a_command_from_elsewhere_is_one_entry_and_one_function(
     monkeypatch.setattr(sys, "argv", ["memdml"])
     main(["greet", "you"])
     assert capsys.readouterr().out == "hello you\n"
+    main(["greet", "--help"])  # which is for the function
+    assert capsys.readouterr().out == "hello --help\n"
     assert "  greet " in help_text()
     assert "Did you mean 'greet'?" in unknown_command("gret")
 

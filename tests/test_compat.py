@@ -44,12 +44,18 @@ def test_all_gather_single_gathers_without_a_deprecated_call():
 @pytest.mark.parametrize("new", [True, False])
 def test_all_gather_single_calls_the_new_name_where_torch_has_it(monkeypatch, new):
     called = []
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *tensors: called.append(("old", *tensors)))
-    monkeypatch.setattr(dist, "all_gather_single", lambda *tensors: called.append(("new", *tensors)), raising=False)
+
+    def named(name):
+        return lambda *tensors, async_op: called.append((name, *tensors, async_op))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", named("old"))
+    monkeypatch.setattr(dist, "all_gather_single", named("new"), raising=False)
     if not new:
         monkeypatch.delattr(dist, "all_gather_single")
     compat.all_gather_single("output", "input")
-    assert called == [("new" if new else "old", "output", "input")]
+    compat.all_gather_single("output", "input", async_op=True)
+    name = "new" if new else "old"
+    assert called == [(name, "output", "input", False), (name, "output", "input", True)]
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -86,8 +86,8 @@ trainer = Trainer(max_steps=30, accelerator="cpu", callbacks=[MemoryCallback(siz
 trainer.fit(learner, data)
 trainer.test(learner, data)
 embeddings = learner.embed([data.query_set.picture(row) for row in range(len(data.query_set))])
-examples = retrieval_examples(embeddings, data.query_set.labels, k=8)
-save_gallery("gallery.png", examples[:8], data.query_set.picture)
+examples = retrieval_examples(embeddings, data.query_set.labels)
+save_gallery("gallery.png", examples, data.query_set.picture)
 """
 
 

@@ -1,0 +1,47 @@
+"""The script of the journeys: its pictures, its programs, and the times it notes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "experiments/journeys.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("journeys", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["journeys"] = module  # where `dataclass` looks for annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_five_journeys_from_432_pictures_of_24_classes(script: Any, tmp_path: Path) -> None:
+    assert script.write_pictures(tmp_path, None) == "23"
+    assert len(list((tmp_path / "pictures").iterdir())) == 24
+    assert len(list(tmp_path.rglob("*.jpg"))) == 432
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 433
+    found = {journey.name: journey for journey in script.journeys(None)}
+    assert list(found) == ["folder", "table", "LightningModule", "pytorch-metric-learning", "timm"]
+    for journey in found.values():
+        for name, program in journey.programs.items():
+            compile(program, name, "exec")
+    assert found["folder"].lines == 0
+    assert found["pytorch-metric-learning"].lines == 16
+
+
+def test_the_first_number_and_picture_are_noted(script: Any, tmp_path: Path) -> None:
+    program = "print('Recall@1 25.0 %', flush=True)\nopen('map.png', 'w').close()\n"
+    journey = script.Journey("any", ["python a.py", "python missing.py"], {"a.py": program})
+    script.walk(journey, tmp_path, "23", dict(os.environ))
+    assert set(journey.first) == {"number", "picture"}
+    assert 0 < journey.first["number"] < 60
+    assert "missing.py" in journey.failed

@@ -53,7 +53,7 @@ def test_every_loss_weight_function_and_data_module_keeps_its_arguments(kind: ty
     [
         (nn.Module, SmallConvNet(in_channels=3, width=4, pool=2)),
         (nn.Module, nn.Identity()),
-        (PairLoss, lightning_memdml.MultiSimilarityLoss(alpha=3, epsilon=None)),
+        (PairLoss, lightning_memdml.MultiSimilarityLoss(alpha=3.0, epsilon=None)),
         (PairLoss, lightning_memdml.DirectWeightLoss(negative=lightning_memdml.Threshold(0.6))),
         (Schedule, LinearRamp(2, 6, start=0.5)),
         (nn.Module, TrainingTransform(97, min_scale=0.4, crop_pct=1.0)),

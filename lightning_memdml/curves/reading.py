@@ -288,8 +288,12 @@ def _sample(bins: Tensor, generator: torch.Generator) -> Tensor:
     return left[order[torch.arange(len(left)) - first_of_bin < SAMPLE_PER_BIN]]
 
 
+#: Numbers of a loss that change nothing by default.
+NEUTRAL = {"dropped_positives", "positive_scale", "negative_scale"}
+
+
 def format_loss(part: Any) -> str:
-    """Return a loss or a weight function as text, without flags and None that have their default value.
+    """Return a loss or a weight function as text, without flags, words, None and neutral numbers that have their default value.
 
     Example:
         >>> from lightning_memdml import DirectWeightLoss, Power
@@ -300,7 +304,7 @@ def format_loss(part: Any) -> str:
         arguments = [
             f"{name}={format_loss(getattr(part, name))}"
             for name, parameter in inspect.signature(type(part)).parameters.items()
-            if hasattr(part, name) and not _is_default_flag(getattr(part, name), parameter.default)
+            if hasattr(part, name) and not _is_left_out(name, getattr(part, name), parameter.default)
         ]
         return f"{type(part).__name__}({', '.join(arguments)})"
     if isinstance(part, float):
@@ -310,5 +314,6 @@ def format_loss(part: Any) -> str:
     return getattr(part, "__name__", repr(part))
 
 
-def _is_default_flag(value: Any, default: Any) -> bool:
-    return value is default and (value is None or isinstance(value, bool))
+def _is_left_out(name: str, value: Any, default: Any) -> bool:
+    is_flag = value is None or isinstance(value, bool | str)
+    return (value is default and is_flag) or (name in NEUTRAL and value == default)

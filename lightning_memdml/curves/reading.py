@@ -293,7 +293,7 @@ NEUTRAL = {"dropped_positives", "positive_scale", "negative_scale"}
 
 
 def format_loss(part: Any) -> str:
-    """Return a loss or a weight function as text, without flags, words, None and neutral numbers that have their default value.
+    """Return a loss or a weight function as text, without options that change nothing by default.
 
     Example:
         >>> from lightning_memdml import DirectWeightLoss, Power

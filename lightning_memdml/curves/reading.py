@@ -316,4 +316,5 @@ def format_loss(part: Any) -> str:
 
 def _is_left_out(name: str, value: Any, default: Any) -> bool:
     is_flag = value is None or isinstance(value, bool | str)
-    return (value is default and is_flag) or (name in NEUTRAL and value == default)
+    # Equal and not only the same: the words of a checkpoint are copies.
+    return (is_flag or name in NEUTRAL) and type(value) is type(default) and value == default

@@ -316,7 +316,7 @@ class MetricLearner(LightningModule):
         optimizer = build_optimizer(self.optimizer, self, self.model.backbone, losses, *rates)
         if self.lr_scheduler is None:
             return optimizer
-        options = scheduler_options(self.lr_scheduler(optimizer), self.lr_scheduler_interval, self.trainer)
+        options = scheduler_options(self.lr_scheduler(optimizer), self.lr_scheduler_interval, self)
         return {"optimizer": optimizer, "lr_scheduler": options}
 
     # ------------------------------------------------------------------ evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from inspect import Parameter, signature
@@ -129,14 +130,14 @@ def remember_data(learner: Any) -> None:
     Args:
         learner: A `MetricLearner` whose training begins.
     """
-    from lightning_memdml.data import RetrievalDataModule
-
     learner.data_config = None
     if INSTANTIATOR in learner.hparams:
         return  # the command line puts its whole configuration into the checkpoint
     reasons = _describe_learner(learner)[1]
     data = getattr(learner.trainer, "datamodule", None)
-    if isinstance(data, RetrievalDataModule):
+    # Imported before, or `data` is none of the package: importing it here would need Pillow in every training.
+    module = sys.modules.get("lightning_memdml.data.module")
+    if module is not None and isinstance(data, module.RetrievalDataModule):
         try:
             learner.data_config = DataConfig(describe(data), "this training", trust=True)
         except NotDescribableError as error:

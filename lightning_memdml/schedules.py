@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -136,19 +136,20 @@ class WarmupCosine(LRScheduler):
         return self.min_factor + (1 - self.min_factor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def scheduler_options(scheduler: Any, interval: str, trainer: Trainer) -> dict[str, Any]:
+def scheduler_options(scheduler: Any, interval: str, module: LightningModule) -> dict[str, Any]:
     """Return a scheduler as `configure_optimizers` of Lightning returns it.
 
     Args:
         scheduler: The scheduler. One that reads a metric, its `monitor`, waits for the validation that gives it.
         interval: `step` or `epoch`.
-        trainer: The Trainer, which knows the length of the training.
+        module: The module that is trained, whose Trainer has the length of the training.
 
     Raises:
         ValueError: If a `WarmupCosine` without `total_steps` is to last for a training without an end.
     """
     monitor = getattr(scheduler, "monitor", None)
     if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+        trainer = module.trainer
         steps = trainer.max_epochs if interval == "epoch" else trainer.estimated_stepping_batches
         if steps is None or not 0 < steps < math.inf:
             raise ValueError(

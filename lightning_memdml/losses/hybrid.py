@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.losses.definition import LossDefinition
-from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
+from lightning_memdml.losses.pair_loss import (
+    AnchorTerms,
+    Backend,
+    Context,
+    LossDefinition,
+    NegativeTerms,
+    NegativeTotals,
+    PairLoss,
+)
 from lightning_memdml.losses.weight_mass import (
     Normalize,
     check_normalize,

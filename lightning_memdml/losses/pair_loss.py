@@ -30,7 +30,7 @@ from lightning_memdml.losses.sharded import Ranks, evaluate_sharded
 from lightning_memdml.losses.streaming import evaluate
 from lightning_memdml.readable_repr import options_repr
 
-__all__ = ["AnchorTerms", "Backend", "Context", "NegativeTerms", "NegativeTotals", "PairLoss"]
+__all__ = ["AnchorTerms", "Backend", "Context", "LossDefinition", "NegativeTerms", "NegativeTotals", "PairLoss"]
 
 
 class PairLoss(nn.Module, LossDefinition, ABC):

@@ -13,7 +13,7 @@ FOLDER = Path(lightning_memdml.losses.__file__).parent
 PREFIX = "lightning_memdml.losses."
 # From the bottom to the top. What stands in one line does not import each other.
 LAYERS = [
-    {"row_ops", "polynomials", "weights"},
+    {"row_ops", "polynomials", "weights", "weight_mass"},
     {"definition"},
     {"accumulators"},
     {"backends.bfloat16_prefilter", "backends.triton.codegen"},

@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "FOLDER --data.root pictures --data.batch_size 7": (
         "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got batch_size=7 and "
-        "images_per_class=2; batch_size=6 or 8 would do."
+        "images_per_class=2. Pass batch_size=6 or 8."
     ),
     "freeze pictures out.txt": "Expected a file that ends in .npz as output but got out.txt.",
     # checkpoints and files

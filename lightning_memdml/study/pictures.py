@@ -34,8 +34,9 @@ def break_name(name: str, width: int, lines: int = 3) -> str:
     r"""Break a name after its separators into lines of about `width` characters; a longer one ends in an ellipsis.
 
     Example:
-        >>> break_name("contrastive_loss_with_momentum", 18)
-        'contrastive_loss_\\nwith_momentum'
+        >>> print(break_name("contrastive_loss_with_momentum", 18))
+        contrastive_loss_
+        with_momentum
     """
     broken = [""]
     for part in re.findall(r"[^\s_.+=-]+[\s_.+=-]*|[\s_.+=-]+", name):

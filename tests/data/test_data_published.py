@@ -162,7 +162,7 @@ def test_everything_works_from_the_command_line_alone(tmp_path, monkeypatch, cap
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     assert len(list((tmp_path / "cache").glob("*.pixels"))) == 1
     main(["test", "--ckpt_path", str(checkpoint)])
-    assert "test/recall_at_1" in capsys.readouterr().out
+    assert "Recall@1 " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: CUB200 looked for .*images\.txt.*CUB_200_2011\.tgz"):
         main([*arguments.replace("StanfordOnlineProducts", "CUB200").split()])
 

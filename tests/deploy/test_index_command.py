@@ -121,8 +121,9 @@ def test_a_killed_run_goes_on_where_it_stopped(
     monkeypatch.setattr(embedding, "BATCHES_PER_SAVE", 1)
     monkeypatch.setattr(ImageDataset, "open", dying)
     data = f"{DATA} --data.eval_batch_size=4"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         memdml(f"index --ckpt_path {LAST} {data} --output {tmp_path}/index")
+    assert ended.value.code == 130
     assert not (tmp_path / "index").exists()
     done = json.loads((tmp_path / ".index.partial/progress.json").read_text())["done"]
     assert done == 16  # four batches; the fifth was not finished
@@ -149,13 +150,13 @@ def test_what_was_embedded_for_something_else_is_not_taken_up(memdml: Command, t
         for name, value in change.items():
             setattr(other, name, value)
         assert first != embedding.fingerprint(other, "digest")
-    expected = np.array(embedding.embed(learner, images, tmp_path, "digest"))
+    expected = np.array(embedding.embed_to_file(learner, images, tmp_path, "digest"))
     (tmp_path / "progress.json").write_text('{"fingerprint": "of another", "done": 2}')
     (rows := np.lib.format.open_memmap(tmp_path / "embeddings.npy", "r+"))[:] = 9
     rows.flush()
-    np.testing.assert_array_equal(embedding.embed(learner, images, tmp_path, "digest"), expected)
+    np.testing.assert_array_equal(embedding.embed_to_file(learner, images, tmp_path, "digest"), expected)
     (tmp_path / "embeddings.npy").write_bytes(b"damaged")
-    np.testing.assert_array_equal(embedding.embed(learner, images, tmp_path, "digest"), expected)
+    np.testing.assert_array_equal(embedding.embed_to_file(learner, images, tmp_path, "digest"), expected)
 
 
 # Search

@@ -128,7 +128,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_old_index(
         pytest.raises(OSError, match="no space left") as raised,
         staged_folder(small_disk / "index", resume=True) as to,
     ):
-        embedding.embed(Wide(), images, to, "digest")
+        embedding.embed_to_file(Wide(), images, to, "digest")
     assert f"for {small_disk}/index but" in str(raised.value)
     assert len(load_index(small_disk / "index")) == 4
 

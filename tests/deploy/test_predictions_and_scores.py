@@ -133,7 +133,8 @@ def test_queries_and_gallery_are_written_with_their_own_paths(memdml: Callable[[
     net = (
         "--model.backbone=SmallConvNet --model.backbone.in_channels=3 --model.backbone.width=4 --model.embedding_dim=8"
     )
-    data = "--data=TableDataModule --data.path=table.csv --data.image_size=20 --data.num_workers=0 --data.batch_size=8"
+    data = "--data=TableDataModule --data.path=table.csv --data.image_size=20 --data.num_workers=0 "
+    data += "--data.batch_size=9 --data.images_per_class=3"
     run = "--trainer.accelerator=cpu --trainer.max_steps=1 --data.val_fraction=0 --trainer.enable_progress_bar=false"
     memdml(f"fit {net} {data} {run} --model.loss=ContrastiveLoss")
     memdml("predict --ckpt_path runs/memdml/version_0/checkpoints/last.ckpt --trainer.enable_progress_bar=false")

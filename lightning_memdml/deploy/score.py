@@ -14,7 +14,7 @@ from lightning_memdml.csv_table import write_csv
 from lightning_memdml.data.labels import label_of
 from lightning_memdml.deploy.predictions import UNKNOWN, read_embeddings
 from lightning_memdml.deploy.trained import call
-from lightning_memdml.retrieval import QueryRanks, normalized_mutual_information, rank_queries, save_map
+from lightning_memdml.retrieval import normalized_mutual_information, rank_queries, rank_reranked, save_map
 
 DESCRIPTION = """\
 Score embeddings in files exactly, as `memdml test` does. For embeddings from any source, without checkpoint or images.
@@ -41,6 +41,10 @@ def score_files(
     mean_average_precision: bool = False,
     intervals: bool = False,
     nmi: bool = False,
+    rerank: bool = False,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
     per_class: str | None = None,
     map: str | None = None,
     map_method: Literal["pca", "umap"] = "pca",
@@ -56,13 +60,18 @@ def score_files(
         mean_average_precision: Also compute the rank of every match, however deep.
         intervals: Add 95 % confidence intervals, from 1,000 bootstrap samples of classes.
         nmi: Add the normalised mutual information of k-means clusters of the queries and their classes.
+        rerank: Add scores after re-ranking by k-reciprocal neighbours, of 10,000 images at most.
+        k1: Neighbours among which re-ranking searches reciprocal ones.
+        k2: Neighbours over which re-ranking averages.
+        lambda_value: Weight of the original distance in re-ranking, in [0, 1].
         per_class: Write the scores of each class to this .csv.
         map: Draw a map of the queries to this .png.
         map_method: Method of the map; `umap` needs the extra of this name.
         seed: Seed of intervals, clusters and map.
 
     Returns:
-        Scores by gallery; without a gallery, under the name of the file itself.
+        Scores by gallery; without a gallery, under the name of the file itself. Those after re-ranking have the prefix
+        `reranked_`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -73,14 +82,25 @@ def score_files(
     found: dict[str, dict[str, float]] = {}
     tables = []
     for name in searched:
-        ranks = _rank(queries, read_embeddings(name) if gallery else None, max(k), groups, mean_average_precision)
-        found[name] = ranks.scores(k)
+        sets = _sets(queries, read_embeddings(name) if gallery else None, groups)
+        counting: dict[str, Any] = {"depth": max(k), "mean_average_precision": mean_average_precision}
+        ranks = rank_queries(**sets, **counting)
+        scores = ranks.scores(k)
         tables.append(ranks.per_class(k))
         if nmi and not found.keys() - {name}:
-            found[name]["nmi"] = normalized_mutual_information(queries[0], _labels(queries), seed=seed)
-        print(f"{embeddings} in {name}" if gallery else embeddings)
+            scores["nmi"] = normalized_mutual_information(queries[0], _labels(queries), seed=seed)
         limits = ranks.confidence_intervals(k, seed=seed) if intervals else {}
-        print("\n".join(_line(score, value, limits.get(score)) for score, value in found[name].items()))
+        lines = {score: _line(score, value, limits.get(score)) for score, value in scores.items()}
+        if rerank:
+            ranks = rank_reranked(**sets, **counting, k1=k1, k2=k2, lambda_value=lambda_value)
+            limits = ranks.confidence_intervals(k, seed=seed) if intervals else {}
+            for score, value in ranks.scores(k).items():
+                if score not in ("queries", "excluded"):
+                    scores[f"reranked_{score}"] = value
+                    lines[score] += f"   re-ranked {_value(value, limits.get(score))}"
+        found[name] = scores
+        print(f"{embeddings} in {name}" if gallery else embeddings)
+        print("\n".join(lines.values()))
     if per_class is not None:
         _write_classes(Path(per_class), searched, tables, _names(queries))
         print(f"    {per_class}")
@@ -93,8 +113,8 @@ def score_files(
 Embedded = tuple[Tensor, dict[str, list[Any]]]
 
 
-def _rank(queries: Embedded, gallery: Embedded | None, depth: int, groups: str | None, full: bool) -> QueryRanks:
-    """Count ranks. Rows of equal index are one image: it counts once as a query, and does not find itself."""
+def _sets(queries: Embedded, gallery: Embedded | None, groups: str | None) -> dict[str, Any]:
+    """Return the arguments of `rank_queries`. Rows of equal index are one image, which does not find itself."""
     files = [queries] if gallery is None else [queries, gallery]
     columns: dict[str, Sequence[Tensor | None]] = {
         "embeddings": [rows for rows, _ in files],
@@ -104,10 +124,10 @@ def _rank(queries: Embedded, gallery: Embedded | None, depth: int, groups: str |
     }
     if all("index" in facts for _, facts in files):
         columns["indices"] = _index_numbers([facts["index"] for _, facts in files])
-    arguments: Any = {name: column[0] for name, column in columns.items()}
+    arguments: dict[str, Any] = {name: column[0] for name, column in columns.items()}
     if gallery is not None:
         arguments |= {f"gallery_{name}": column[1] for name, column in columns.items()}
-    return rank_queries(**arguments, depth=depth, mean_average_precision=full)
+    return arguments
 
 
 def _labels(embedded: Embedded) -> Tensor:
@@ -163,8 +183,11 @@ def _names(embedded: Embedded) -> dict[int, str]:
 def _line(name: str, value: float, limits: tuple[float, float] | None) -> str:
     if name in ("queries", "excluded"):
         return f"  {name:24} {value:>8,}"
-    interval = "" if limits is None else f"   [{limits[0]:.4f}, {limits[1]:.4f}]"
-    return f"  {name:24} {value:8.4f}{interval}"
+    return f"  {name:24} {_value(value, limits)}"
+
+
+def _value(value: float, limits: tuple[float, float] | None) -> str:
+    return f"{value:8.4f}" + ("" if limits is None else f"   [{limits[0]:.4f}, {limits[1]:.4f}]")
 
 
 def _write_classes(path: Path, galleries: list[str], tables: list[dict[str, Tensor]], names: dict[int, str]) -> None:

@@ -23,5 +23,7 @@ from lightning_memdml.retrieval.page import gallery_html as gallery_html
 from lightning_memdml.retrieval.ranking import QueryRanks as QueryRanks
 from lightning_memdml.retrieval.ranking import rank_queries as rank_queries
 from lightning_memdml.retrieval.ranking import retrieval_scores as retrieval_scores
+from lightning_memdml.retrieval.reranking import rank_reranked as rank_reranked
+from lightning_memdml.retrieval.reranking import rerank as rerank
 
 __all__: list[str]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.counting import count_ranks
-from lightning_memdml.retrieval.retrieval_sets import RetrievalSet, check_pair, check_recall_levels, check_set
+from lightning_memdml.retrieval.retrieval_sets import RetrievalSet, check_recall_levels, check_sets
 
 
 @dataclass(frozen=True)
@@ -228,17 +228,10 @@ def rank_queries(
         [1.0, 0.0]
     """
     (depth,) = check_recall_levels((depth,), name="depth")
-    queries = check_set("", embeddings, labels, indices, groups)
-    if gallery_embeddings is None or gallery_labels is None:
-        if any(given is not None for given in (gallery_embeddings, gallery_labels, gallery_indices, gallery_groups)):
-            raise ValueError(
-                "Expected both `gallery_embeddings` and `gallery_labels`, or no `gallery_` argument, but one is "
-                "missing. Leave out all of them to compare the embeddings with each other."
-            )
-        gallery = None
-    else:
-        gallery = check_set("gallery_", gallery_embeddings, gallery_labels, gallery_indices, gallery_groups)
-        check_pair(queries, gallery)
+    queries, gallery = check_sets(
+        *(embeddings, labels, indices, groups),
+        *(gallery_embeddings, gallery_labels, gallery_indices, gallery_groups),
+    )
     return _rank(queries, gallery, depth, mean_average_precision, tile_size)
 
 

@@ -51,6 +51,35 @@ def check_recall_levels(k: Sequence[int], name: str = "k") -> tuple[int, ...]:
     return levels
 
 
+def check_sets(
+    embeddings: Tensor,
+    labels: Tensor,
+    indices: Tensor | None,
+    groups: Tensor | None,
+    gallery_embeddings: Tensor | None,
+    gallery_labels: Tensor | None,
+    gallery_indices: Tensor | None,
+    gallery_groups: Tensor | None,
+) -> tuple[RetrievalSet, RetrievalSet | None]:
+    """Check the queries and, if there is one, the gallery; see `check_set` and `check_pair`.
+
+    Raises:
+        TypeError: As `check_set`.
+        ValueError: As `check_set` and `check_pair`, or if only a part of the gallery is given.
+    """
+    queries = check_set("", embeddings, labels, indices, groups)
+    if gallery_embeddings is None or gallery_labels is None:
+        if any(given is not None for given in (gallery_embeddings, gallery_labels, gallery_indices, gallery_groups)):
+            raise ValueError(
+                "Expected both `gallery_embeddings` and `gallery_labels`, or no `gallery_` argument, but one is "
+                "missing. Leave out all of them to compare the embeddings with each other."
+            )
+        return queries, None
+    gallery = check_set("gallery_", gallery_embeddings, gallery_labels, gallery_indices, gallery_groups)
+    check_pair(queries, gallery)
+    return queries, gallery
+
+
 def check_set(
     prefix: str, embeddings: Tensor, labels: Tensor, indices: Tensor | None, groups: Tensor | None
 ) -> RetrievalSet:

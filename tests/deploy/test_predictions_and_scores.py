@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_memdml.cli import main
 from lightning_memdml.deploy.predictions import columns_of, read_embeddings, write_embeddings
 from lightning_memdml.deploy.score import score_files
-from lightning_memdml.retrieval import normalized_mutual_information, rank_queries, retrieval_scores
+from lightning_memdml.retrieval import normalized_mutual_information, rank_queries, rank_reranked, retrieval_scores
 
 K = [1, 2, 5]
 
@@ -184,6 +184,35 @@ def test_scores_of_a_file_are_those_of_its_rows(
     assert [row["class"] for row in rows] == [f"kind {label}" for label in table["label"].tolist()]
     assert [float(row["map_at_r"]) for row in rows] == table["map_at_r"].tolist()
     assert Image.open("map.png").width > 500
+
+
+def test_scores_after_re_ranking_stand_beside_the_plain_ones(
+    memdml: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    embeddings, labels = sample(60, seed=4)
+    repeated = [*range(60), 3, 5]  # as ranks pad
+    columns = {"label": labels[repeated].tolist(), "index": repeated}
+    write_embeddings(Path("e"), embeddings[repeated], columns, "parquet")
+    memdml("score --embeddings e.parquet --k [1,2,5] --intervals true --rerank true --k1 9 --k2 3 --lambda_value 0.4")
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    plain, reranked = rank_queries(embeddings, labels), rank_reranked(embeddings, labels, k1=9, k2=3, lambda_value=0.4)
+    limits = reranked.confidence_intervals(K)
+    assert plain.scores(K)["map_at_r"] != reranked.scores(K)["map_at_r"]
+    for name, (low, high) in limits.items():
+        before, _, after = printed[name].partition(" re-ranked ")
+        assert before.split()[1] == f"{plain.scores(K)[name]:.4f}"
+        assert after.split() == [f"{reranked.scores(K)[name]:.4f}", f"[{low:.4f},", f"{high:.4f}]"]
+    assert printed["queries"].split() == ["queries", "60"]
+
+    write_embeddings(Path("gallery"), *_rows_and_labels(40, seed=5), "parquet")
+    (scores,) = score_files("e.parquet", "gallery.parquet", k=[1], rerank=True, lambda_value=1).values()
+    assert {f"reranked_{name}" for name in ("recall_at_1", "map_at_r", "r_precision")} < scores.keys()
+    assert scores["reranked_map_at_r"] == pytest.approx(scores["map_at_r"])
+
+
+def _rows_and_labels(count: int, seed: int) -> tuple[Tensor, dict[str, list[Any]]]:
+    embeddings, labels = sample(count, seed)
+    return embeddings, {"label": labels.tolist(), "index": list(range(100, 100 + count))}
 
 
 def test_several_galleries_groups_and_texts_for_labels(tmp_path: Path) -> None:

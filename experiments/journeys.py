@@ -177,9 +177,9 @@ def walk(journey: Journey, folder: Path, last_class: str, environment: dict[str,
             runs, shell=True, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert running.stdout is not None
-        said = ""
+        last_line = ""
         for printed in running.stdout:
-            said = printed.strip() or said
+            last_line = printed.strip() or last_line
             if NUMBER.search(printed):
                 journey.first.setdefault("number", time.monotonic() - before)
         running.wait()
@@ -188,7 +188,7 @@ def walk(journey: Journey, folder: Path, last_class: str, environment: dict[str,
             oldest = min(path.stat().st_mtime for path in written)
             journey.first.setdefault("picture", oldest - (time.time() - (time.monotonic() - before)))
         if running.returncode:
-            journey.failed = f"{line}: {said}"
+            journey.failed = f"{line}: {last_line}"
             return
 
 

@@ -218,7 +218,7 @@ def _find(tree: ast.Module, name: str) -> ast.FunctionDef:
 
 
 def _described(function: ast.FunctionDef) -> dict[str, str]:
-    """Return what a docstring says about each argument, as one line."""
+    """Return the description of each argument in a docstring, as one line."""
     text = inspect.cleandoc(ast.get_docstring(function) or "")
     arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
     entries = re.findall(

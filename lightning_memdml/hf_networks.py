@@ -1,4 +1,4 @@
-"""Networks of Hugging Face by name: their vision part, its pooled features, and how each wants its images prepared."""
+"""Networks of Hugging Face by name: their vision part, its pooled features, and how images are prepared for each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class HuggingFaceModel(nn.Module):
 
     Args:
         config: The `model_type`, and options of its configuration: numbers, lists of numbers, and a few words.
-        preprocessing: How it wants its images, as options of a data module.
+        preprocessing: How images are prepared for it, as options of a data module.
         output: `pooled` for the model's own pooled output (or the mean of its last features, if it has none), `token`
             for its first token, `features` for the last features: tokens `(B, N, F)` or a map `(B, F, H, W)`.
 
@@ -125,7 +125,7 @@ def build_hf_network(backbone: str, pretrained: bool = False, feature_map: bool 
 
 
 def preprocessing_of_hf(backbone: str) -> dict[str, Any]:
-    """Return how a model of Hugging Face wants its images, as options of a data module; empty if it does not say.
+    """Return how images are prepared for a model of Hugging Face, as options of a data module; empty if not given.
 
     A model that stretches images to a square gets the square in their middle instead.
 

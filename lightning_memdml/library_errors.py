@@ -7,7 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "tpu", "auto")
-STRATEGIES = ("auto", "ddp", "ddp_spawn", "fsdp", "deepspeed")
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 SCORES = "val/recall_at_1, val/recall_at_10, val/map_at_r, val/r_precision"
 
 

@@ -227,11 +227,5 @@ def _takes_no_references(loss: Any) -> ValueError:
     )
 
 
-def _parameters(loss: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the parameters of a loss; of a module those of its `forward`."""
-    called = loss.forward if isinstance(loss, torch.nn.Module) else loss
-    return tuple(inspect.signature(called).parameters)
-
-
 def _at_least_float32(embeddings: Tensor) -> Tensor:
     return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

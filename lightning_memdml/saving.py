@@ -167,7 +167,7 @@ def _describe_learner(learner: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _describe_backbone(learner: Any) -> Any:
     name = learner.hparams.get("backbone")
-    if isinstance(name, str) and not name.startswith(HF_PREFIX):  # a name of the hub says nothing without the hub
+    if isinstance(name, str) and not name.startswith(HF_PREFIX):  # a name of the hub is of no use without the hub
         return name
     return describe_timm_network(learner.model.backbone) or describe(learner.model.backbone)
 

@@ -117,7 +117,7 @@ class LimitedTensors(TorchFunctionMode):
 
 
 def _bytes_of(func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], is_new: bool) -> int:
-    """Return the bytes of the result of a call, 0 if the device `meta` cannot tell."""
+    """Return the bytes of the result of a call, 0 if the device `meta` cannot compute it."""
     if is_new:
         options = {**{name: value for name, value in options.items() if name != "generator"}, "device": "meta"}
     # Many functions have no result to compute there, or take no device: these allocate nothing.

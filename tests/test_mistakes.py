@@ -125,8 +125,7 @@ MISTAKES = {
         "Expected --trainer.accelerator to be one of cpu, gpu, cuda, mps, tpu, auto but got 'gpuu'. Did you mean 'gpu'?"
     ),
     "FIT --trainer.strategy ddpp": (
-        "Expected --trainer.strategy to be one of auto, ddp, ddp_spawn, fsdp, deepspeed but got 'ddpp'. Did you mean "
-        "'ddp'?"
+        "Expected --trainer.strategy to be one of auto, ddp, fsdp, deepspeed but got 'ddpp'. Did you mean 'ddp'?"
     ),
     "FIT --trainer.devices 0": (
         "Expected --trainer.devices to be a number of at least 1, or auto, but got '0'. Pass 1."

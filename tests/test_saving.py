@@ -177,7 +177,7 @@ def test_a_checkpoint_without_a_data_module_asks_how_images_are_prepared(tmp_pat
     for command in ("index", "export"):
         with pytest.raises(SystemExit, match=r"to hold how its images are prepared but it does not: the learner was"):
             main([command, "--ckpt_path", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match=r"^Expected to know how images are prepared.*Pass `transform=`"):
+    with pytest.raises(ValueError, match=r"^Expected a learner that was trained with a data module.*Pass `transform=`"):
         MetricLearner.load(tmp_path / "a.ckpt").embed(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
 
 

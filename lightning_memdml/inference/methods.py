@@ -207,8 +207,8 @@ def _transform_of(learner: Any, transform: Transform | None) -> Any:
     if wanted := learner.preprocessing:
         return FromFile(EvaluationTransform(**wanted), None)
     raise ValueError(
-        "Expected to know how images are prepared for this learner, but it was not trained with a data module of this "
-        "package. Pass `transform=`, such as `EvaluationTransform(224)` of `lightning_memdml.data.transforms`."
+        "Expected a learner that was trained with a data module of this package, or `transform=`, but got neither. "
+        "Pass `transform=`, such as `EvaluationTransform(224)` of `lightning_memdml.data.transforms`."
     )
 
 

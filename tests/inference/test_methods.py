@@ -74,7 +74,10 @@ def test_modes_are_as_they_were(learner: MetricLearner) -> None:
 def test_a_transform_of_the_user(learner: MetricLearner, pictures: Path) -> None:
     learner.data_config = None
     file = pictures / "a/0.png"
-    with pytest.raises(ValueError, match=r"^Expected to know how images are prepared for this learner, but"):
+    message = (
+        r"^Expected a learner that was trained with a data module of this package, or `transform=`, but got neither"
+    )
+    with pytest.raises(ValueError, match=message):
         learner.embed(file)
     transform = v2.Compose([v2.Resize((32, 32)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     found = learner.embed(file, transform=transform)

@@ -1,4 +1,4 @@
-"""A loss names its backend in one place, and where the backend does not apply, the user is told why."""
+"""A loss names its backend in one place, and where the backend does not apply, a warning names the reason."""
 
 from __future__ import annotations
 

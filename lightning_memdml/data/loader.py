@@ -19,7 +19,8 @@ class ClassBalancedLoader:
 
     The augmentation of every draw has its own seed (`seeded`), so a batch is a function of the sampler's seed, the
     epoch and its number: equal for any number of workers or ranks, and equal after a resume. Saved in the middle of an
-    epoch (Lightning puts the state into its checkpoints), it goes on with the batch after the last one handed out.
+    epoch (Lightning puts the state into its checkpoints), it goes on with the batch after the last one handed out. A
+    checkpoint written after a fit that `max_steps` ended is an exception: Lightning then asks for the next epoch.
 
     It is not a `torch.utils.data.DataLoader`: under DDP, Lightning 2.6 would replace the sampler of a `DataLoader`, and
     it never calls `set_epoch` of a batch sampler. `__iter__` is a generator, so that workers start at the first batch:

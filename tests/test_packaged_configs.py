@@ -164,6 +164,17 @@ def test_every_benchmark_has_a_configuration_with_its_recall_levels() -> None:
     assert found == set(trees.TREES)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_a_long_run_without_validation_writes_checkpoints_to_resume_from(config: Path) -> None:
+    """Lightning writes them after a validation, or, without `check_val_every_n_epoch`, not before the end."""
+    said = yaml.safe_load(config.read_text())
+    if said.get("data", {}).get("init_args", {}).get("val_fraction") != 0:
+        return
+    first = said["trainer"]["callbacks"][0]
+    assert first["class_path"] == "ModelCheckpoint"
+    assert first["init_args"]["every_n_train_steps"] <= said["trainer"]["max_steps"] / 5
+
+
 def benchmark(*names: str) -> dict[str, Any]:
     """The model of merged configurations."""
     (text,) = [part for part in merge_arguments([f"--config={name}" for name in names], {}) if part != "--config"]
@@ -173,7 +184,7 @@ def benchmark(*names: str) -> dict[str, Any]:
 def test_the_published_setting_of_xbm_is_in_its_configurations() -> None:
     for name in ("sop_xbm", "in_shop_xbm"):
         found = benchmark(name)
-        model, (callback,) = found["model"], found["trainer"]["callbacks"]
+        model, (_, callback) = found["model"], found["trainer"]["callbacks"]
         assert callback == {"class_path": "MemoryCallback", "init_args": {"size": 55000, "start_step": 1000}}
         assert (model["pooling"], model["head_init"], model["embedding_dim"]) == ("maximum", "kaiming", 128)
         assert model["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-4, "weight_decay": 5e-4}}

@@ -205,6 +205,7 @@ def join_group() -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=ranks)
+    dist.barrier()  # a rank that ended before another one had connected would fail that one
 
 
 def leave_group() -> None:

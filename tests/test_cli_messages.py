@@ -8,22 +8,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support.command_line import DATA, LOSS, MEMORY, NET, QUIET, TINY, Command
+from support.command_line import DATA, LOSS, MEMORY, NET, QUIET, TINY, Command, answer
 
 from lightning_memdml import MetricLearner, PairLoss
 from lightning_memdml.cli_messages import WORDING, ArgumentParser, find, readable
 from lightning_memdml.commands import COMMANDS
-
-
-def answer(memdml: Command, line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command line says to something wrong."""
-    with pytest.raises(SystemExit) as stop:
-        memdml(line)
-    said = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return said if isinstance(stop.value.code, int) else str(stop.value.code)
-
 
 WRONG_ON_THE_COMMAND_LINE = {
     "--model.loss Contrastve": "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?",

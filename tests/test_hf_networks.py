@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from PIL import Image
+from support.pictures import draw_pictures
 
 from lightning_memdml import ContrastiveLoss, FolderDataModule, MetricLearner
 from lightning_memdml.backbones import build_backbone, preprocessing_of
@@ -157,15 +156,6 @@ def test_a_file_may_name_an_architecture_and_nothing_that_is_fetched() -> None:
     with pytest.raises(UntrustedFileError):
         allowed_config({"model": {"backbone": "hf:facebook/dinov2-small"}}, "a.ckpt")
     assert all(word.replace("-", "_").isidentifier() for word in MODEL_TYPES)
-
-
-def draw_pictures(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    for label in range(8):
-        (folder / str(label)).mkdir(parents=True)
-        for number in range(4):
-            blocks = generator.integers(0, 255, (5, 7, 3), dtype=np.uint8)
-            Image.fromarray(blocks).resize((70 + 5 * number, 50)).save(folder / str(label) / f"{number}.png")
 
 
 @pytest.fixture(scope="module")

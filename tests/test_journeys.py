@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.children import load
 
 SCRIPT = Path(__file__).parents[1] / "experiments/journeys.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("journeys", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["journeys"] = module  # where `dataclass` looks for annotations
-    spec.loader.exec_module(module)
-    return module
+    return load(str(SCRIPT))
 
 
 def test_five_journeys_from_432_pictures_of_24_classes(script: Any, tmp_path: Path) -> None:

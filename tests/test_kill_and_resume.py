@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from support.children import python_path
+from support.children import load, python_path
 
 SCRIPT = Path(__file__).parents[1] / "experiments/kill_and_resume.py"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
@@ -17,13 +15,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="fi
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kill_and_resume", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kill_and_resume"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(str(SCRIPT))
 
 
 @pytest.mark.parametrize(("kind", "cycles"), [("cache", 3), ("index", 1)])

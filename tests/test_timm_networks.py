@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning import Trainer
 from PIL import Image
+from support.pictures import draw_pictures
 from torch import nn
 
 from lightning_memdml import ContrastiveLoss, FolderDataModule, MetricLearner
@@ -30,15 +31,6 @@ LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
 DATA = "--data=FolderDataModule --data.root=pictures --data.num_workers=0 --data.batch_size=8"
 RUN = "--trainer.accelerator=cpu --trainer.max_steps=2 --trainer.enable_progress_bar=false"
 HALF = [0.5, 0.5, 0.5]
-
-
-def draw_pictures(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    for label in range(8):
-        (folder / str(label)).mkdir(parents=True)
-        for number in range(4):
-            blocks = generator.integers(0, 255, (5, 7, 3), dtype=np.uint8)
-            Image.fromarray(blocks).resize((70 + 5 * number, 50)).save(folder / str(label) / f"{number}.png")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_without_the_extra_heic_is_left_out_with_the_way_to_read_it(tmp_path: Pa
 
 @pytest.mark.parametrize("orientation", [None, 6])
 def test_with_the_extra_heic_is_read_upright(tmp_path: Path, orientation: int | None) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif", reason="an optional format")
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: it is the extra `heic`")
     halves = np.zeros((40, 64, 3), np.uint8)
     halves[:20, :, 0] = halves[20:, :, 2] = 255
     exif = Image.Exif()
@@ -117,7 +117,7 @@ def test_with_the_extra_heic_is_read_upright(tmp_path: Path, orientation: int | 
 
 
 def test_a_damaged_heic_file_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_heif", reason="an optional format")
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: it is the extra `heic`")
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     with pytest.raises(OSError, match="Expected a whole picture but got a damaged HEIC file"):
         open_picture(str(tmp_path / "a.heic"))

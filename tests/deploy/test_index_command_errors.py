@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.command_line import Command
+from support.command_line import Command, answer
 from support.workshop import LAST, draw
 
 from lightning_memdml.data.images import ImageDataset
@@ -18,15 +18,6 @@ from lightning_memdml.retrieval.index import build_index, load_index
 from lightning_memdml.retrieval.index_folder import staged_folder
 
 pytest.importorskip("faiss", reason="an index is one of faiss")
-
-
-def answer(memdml: Command, line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        memdml(line)
-    said = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return said if isinstance(stop.value.code, int) else str(stop.value.code)
 
 
 def test_what_is_wrong_is_said_in_a_sentence(

@@ -32,7 +32,12 @@ PREDICT: dict[str, Any] = {
         "type": FileFormat,
         "default": "parquet",
         "help": "Of the embeddings: one table, or an array beside a table (.csv) of paths, labels and classes.",
-    }
+    },
+    "--skip_damaged": {
+        "type": bool,
+        "default": False,
+        "help": "Leave out images that are missing or damaged, and list them. All images are opened once more.",
+    },
 }
 
 

@@ -23,6 +23,7 @@ from lightning_memdml.commands import COMMANDS
 from lightning_memdml.config_merging import merge, merge_arguments, require_order, write_yaml
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.paths import local_path, require_utf8
+from lightning_memdml.deploy.damaged_images import SkipDamaged, offer_to_skip
 from lightning_memdml.deploy.predictions import columns_of, write_embeddings
 from lightning_memdml.describing import describe
 from lightning_memdml.hf_networks import HuggingFaceModel
@@ -168,6 +169,7 @@ class MemdmlCLI(LightningCLI):
             given = options.callbacks or []
             callbacks = [*(given if isinstance(given, list) else [given]), self._lines]
             callbacks += [self._recorder] if self._wants_report() else []
+            callbacks += [SkipDamaged()] if self._section().get("skip_damaged") else []
             is_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
             if options.enable_progress_bar is not False and not is_own_bar:
                 callbacks.append(StepBar())
@@ -198,6 +200,11 @@ class MemdmlCLI(LightningCLI):
     def test(self, **options: Any) -> None:
         """Run `Trainer.test`; `ScoreLines` prints the table."""
         self.trainer.test(**{**options, "verbose": False})
+
+    def predict(self, **options: Any) -> None:
+        """Run `Trainer.predict`; the error of a damaged image names the option that leaves it out."""
+        with offer_to_skip("embed"):
+            self.trainer.predict(**options)
 
     def instantiate_classes(self) -> None:
         """Build the classes; those that a checkpoint names with a limit on their tensors."""

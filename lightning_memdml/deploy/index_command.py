@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.paths import require_utf8
-from lightning_memdml.deploy.damaged_images import damaged_images, without_skipped
+from lightning_memdml.deploy.damaged_images import damaged_images, offer_to_skip, without_skipped
 from lightning_memdml.deploy.embedding import PROGRESS, embed_to_file
 from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
 from lightning_memdml.inference.sources import (
@@ -142,7 +142,7 @@ def index_images(
     require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     with staged_folder(folder, resume=True) as staged:
-        try:
+        with offer_to_skip("index"):
             rows = embed_to_file(
                 learner,
                 chosen.images,
@@ -152,12 +152,6 @@ def index_images(
                 num_workers=workers,
                 device=device,
             )
-        except OSError as error:
-            unreadable = re.findall("(?:Cannot read the|The) image .*", str(error))
-            if not unreadable:
-                raise
-            described = unreadable[-1].partition(" Replace it or take")[0]
-            raise OSError(f"{described} To index the others, pass --skip_damaged true.") from error
         named = IndexedImages(chosen.images.paths, chosen.images.labels.tolist(), chosen.classes)
         built = build_index(rows, named, kind, about=about, device=device, progress=True)
         classes = len(set(chosen.classes))

@@ -19,6 +19,7 @@ from support.command_line import Command
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memdml.cli import main
+from lightning_memdml.losses import polynomials
 
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -52,7 +53,7 @@ def run_in(glyph_cache: str) -> Callable[[Path], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def fake_gpu() -> FakeTensorMode:
+def fake_gpu() -> Iterator[FakeTensorMode]:
     """Tensors of a GPU that need not be there: whatever needs their content raises."""
     with FakeTensorMode() as mode:
         numbers = torch.zeros(2, dtype=torch.int64, device="cuda")
@@ -60,7 +61,9 @@ def fake_gpu() -> FakeTensorMode:
             numbers[numbers]
         except RuntimeError as error:
             pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {str(error).splitlines()[0]}")
-    return mode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polynomials, "_ON_DEVICE", {})  # tensors of one mode are of no use in another
+        yield mode
 
 
 @pytest.fixture

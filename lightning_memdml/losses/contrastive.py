@@ -57,5 +57,5 @@ class ContrastiveLoss(PairLoss):
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives, each of weight 1."""
         weights = mask.to(similarity.dtype)
-        value = (weights * (1 - similarity)).sum(dim=1) + negatives.weighted
+        value = torch.addcmul(weights, weights, similarity, value=-1).sum(dim=1) + negatives.weighted
         return AnchorTerms(value, weights, weights.new_ones(weights.shape[0]))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.row_ops import masked_logsumexp, row_max, softplus
+from lightning_memdml.losses.row_ops import row_min, softplus
 
 
 class MultiSimilarityLoss(PairLoss):
@@ -71,8 +71,8 @@ class MultiSimilarityLoss(PairLoss):
         """Return the similarity that a negative must exceed to be mined, `(B,)`."""
         if self.epsilon is None:
             return ()
-        least = -row_max((-similarity).masked_fill(~mask, -torch.inf))
-        return ((least - self.epsilon).clamp_max(2.0),)  # 2: above every similarity, and finite
+        none = 2.0 + self.epsilon  # without positives the result is 2: above every similarity, and finite
+        return (row_min(similarity.masked_fill(~mask, none), none) - self.epsilon,)
 
     def negative_threshold(self, context: Context) -> Tensor | float:
         """Return the mining threshold."""
@@ -88,10 +88,10 @@ class MultiSimilarityLoss(PairLoss):
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Mine and weigh the positives, and divide both sides by one plus their sums."""
+        left_out = ~mask
         if self.epsilon is not None:
-            mask = mask & (similarity - self.epsilon < negatives.hardest[:, None])
-        logits = -self.alpha * (similarity - self.base)
-        positives = softplus(masked_logsumexp(logits, mask))
-        value = positives / self.alpha + softplus(negatives.total) / self.beta
-        weights = torch.where(mask, torch.exp(logits - positives[:, None]), 0.0)
-        return AnchorTerms(value, weights, torch.sigmoid(negatives.total))
+            left_out |= similarity - self.epsilon >= negatives.hardest[:, None]
+        logits = torch.rsub(similarity, self.alpha * self.base, alpha=self.alpha).masked_fill_(left_out, -torch.inf)
+        positives = softplus(torch.logsumexp(logits, dim=1))
+        value = torch.add(positives / self.alpha, softplus(negatives.total), alpha=1 / self.beta)
+        return AnchorTerms(value, logits.sub_(positives[:, None]).exp_(), torch.sigmoid(negatives.total))

@@ -144,22 +144,23 @@ class PairLoss(nn.Module, LossDefinition, ABC):
                 else:
                     with torch.no_grad():
                         values, gradient = evaluate(self, constants)
-                return PrecomputedGradient.apply(anchors, values.mean(), gradient.div_(anchors.shape[0]))
+                return PrecomputedGradient.apply(anchors, values, gradient.div_(anchors.shape[0]))
             # With gradient to both sides, through the whole similarity matrix.
             similarity = anchors @ ref_embeddings.to(anchors.dtype).T  # (B, M)
             masks = pair_masks(labels, ref_labels, indices, ref_indices, in_batch=in_batch)
             with torch.no_grad():
                 values, positive_weights, negative_weights = self.rows(similarity.detach(), *masks)
                 gradient = (negative_weights - positive_weights) / anchors.shape[0]
-            return PrecomputedGradient.apply(similarity, values.mean(), gradient)
+            return PrecomputedGradient.apply(similarity, values, gradient)
 
     @torch.compiler.disable
     def _sharded(self, pairs: Pairs, ranks: Ranks) -> Tensor:
         """Return the loss against references that are spread over the ranks."""
         with torch.no_grad():
             value, gradient = evaluate_sharded(self, pairs, ranks)
-        rows = max(1, pairs.anchors.shape[0])
-        return PrecomputedGradient.apply(pairs.anchors, value.sum() / rows, gradient / rows)
+        rows = pairs.anchors.shape[0]
+        values = value if rows else value.new_zeros(1)  # the mean of nothing is 0
+        return PrecomputedGradient.apply(pairs.anchors, values, gradient.div_(max(1, rows)))
 
     @torch.no_grad()
     def pair_weights(
@@ -255,13 +256,13 @@ def _(
 
 
 class PrecomputedGradient(torch.autograd.Function):
-    """A value whose gradient is known already."""
+    """The mean of values, whose gradient is known already."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        """Return the value and keep the gradient."""
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        """Return the mean and keep its gradient."""
         ctx.save_for_backward(gradient)
-        return value.clone()
+        return values.mean()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:

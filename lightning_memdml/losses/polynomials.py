@@ -33,9 +33,21 @@ class DifferencePolynomial:
         self.coefficients = {dtype: _interpolate(function, degree) for dtype, degree in DEGREES.items()}
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Return the coefficients, a row per power of x and a column per power of y, on the tensor's device."""
-        coefficients = torch.tensor(self.coefficients[tensor.dtype], dtype=tensor.dtype, device="cpu")
-        return coefficients.to(tensor.device, non_blocking=True)  # else the host would wait for a GPU
+        """Return the coefficients, a row per power of x and a column per power of y, on the tensor's device.
+
+        They are copied to a device once: a CUDA graph cannot contain a copy from the host.
+        """
+        key = self, tensor.dtype, tensor.device
+        if torch.compiler.is_compiling() or key not in _ON_DEVICE:
+            coefficients = torch.tensor(self.coefficients[tensor.dtype], dtype=tensor.dtype, device="cpu")
+            coefficients = coefficients.to(tensor.device, non_blocking=True)  # else the host would wait for a GPU
+            if torch.compiler.is_compiling():
+                return coefficients
+            _ON_DEVICE[key] = coefficients
+        return _ON_DEVICE[key]
+
+
+_ON_DEVICE: dict[tuple[DifferencePolynomial, torch.dtype, torch.device], Tensor] = {}
 
 
 def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[list[float]]:
@@ -43,6 +55,15 @@ def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> l
     powers = np.vander(nodes, increasing=True)
     values = function(nodes[:, None] - nodes)
     return np.linalg.solve(powers, np.linalg.solve(powers, values).T).T.tolist()
+
+
+def powers(block: Tensor) -> Tensor:
+    """Return the powers 1, 2, ... of each entry, `(B, n, degree)`: one operation, and as many times the memory.
+
+    With them, `power_sums` and `polynomial` are one product each. A GPU gains from that for the few positives; a CPU
+    takes five times as long.
+    """
+    return block[:, :, None].expand(-1, -1, DEGREES[block.dtype]).cumprod(dim=2)
 
 
 def power_sums(block: Tensor) -> Tensor:

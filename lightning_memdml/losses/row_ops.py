@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
@@ -18,6 +19,11 @@ WIDENING_DEVICES = {"cuda"}
 def row_max(block: Tensor) -> Tensor:
     """Return the largest entry of each row, `-inf` for a row without any."""
     return block.amax(dim=1) if block.shape[1] else block.new_full(block.shape[:1], -torch.inf)
+
+
+def row_min(block: Tensor, empty: float = torch.inf) -> Tensor:
+    """Return the smallest entry of each row, `empty` for a row without any."""
+    return block.amin(dim=1) if block.shape[1] else block.new_full(block.shape[:1], empty)
 
 
 def hardest(similarity: Tensor, mask: Tensor, number: int) -> Tensor:
@@ -38,8 +44,8 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Return `log(1 + exp(x))`; exact in float64, where the library's function turns linear above 20."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+    """Return `log(1 + exp(x))`. Above 40 it is x, which is exact in float64 too; torch turns linear at 20."""
+    return F.softplus(x, threshold=40.0)
 
 
 def exp_(x: Tensor) -> Tensor:

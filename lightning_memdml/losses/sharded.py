@@ -115,7 +115,7 @@ def _contexts_of_all(loss: LossDefinition, own: Pairs, ranks: Ranks) -> list[Con
     tensors = [own.anchors.new_zeros(rows, 0) for _ in flat]
     for block in shared_blocks(loss, own) if rows else ():
         for k, tensor in enumerate(tensor for context in block.contexts for tensor in context):
-            columns = tensor.to(own.anchors.dtype).view(len(block.rows), -1)
+            columns = tensor.to(own.anchors.dtype).view(block.anchors.shape[0], -1)
             missing = columns.shape[1] - tensors[k].shape[1]
             tensors[k] = F.pad(tensors[k], (0, max(0, missing)), value=torch.inf)
             tensors[k][block.rows] = F.pad(columns, (0, max(0, -missing)), value=torch.inf)

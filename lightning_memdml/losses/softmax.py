@@ -61,9 +61,10 @@ class InfoNCELoss(_SoftmaxLoss):
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Sum one cross-entropy per positive."""
-        excess = negatives.total[:, None] - similarity / self.temperature
-        weights = torch.where(mask, torch.sigmoid(excess), 0.0) / self.temperature  # (1 - q) / t
-        value = torch.where(mask, softplus(excess), 0.0).sum(dim=1)
+        excess = torch.sub(negatives.total[:, None], similarity, alpha=1 / self.temperature)
+        excess.masked_fill_(~mask, -torch.inf)  # weight 0, value 0
+        weights = torch.sigmoid(excess).div_(self.temperature)  # (1 - q) / t
+        value = softplus(excess).sum(dim=1)
         return AnchorTerms(value, weights, weights.sum(dim=1))
 
 

@@ -50,7 +50,7 @@ class SharedBlock(NamedTuple):
     """Anchors beside their shared references.
 
     Attributes:
-        rows: The number of each anchor in the batch, `(B,)`.
+        rows: The number of each anchor in the batch, `(B,)`, or all of them as a slice.
         anchors: `(B, D)`.
         shared: Which references are shared, Q of them.
         references: These, `(Q, D)`.
@@ -60,7 +60,7 @@ class SharedBlock(NamedTuple):
         contexts: What the parts of the loss know of the positives.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     anchors: Tensor
     shared: SharedReferences
     references: Tensor
@@ -79,7 +79,10 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
             accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
         add_plain_negatives(accumulators, pairs.references, block.shared.mask, loss.backend)
         number = block.negative.sum(dim=1) + (pairs.references.shape[0] - block.shared.valid.sum())
-        value[block.rows], gradient[block.rows] = finish(loss, block, accumulators, number)
+        found = finish(loss, block, accumulators, number)
+        if isinstance(block.rows, slice):
+            return found
+        value[block.rows], gradient[block.rows] = found
     return value, gradient
 
 
@@ -101,7 +104,8 @@ def shared_blocks(loss: LossDefinition, pairs: Pairs) -> Iterator[SharedBlock]:
         ref_indices = pairs.ref_indices[shared.columns]
     masks = pair_masks(labels, pairs.ref_labels[shared.columns], indices, ref_indices)
     positive, negative = (mask & shared.valid for mask in masks)
-    parts, rows = loss.parts or (loss,), torch.arange(len(labels), device=labels.device)
+    parts = loss.parts or (loss,)
+    rows: Tensor | slice = slice(None)
     if any(part.wants_most_positives_first for part in parts):
         rows = positive.sum(dim=1).argsort(descending=True)
         anchors, positive, negative = anchors[rows], positive[rows], negative[rows]

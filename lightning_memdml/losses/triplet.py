@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums
+from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums, powers
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 
 # Up to this number of positives per anchor, comparing a block with each of them is faster than bisection.
 FEW_POSITIVES = 24
@@ -64,7 +65,11 @@ class TripletLoss(PairLoss):
         `(B, degree + 1)`.
         """
         if self.soft:
-            sums = _with_number(mask.sum(dim=1), power_sums(similarity.masked_fill(~mask, 0.0)))
+            if similarity.device.type in HOST_DEVICES:
+                sums = _with_number(mask.sum(dim=1), power_sums(similarity.masked_fill(~mask, 0.0)))
+            else:
+                is_positive = mask.to(similarity.dtype)[:, None]
+                sums = torch.cat([is_positive.sum(dim=2), (is_positive @ powers(similarity))[:, 0]], dim=1)
             return sums, sums @ SIGMOID.like(sums).T
         most = int(mask.sum(dim=1).max()) if mask.numel() else 0
         ordered, order = similarity.masked_fill(~mask, torch.inf).sort(dim=1)
@@ -90,7 +95,12 @@ class TripletLoss(PairLoss):
         """Weigh each positive by the number of its violated triplets."""
         if self.soft:
             sums = _with_number(negatives.number, negatives.sums)
-            weights = polynomial(similarity, sums @ SIGMOID.like(sums))
+            coefficients = sums @ SIGMOID.like(sums)
+            if similarity.device.type in HOST_DEVICES:
+                weights = polynomial(similarity, coefficients)
+            else:
+                constant, others = coefficients[:, :1, None], coefficients[:, 1:, None]
+                weights = torch.baddbmm(constant, powers(similarity), others).squeeze(2)
             value = (sums @ SOFTPLUS.like(sums) * context[0]).sum(dim=1)
         else:
             positives, columns = context
@@ -102,7 +112,7 @@ class TripletLoss(PairLoss):
 
 
 def _with_number(number: Tensor, sums: Tensor) -> Tensor:
-    return torch.cat([number[:, None].to(sums.dtype), sums], dim=1)  # the sums of powers 0, 1, 2, ...
+    return torch.cat([number[:, None], sums], dim=1)  # the sums of powers 0, 1, 2, ...
 
 
 def _rows_with_positive(positives: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
-from lightning_memdml.retrieval.counting import count_ranks
+from lightning_memdml.retrieval.counting import Progress, count_ranks
 from lightning_memdml.retrieval.retrieval_sets import RetrievalSet, check_recall_levels, check_sets
 
 
@@ -200,6 +200,7 @@ def rank_queries(
     gallery_groups: Tensor | None = None,
     mean_average_precision: bool = False,
     tile_size: int | None = None,
+    progress: Progress | None = None,
 ) -> QueryRanks:
     """Count the ranks of every query, from which `retrieval_scores` takes the means.
 
@@ -215,6 +216,7 @@ def rank_queries(
         gallery_groups: `(M,)`.
         mean_average_precision: Fill `average_precision` as well.
         tile_size: Side of the similarity tiles; by default 1024 on the CPU (4 MB), 4096 on a GPU (64 MB).
+        progress: Called now and then with the number of similarities computed so far and the number of all: for a bar.
 
     Raises:
         TypeError: As `retrieval_scores`.
@@ -232,7 +234,7 @@ def rank_queries(
         *(embeddings, labels, indices, groups),
         *(gallery_embeddings, gallery_labels, gallery_indices, gallery_groups),
     )
-    return _rank(queries, gallery, depth, mean_average_precision, tile_size)
+    return _rank(queries, gallery, depth, mean_average_precision, tile_size, progress)
 
 
 def _rank(
@@ -241,6 +243,7 @@ def _rank(
     depth: int,
     every_positive: bool,
     tile_size: int | None,
+    progress: Progress | None = None,
 ) -> QueryRanks:
     searched = queries if gallery is None else gallery
     if len(queries.rows) == 0 or len(searched.rows) == 0:
@@ -257,7 +260,9 @@ def _rank(
         if gallery is None
         else ClassSortedEmbeddings(gallery.embeddings, gallery.labels, gallery.indices, gallery.groups)
     )
-    counted = count_ranks(own, other, depth=depth, every_positive=every_positive, tile_size=tile_size)
+    counted = count_ranks(
+        own, other, depth=depth, every_positive=every_positive, tile_size=tile_size, progress=progress
+    )
     relevant, best, r_precision, at_r, full = (_unsorted(column, own.order) for column in counted)
     average_precision = full if every_positive else None
     return QueryRanks(queries.rows, queries.labels, relevant, best, r_precision, at_r, average_precision, depth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.retrieval.counting import TIE
+from lightning_memdml.retrieval.rank_counter import TIE
 from lightning_memdml.retrieval.ranking import QueryRanks
 from lightning_memdml.retrieval.retrieval_sets import (
     RetrievalSet,

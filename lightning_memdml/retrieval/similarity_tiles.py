@@ -65,6 +65,8 @@ class SimilarityTiles:
 
     def __init__(self, queries: ClassSortedEmbeddings, gallery: ClassSortedEmbeddings, size: int) -> None:
         self._queries, self._gallery = queries, gallery
+        # On the host, because asking a GPU for a label would wait for it at every tile.
+        self._labels, self._other_labels = queries.labels.cpu().numpy(), gallery.labels.cpu().numpy()
         self._tile = torch.empty(size, device=queries.unit.device)
         self._float32 = float32_rounding(queries.unit.shape[1])
         self._bfloat16: Rounding | None = None
@@ -87,9 +89,10 @@ class SimilarityTiles:
             tile.copy_(rounded)  # maxima of bfloat16 rows take 7 times those of float32
         else:
             torch.mm(query, reference.T, out=tile)
-        label, other = self._queries.labels[rows], self._gallery.labels[columns]
+        label, other = self._labels[rows], self._other_labels[columns]
         if label[0] <= other[-1] and other[0] <= label[-1]:
-            tile.masked_fill_(label[:, None] == other, -torch.inf)
+            same = self._queries.labels[rows, None] == self._gallery.labels[columns]
+            tile.masked_fill_(same, -torch.inf)
         return tile, rounding
 
     def choose(self, hits: int, pairs: int) -> None:

@@ -164,6 +164,20 @@ def test_the_symmetric_and_the_blockwise_count_agree(monkeypatch: pytest.MonkeyP
         assert torch.equal(getattr(symmetric, name), getattr(blockwise, name)), name
 
 
+@pytest.mark.parametrize("searched", [(), (0, 1)])
+def test_progress_ends_at_the_number_of_all_similarities(searched: tuple[int, ...]) -> None:
+    sets = sample(600, 40, 16, seed=2)
+    calls: list[tuple[int, int]] = []
+    rank_queries(
+        *sets, *(sets[part] for part in searched), tile_size=128, progress=lambda *numbers: calls.append(numbers)
+    )
+    done, total = zip(*calls, strict=True)
+    assert len(calls) > 3
+    assert list(done) == sorted(set(done))
+    assert set(total) == {done[-1]}
+    assert 600 * 600 // 2 < done[-1] <= 600 * 600
+
+
 def test_best_ranks_beyond_the_depth_are_cut_at_depth_plus_one() -> None:
     embeddings, labels = sample(700, 200, 8, seed=3, noise=5.0)
     exact = rank_queries(embeddings, labels, depth=10_000)

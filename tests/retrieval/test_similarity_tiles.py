@@ -6,15 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.retrieval import KINDS, assert_equal, draw_sets, embeddings_of, oracle_ranks
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_memdml import bfloat16, compat
 from lightning_memdml.retrieval import QueryRanks, rank_queries, similarity_tiles
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.similarity_tiles import SimilarityTiles, bfloat16_rounding
-
-FIELDS = ("relevant", "best_rank", "r_precision", "average_precision_at_r", "average_precision")
 
 
 def use_bfloat16(patch: pytest.MonkeyPatch, use: bool) -> None:
@@ -30,45 +28,6 @@ def ranks(use: bool, *args: Tensor, depth: int = 20, tile_size: int = 8, **kwarg
         return rank_queries(*args, depth=depth, mean_average_precision=True, tile_size=tile_size, **kwargs)
 
 
-def assert_equal(left: QueryRanks, right: QueryRanks) -> None:
-    for name in FIELDS:
-        torch.testing.assert_close(getattr(left, name), getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name)
-
-
-def oracle_ranks(embeddings: Tensor, labels: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Best rank and MAP@R of each query from all float64 cosines, the wrong references first among equals."""
-    cosine = F.normalize(embeddings.double(), dim=1) @ F.normalize(embeddings.double(), dim=1).T
-    best, precision = [], []
-    for query, row in enumerate(cosine.unbind()):
-        match = labels == labels[query]
-        negatives = row[~match]
-        match[query] = False
-        positives = row[match].sort(descending=True).values
-        above = (negatives >= positives[:, None] - 1e-12).sum(1)
-        rank = above + torch.arange(1, len(positives) + 1)
-        best.append(int(rank[0].clamp_max(depth + 1)))
-        places = torch.arange(1, len(positives) + 1)
-        precision.append(float(((places / rank.double()) * (rank <= len(positives))).sum() / len(positives)))
-    return torch.tensor(best), torch.tensor(precision, dtype=torch.float64)
-
-
-def embeddings_of(kind: str, count: int, dim: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(count, dim, generator=generator)
-    return {
-        "spread": noise,
-        "within one bfloat16 step": 1 + 1e-3 * noise,  # cosines differ by less than 1e-5
-        "copies": noise[torch.arange(count) % 7],
-        "opposite": torch.cat([noise[: count // 2], -noise[: count - count // 2]]),
-        "codes": noise.sign(),
-        "zero rows": noise * (torch.arange(count) % 3 > 0)[:, None],
-        "collapsed": noise[:1].expand(count, dim),
-    }[kind]
-
-
-KINDS = ["spread", "within one bfloat16 step", "copies", "opposite", "codes", "zero rows", "collapsed"]
-
-
 @pytest.mark.parametrize("dim", [1, 3, 64, 1500])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_from_bfloat16_tiles_equal_float64(kind: str, dim: int) -> None:
@@ -82,21 +41,7 @@ def test_ranks_from_bfloat16_tiles_equal_float64(kind: str, dim: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_bfloat16_tiles_change_no_rank(data: st.DataObject) -> None:
-    dim, count = data.draw(st.sampled_from([1, 2, 17, 130])), data.draw(st.integers(2, 40))
-    embeddings = embeddings_of(data.draw(st.sampled_from(KINDS)), count, dim)
-    embeddings = embeddings[data.draw(st.permutations(range(count)))]
-    small = st.lists(st.integers(0, 5), min_size=count, max_size=count)
-    labels, groups = torch.tensor(data.draw(small)), torch.tensor(data.draw(small))
-    options: dict = {"depth": data.draw(st.sampled_from([1, 5, 100])), "tile_size": data.draw(st.integers(1, 20))}
-    cut = data.draw(st.integers(0, count))  # 0: self-retrieval
-    arguments = (embeddings, labels)
-    if data.draw(st.booleans()):
-        options["groups"] = groups
-    if cut:
-        arguments = (embeddings[:cut], labels[:cut], embeddings, labels)
-        options |= {"indices": torch.arange(cut), "gallery_indices": torch.arange(count)}
-        if "groups" in options:
-            options |= {"groups": groups[:cut], "gallery_groups": groups}
+    arguments, options = draw_sets(data)
     assert_equal(ranks(True, *arguments, **options), ranks(False, *arguments, **options))
 
 

@@ -19,7 +19,6 @@ from support.command_line import Command
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memdml.cli import main
-from lightning_memdml.losses import polynomials
 
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -61,6 +60,8 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
             numbers[numbers]
         except RuntimeError as error:
             pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {str(error).splitlines()[0]}")
+    from lightning_memdml.losses import polynomials  # torch may import Triton with it
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(polynomials, "_ON_DEVICE", {})  # tensors of one mode are of no use in another
         yield mode

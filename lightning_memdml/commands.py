@@ -119,6 +119,13 @@ COMMANDS: dict[str, Command] = {
         ("onnx", "save", "convert"),
         options="lightning_memdml.deploy.export_command:export_model",
     ),
+    "export-index": Command(
+        "Write an index as a table (Parquet) for a vector database.",
+        "lightning_memdml.deploy.export_index_command:export_index",
+        "runs/index index.parquet",
+        ("export_index", "parquet", "lancedb", "qdrant", "milvus"),
+        options="lightning_memdml.deploy.export_index_command:write_index_table",
+    ),
 }
 
 

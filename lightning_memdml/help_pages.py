@@ -20,7 +20,7 @@ from lightning_memdml.packaged_configs import config_names
 
 PACKAGE = Path(__file__).parent
 WIDEST = 100  # columns
-POSITIONAL = {"freeze": ("images", "output"), "search": ("images",)}
+POSITIONAL = {"freeze": ("images", "output"), "search": ("images",), "export-index": ("index", "output")}
 # Where the options of a training are taken, and those that the page shows, with a short description.
 LEARNER, DATA, FOLDER, MEMORY = (
     ("learner.py", "MetricLearner"),

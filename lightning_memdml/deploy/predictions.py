@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.data.labels import label_of, labels_of
 from lightning_memdml.data.table_files import Table, is_parquet, read_csv, read_parquet, read_vectors
+from lightning_memdml.retrieval.embedding_table import EMBEDDING, write_embedding_table
 from lightning_memdml.retrieval.index_folder import write_header
 from lightning_memdml.retrieval.retrieval_sets import UNKNOWN
 
@@ -39,7 +40,7 @@ def write_embeddings(path: Path, embeddings: Tensor, columns: Columns, file_form
     """
     rows = embeddings.detach().float().cpu().numpy()
     if file_format == "parquet":
-        return [_written(path.with_name(f"{path.name}.parquet"), lambda file: _write_parquet(file, rows, columns))]
+        return [write_embedding_table(path.with_name(f"{path.name}.parquet"), rows, columns)]
     return [
         _written(path.with_name(f"{path.name}.npy"), lambda file: _write_npy(file, rows)),
         _written(path.with_name(f"{path.name}.csv"), lambda file: _write_csv(file, columns)),
@@ -76,14 +77,6 @@ def _written(path: Path, write: Callable[[Path], None]) -> Path:
     with atomic_write(path) as temporary:
         write(temporary)
     return path
-
-
-def _write_parquet(path: Path, rows: np.ndarray, columns: Columns) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
-    parquet.write_table(pyarrow.table({**columns, "embedding": values}), path)
 
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:
@@ -178,7 +171,7 @@ def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
 
 
 def _read_parquet(path: Path) -> tuple[np.ndarray, Table]:
-    return read_vectors(path, "embedding"), read_parquet(path)
+    return read_vectors(path, EMBEDDING), read_parquet(path)
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, Table]:

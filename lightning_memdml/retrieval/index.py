@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_memdml.retrieval.embedding_table import write_embedding_table
 from lightning_memdml.retrieval.faiss_index import WITHOUT_FAISS, build_faiss_index, import_faiss
 from lightning_memdml.retrieval.index_folder import DESCRIPTION, existing_folder, staged_folder, write_header
 from lightning_memdml.retrieval.index_kinds import Flat, IndexKind, kind_from_description
@@ -179,6 +180,32 @@ class EmbeddingIndex:
             self.write_all_but_embeddings(staged)
         return Path(folder)
 
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the index as a table with one row per image, for a vector database or another program.
+
+        Args:
+            path: The `.parquet` file.
+
+        Returns:
+            The file, with the columns `path`, `label`, `class`, `index` (the position in the index) and `embedding` (a
+            list of D float32, of unit length). `memdml score --embeddings` reads it too.
+
+        Raises:
+            OSError: If the disk is full. The message names the file.
+
+        Example:
+            >>> import tempfile
+            >>> from pyarrow import parquet
+            >>> path = build_index(torch.eye(3)).to_parquet(Path(tempfile.mkdtemp(), "index.parquet"))
+            >>> parquet.read_table(path).column("embedding").to_pylist()[1]
+            [0.0, 1.0, 0.0]
+        """
+        columns = {**self._columns(), "index": range(len(self))}
+        return write_embedding_table(Path(path).expanduser(), self.embeddings, columns)
+
+    def _columns(self) -> dict[str, list[Any]]:
+        return {"path": self.images.paths, "label": self.images.labels, "class": self.images.classes}
+
     def write_all_but_embeddings(self, folder: Path) -> None:
         """Write the index to a folder in which the embeddings lie already; the description comes last."""
         import pyarrow
@@ -186,8 +213,7 @@ class EmbeddingIndex:
 
         if self.faiss_index is not None:
             _write_faiss(self.faiss_index, folder / FAISS)
-        columns = {"path": self.images.paths, "label": self.images.labels, "class": self.images.classes}
-        parquet.write_table(pyarrow.table(columns), folder / IMAGES)
+        parquet.write_table(pyarrow.table(self._columns()), folder / IMAGES)
         description = {
             "format": FORMATS[-1],
             "images": len(self),

@@ -133,7 +133,8 @@ class CJKDataModule(RetrievalDataModule):
 
     def prepare_data(self) -> None:
         """Draw the pictures, once per machine, if the cache does not hold them."""
-        _ = self.pictures
+        if self.read_images is None:
+            _ = self.pictures
 
     @cached_property
     def pictures(self) -> Pictures:

@@ -93,7 +93,8 @@ class GlyphDataModule(RetrievalDataModule):
 
     def prepare_data(self) -> None:
         """Draw the pictures if they are not in the cache. Lightning calls this once per machine."""
-        _ = self.glyphs
+        if self.read_images is None:
+            _ = self.glyphs
 
     @cached_property
     def glyphs(self) -> Glyphs:

@@ -21,6 +21,7 @@ from lightning_memdml.data.cache import PixelCache
 from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
 from lightning_memdml.data.loader import ClassBalancedLoader
 from lightning_memdml.data.paths import is_utf8, local_path, shown
+from lightning_memdml.data.read_images import ReadImages
 from lightning_memdml.data.records import Record, Role, first_rows
 from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows
 from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch, feasible_batch
@@ -99,6 +100,8 @@ class RetrievalDataModule(LightningDataModule):
     gallery_set: ImageDataset
     classes: list[int | str]
     counts: dict[Role, Count]
+    #: What `setup()` has read. A module that is given it before its own `setup()` does not read the images again.
+    read_images: ReadImages | None = None
     one_label_per_image: ClassVar[bool] = True  # false: two objects with one box are two images
 
     def __init__(
@@ -208,24 +211,28 @@ class RetrievalDataModule(LightningDataModule):
         """Read the records and make the data sets; once, however often it is called."""
         if hasattr(self, "classes"):
             return
+        self.read_images = read = self.read_images or self._read()
+        self._all_images, self.counts = read.images, read.counts
+        self._make_sets(read.rows, read.cached)
+        if self.shrink_batch:
+            self._shrink_batch()
+        self._warn_of_odd_classes()
+        self.classes = read.classes
+
+    def _read(self) -> ReadImages:
         records = list(self.records())
         pixels, paths = self.images(records), [record.path for record in records]
         rows = split_rows(records, self.val_fraction)
         if isinstance(pixels, OpenFiles):
             rows = self._each_image_once(rows, first_rows(records, self.one_label_per_image))
-        self.counts = count_roles(records)
         classes = list(dict.fromkeys(records[row].label for part in rows for row in part.tolist()))
         label_of = {name: label for label, name in enumerate(classes)}
         labels = torch.tensor([label_of[record.label] for record in records], dtype=torch.long)
         if isinstance(pixels, Tensor):
-            self._all_images: ImageDataset = TensorImageDataset(pixels, paths, labels)
+            images: ImageDataset = TensorImageDataset(pixels, paths, labels)
         else:
-            self._all_images = ImageDataset(pixels, paths, labels)
-        self._make_sets(rows, self._cached(records))
-        if self.shrink_batch:
-            self._shrink_batch()
-        self._warn_of_odd_classes()
-        self.classes = classes
+            images = ImageDataset(pixels, paths, labels)
+        return ReadImages(images, self._cached(images, records), rows, classes, count_roles(records))
 
     def _each_image_once(self, rows: Rows, first: Sequence[int]) -> Rows:
         """Return `rows` with every row replaced by the first one of the same image, and each of those once."""
@@ -248,9 +255,9 @@ class RetrievalDataModule(LightningDataModule):
             )
         return once
 
-    def _cached(self, records: Sequence[Record]) -> ImageDataset:
+    def _cached(self, images: ImageDataset, records: Sequence[Record]) -> ImageDataset:
         """Return all images, through the pixel cache if there is one; `verify` goes on reading the files."""
-        shrink, images = self.shrink(), self._all_images
+        shrink = self.shrink()
         if self.pixel_cache is None or shrink is None or isinstance(images, TensorImageDataset):
             return images
         folder, max_bytes = local_path(self.pixel_cache, "pixel_cache"), round(1e9 * self.pixel_cache_gb)

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lightning_memdml.study.budgets import Budget, budget_of, check_budgets
 from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
 from lightning_memdml.study.search import missing_freedoms
 from lightning_memdml.study.study_file import Study
@@ -75,69 +76,16 @@ class Run:
         return f"{self.arm} on {self.data}, seed {self.seed}" + (f", {tried}" if tried else "")
 
 
-class Budget(NamedTuple):
-    """The budget of a run."""
+class KnownRuns(NamedTuple):
+    """The runs of a study, as far as they are known.
 
-    steps: int
-    images_per_step: int
-
-
-def budget_of(config: Config, arm: str) -> Budget:
-    """Return the number of optimiser steps of a configuration, and the number of images per step.
-
-    Raises:
-        ValueError: If `trainer.max_steps` is not set, or several devices share a run.
+    Attributes:
+        ready: Runs that can start, or are finished.
+        later: Test runs of arms whose search is not finished, with the first choice of the search.
     """
-    trainer, data = config["trainer"], config["data"].get("init_args", {})
-    if (trainer.get("max_steps") or -1) < 1 or trainer.get("max_epochs") not in (None, -1):
-        raise ValueError(
-            f"Arm {arm!r}: expected `trainer.max_steps` above 0 and `trainer.max_epochs: -1`, because arms are "
-            f"compared at equal numbers of steps, but got max_steps={trainer.get('max_steps')} and "
-            f"max_epochs={trainer.get('max_epochs')}. Set both in the base configuration."
-        )
-    if trainer.get("devices") not in ("auto", 1, "1", [0]) or trainer.get("num_nodes") not in (None, 1):
-        raise ValueError(
-            f"Arm {arm!r}: expected one device per run but got devices={trainer['devices']}. Leave `devices` out and "
-            "pass `--processes N`, which distributes the runs over the available GPUs."
-        )
-    if "batch_size" not in data:
-        raise ValueError(
-            f"Arm {arm!r}: expected a data module with the option `batch_size`, by which budgets are compared, but it "
-            "has none. Use a data module of this package, or add the option to yours."
-        )
-    return Budget(trainer["max_steps"], data["batch_size"] * (trainer.get("accumulate_grad_batches") or 1))
 
-
-def check_budgets(study: Study, budgets: dict[tuple[str, str], Budget]) -> None:
-    """Check that all arms of a data set have equal budgets.
-
-    Args:
-        study: The study, whose `equal` names what must be equal.
-        budgets: (data set, arm) -> budget.
-
-    Raises:
-        ValueError: If they differ. The message lists them.
-    """
-    compared: dict[str, Callable[[Budget], int | Budget]] = {
-        "steps and images per step": lambda budget: budget,
-        "optimiser steps": lambda budget: budget.steps,
-        "images in total": lambda budget: budget.steps * budget.images_per_step,
-    }
-    equal = {"budget": "steps and images per step", "steps": "optimiser steps", "images": "images in total"}[
-        study.equal
-    ]
-    for data in study.data:
-        found = {arm: budgets[data, arm] for arm in study.arms}
-        if len({compared[equal](budget) for budget in found.values()}) > 1:
-            raise ValueError(
-                f"Expected equal {equal} in all arms (`equal: {study.equal}`) but on {data!r} got {_as_text(found)}. "
-                "Change `max_steps` or the batch size. If the batch size is the question, write `equal: steps` or "
-                "`equal: images` in the study file."
-            )
-
-
-def _as_text(budgets: dict[str, Budget]) -> str:
-    return "; ".join(f"{arm} {steps:,} steps of {images:,} images" for arm, (steps, images) in budgets.items())
+    ready: list[Run]
+    later: list[Run]
 
 
 class Plan:
@@ -158,6 +106,8 @@ class Plan:
         self._cli = cli
         self._parse = _parser(cli, options)
         self._resolved: dict[str, Config] = {}
+        self._runs: dict[tuple[str, str, str, int, str], Run] = {}
+        self._buildable: dict[str, bool] = {}
         self._sources = {file.stem: file.read_bytes() for file in sorted(study.path.parent.glob("*.py"))}
         budgets: dict[tuple[str, str], Budget] = {}
         for data in study.data:
@@ -199,7 +149,7 @@ class Plan:
         for data in self.study.data:
             for arm in self.study.arms:
                 first = self._run("reference", arm, data, self.study.seeds[0], self.schedule(arm, data)[0][0])
-                key = self._key("reference", reference_config(first.config))
+                key = self.key("reference", reference_config(first.config))
                 runs.setdefault(key, replace(first, key=key))
         return [*runs.values()]
 
@@ -225,18 +175,20 @@ class Plan:
             if choice is None:
                 break
             further = [self._run("search", arm, data, seed, choice) for seed in search.seeds]
-            if not self._can_be_built(further[0].config):  # the value is outside the range of the option
+            if not self._can_be_built(further[0]):  # the value is outside the range of the option
                 break
             runs += further
         return runs
 
-    def _can_be_built(self, config: Config) -> bool:
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), isolated():
-                self._cli(run=False, args=["--config", yaml.safe_dump(config)])
-        except (SystemExit, ValueError, TypeError):
-            return False
-        return True
+    def _can_be_built(self, run: Run) -> bool:
+        if run.key not in self._buildable:
+            try:
+                with contextlib.redirect_stderr(io.StringIO()), isolated():
+                    self._cli(run=False, args=["--config", yaml.safe_dump(run.config)])
+                self._buildable[run.key] = True
+            except (SystemExit, ValueError, TypeError):
+                self._buildable[run.key] = False
+        return self._buildable[run.key]
 
     def test_runs(self, searched: Sequence[Record]) -> list[Run]:
         """Return the test runs: each arm with its best choice on the validation classes.
@@ -246,36 +198,58 @@ class Plan:
         Raises:
             ValueError: If search runs are missing.
         """
-        best = {
-            (data, arm): self._best_choice(arm, data, searched) for data in self.study.data for arm in self.study.arms
-        }
+        chosen = self._chosen(searched)
+        for data in self.study.data:
+            for arm in self.study.arms:
+                if (data, arm) not in chosen:
+                    raise ValueError(
+                        f"Expected a finished search of {arm!r} on {data!r} but runs of it are missing. Run the study "
+                        "again: finished runs are kept."
+                    )
+        return self._test_runs(chosen)
+
+    def unsearched_test_runs(self, but: Mapping[tuple[str, str], Values] | None = None) -> list[Run]:
+        """Return the test runs with the first try of every arm, to list a study whose search is not finished.
+
+        Args:
+            but: The choices of (data set, arm) whose search is finished. They are left out.
+        """
+        pairs = [(data, arm) for data in self.study.data for arm in self.study.arms if (data, arm) not in (but or {})]
+        return self._test_runs({(data, arm): self.schedule(arm, data)[0][0] for data, arm in pairs})
+
+    def known_runs(self, finished: Sequence[Record]) -> KnownRuns:
+        """Return the runs that can start, given the finished ones, and those that wait for a search.
+
+        An arm waits for its own search only, on each data set.
+
+        Args:
+            finished: Records of finished runs of any stage.
+        """
+        searched = [record for record in finished if record["stage"] == "search"]
+        chosen = self._chosen(searched)
+        ready = [*self.reference_runs(), *self.search_runs(searched), *self._test_runs(chosen)]
+        return KnownRuns(ready, self.unsearched_test_runs(but=chosen))
+
+    def _test_runs(self, choices: Mapping[tuple[str, str], Values]) -> list[Run]:
         return [
-            self._run("test", arm, data, seed, best[data, arm])
+            self._run("test", arm, data, seed, choices[data, arm])
             for seed in self.study.seeds
             for data in self.study.data
             for arm in self.study.arms
+            if (data, arm) in choices
         ]
 
-    def unsearched_test_runs(self) -> list[Run]:
-        """Return the test runs with the first try of every arm, to list a study whose search is not finished."""
-        return [
-            self._run("test", arm, data, seed, self.schedule(arm, data)[0][0])
-            for seed in self.study.seeds
-            for data in self.study.data
-            for arm in self.study.arms
-        ]
-
-    def _best_choice(self, arm: str, data: str, searched: Sequence[Record]) -> Values:
+    def _chosen(self, searched: Sequence[Record]) -> dict[tuple[str, str], Values]:
+        """Return the best choice of each (data set, arm) whose search is finished."""
         search = self.study.search
+        pairs = [(data, arm) for data in self.study.data for arm in self.study.arms]
         if search is None:
-            return {}
-        scores = mean_scores(self._searching(arm, data, searched), searched, search.score)
-        if not scores:
-            raise ValueError(
-                f"Expected a finished search of {arm!r} on {data!r} but runs of it are missing. Run the study again: "
-                "finished runs are kept."
-            )
-        return best_of(scores)
+            return {pair: {} for pair in pairs}
+        scores = {
+            (data, arm): mean_scores(self._searching(arm, data, searched), searched, search.score)
+            for data, arm in pairs
+        }
+        return {pair: best_of(found) for pair, found in scores.items() if found}
 
     def resolve(self, arm: str, data: str, choice: Values) -> Config:
         """Return a complete configuration, including defaults."""
@@ -295,13 +269,17 @@ class Plan:
         return logger if isinstance(logger, dict) else {}
 
     def _run(self, stage: Stage, arm: str, data: str, seed: int, choice: Values) -> Run:
-        config = deepcopy(self.resolve(arm, data, choice))
-        config["seed_everything"] = seed
-        if "seed" in config["data"].get("init_args", {}):
-            config["data"]["init_args"]["seed"] = seed
-        return Run(stage, arm, data, seed, choice, config, self._key(stage, config))
+        place = (stage, arm, data, seed, repr(choice))
+        if place not in self._runs:
+            config = deepcopy(self.resolve(arm, data, choice))
+            config["seed_everything"] = seed
+            if "seed" in config["data"].get("init_args", {}):
+                config["data"]["init_args"]["seed"] = seed
+            self._runs[place] = Run(stage, arm, data, seed, choice, config, self.key(stage, config))
+        return self._runs[place]
 
-    def _key(self, stage: Stage, config: Config) -> str:
+    def key(self, stage: Stage, config: Config) -> str:
+        """Return the hash of everything that decides the result of a run: of its configuration, and of own modules."""
         config = deepcopy(config)
         for group, names in COSMETIC.items():
             options = config[group] if group == "trainer" else config[group].get("init_args", {})

@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import seed_everything
 
 from lightning_memdml.data import RetrievalDataModule
@@ -36,7 +35,7 @@ def score_references(run: Run, cli: CLI) -> Record:
     config["trainer"] |= {"devices": 1, "logger": False, "enable_checkpointing": False, "callbacks": None}
     start = time.perf_counter()
     with isolated(), quiet():
-        built = cli(run=False, args=["--config", yaml.safe_dump(config)])
+        built = cli(run=False, args=config, load_from_checkpoint_support=False)
         seed_everything(run.seed)
         model, data, device = built.model.model, built.datamodule, built.trainer.strategy.root_device
         data.prepare_data()

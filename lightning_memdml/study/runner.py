@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -12,70 +11,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from multiprocessing import connection, parent_process
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lightning_memdml.atomic_write import atomic_write
-from lightning_memdml.study.plan import CLI, Record, Run
+from lightning_memdml.study.agenda import Agenda
+from lightning_memdml.study.plan import CLI, KnownRuns, Record, Run
 from lightning_memdml.study.references import score_references
+from lightning_memdml.study.run_folder import RunFolder
+from lightning_memdml.study.sharing import SharedCLI
 from lightning_memdml.study.training import train
 
 PROBE_STEPS = 12
-
-
-class RunFolder:
-    """The finished runs of a study, one JSON file each.
-
-    Args:
-        path: The study's folder.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.runs = self.path / "runs"
-
-    def load(self, run: Run) -> Record | None:
-        """Return the record of a finished run, or `None`.
-
-        Raises:
-            ValueError: If its file is damaged.
-        """
-        file = self._file(run)
-        if not file.is_file():
-            return None
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return record if record["key"] == run.key else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"Expected a finished run in {file} but the file is damaged. Delete it to repeat the run."
-            ) from error
-
-    def finished(self, runs: Sequence[Run]) -> list[Record]:
-        """Return the records of all finished runs."""
-        return [record for run in runs if (record := self.load(run)) is not None]
-
-    def save(self, run: Run, record: Record) -> None:
-        """Write the file of a finished run atomically."""
-        with atomic_write(self._file(run)) as unfinished:
-            unfinished.write_text(json.dumps(record, default=str), encoding="utf-8")
-
-    def _file(self, run: Run) -> Path:
-        return (self.path / "references" if run.stage == "reference" else self.runs) / run.file_name
-
-    def fail(self, run: Run, reason: str) -> Path:
-        """Keep the reason why a run failed, and return the file."""
-        file = self.path / "failed" / run.file_name.replace(".json", ".txt")
-        with atomic_write(file) as unfinished:
-            unfinished.write_text(reason, encoding="utf-8")
-        return file
 
 
 class FailedRunsError(RuntimeError):
@@ -83,17 +36,17 @@ class FailedRunsError(RuntimeError):
 
 
 def run_all(
-    runs: Sequence[Run],
+    known: Callable[[Sequence[Record]], KnownRuns],
     cli: CLI,
     folder: RunFolder,
     processes: int = 1,
     rule: Any = None,
     deadline: float = math.inf,
-) -> list[Record]:
-    """Train all unfinished runs in the given order, and return the records of all that are finished.
+) -> Agenda:
+    """Train all unfinished runs in the order of `Agenda`, and return what is finished.
 
     Args:
-        runs: The runs.
+        known: Returns the known runs, given the records of finished ones: `Plan.known_runs`.
         cli: Builds learner, data and Trainer from a configuration.
         folder: Where finished runs are kept.
         processes: Number of runs that are trained at the same time. With GPUs, process i uses GPU i.
@@ -103,36 +56,40 @@ def run_all(
     Raises:
         FailedRunsError: If runs failed, after all others are finished.
     """
-    left = [run for run in runs if folder.load(run) is None]
-    total, done = sum(run.images for run in runs), len(runs) - len(left)
+    agenda = Agenda(known, folder)
     failed: list[str] = []
-    with tqdm(
-        total=total, initial=total - sum(run.images for run in left), unit=" images", unit_scale=True, disable=not left
-    ) as bar:
-        bar.set_description(f"{done} of {len(runs)} runs")
-        for run, reason in _trained(left, cli, folder, processes, rule, deadline):
-            done += 1
-            bar.set_description(f"{done} of {len(runs)} runs")
-            bar.update(run.images)
+    ended = len(agenda.records)
+    with tqdm(unit=" images", unit_scale=True, disable=agenda.is_complete) as bar:
+
+        def show(images: int) -> None:
+            bar.total = sum(run.images for run in agenda.planned)
+            bar.set_description(f"{ended} of {len(agenda.planned)} runs")
+            bar.update(images)
+
+        show(sum(run.images for run in agenda.runs if run.key in agenda.records))
+        for run, reason in _trained(agenda, cli, folder, processes, rule, deadline):
+            ended += 1
+            agenda.finish(run)
+            show(run.images)
             if reason is not None:
                 failed.append(f"{run.in_words()}: {reason.strip().splitlines()[-1]} ({folder.fail(run, reason)})")
     if failed:
+        trained = sum(run.stage != "reference" for run in agenda.planned)
         raise FailedRunsError(
-            f"{len(failed)} of {len(runs)} runs failed. The others are kept; run the study again to repeat the failed "
+            f"{len(failed)} of {trained} runs failed. The others are kept; run the study again to repeat the failed "
             "ones.\n" + "\n".join(failed)
         )
-    return folder.finished(runs)
+    return agenda
 
 
 def _trained(
-    runs: Sequence[Run], cli: CLI, folder: RunFolder, processes: int, rule: Any, deadline: float
+    agenda: Agenda, cli: CLI, folder: RunFolder, processes: int, rule: Any, deadline: float
 ) -> Iterator[tuple[Run, str | None]]:
-    """Yield each run when it ends, with the traceback if it failed."""
-    if processes == 1 or len(runs) < 2:
-        for run in runs:
-            if time.monotonic() >= deadline:
-                return
-            yield run, _train_and_save(run, cli, folder, rule)
+    """Yield each run when it ends, with the traceback if it failed. Further runs may be known from then on."""
+    if processes == 1:
+        shared = SharedCLI(cli)
+        while time.monotonic() < deadline and (run := agenda.next()) is not None:
+            yield run, _train_and_save(run, shared, folder, rule)
         return
     # Spawned, because a forked child can use neither a GPU that its parent initialised nor the parent's OpenMP threads.
     context = multiprocessing.get_context("spawn")
@@ -140,15 +97,17 @@ def _trained(
     for number in range(processes):
         numbers.put(number)
     with ProcessPoolExecutor(processes, context, _start_worker, (numbers, processes, sys.path)) as pool:
-        with _ignored_interrupts():
-            futures = {pool.submit(_train_and_save, run, cli, folder, rule): run for run in runs}
+        futures: dict[Future[str | None], Run] = {}
         try:
-            for future in as_completed(futures):
-                if not future.cancelled():
-                    yield futures[future], future.result()
-                if time.monotonic() >= deadline:
-                    for waiting in futures:
-                        waiting.cancel()  # without effect on those that are running
+            while True:
+                # One run for each process, and no more, as a run that is known later may have to start earlier.
+                while len(futures) < processes and time.monotonic() < deadline and (run := agenda.next()) is not None:
+                    with _ignored_interrupts():
+                        futures[pool.submit(_train_in_worker, run, cli, folder, rule)] = run
+                if not futures:
+                    return
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    yield futures.pop(future), future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -180,6 +139,16 @@ def _start_worker(numbers: Any, processes: int, path: list[str]) -> None:
         threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
+@lru_cache(maxsize=1)
+def _shared_in_worker(cli: CLI) -> SharedCLI:
+    """Return what the runs of this worker process share."""
+    return SharedCLI(cli)
+
+
+def _train_in_worker(run: Run, cli: CLI, folder: RunFolder, rule: Any) -> str | None:
+    return _train_and_save(run, _shared_in_worker(cli), folder, rule)
+
+
 def _train_and_save(run: Run, cli: CLI, folder: RunFolder, rule: Any) -> str | None:
     """Train a run and keep its record; return the traceback if it failed."""
     try:
@@ -204,12 +173,13 @@ def estimate_seconds(runs: Sequence[Run], cli: CLI, folder: RunFolder) -> dict[t
     kinds: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         kinds.setdefault((run.data, run.arm), []).append(run)
+    shared = SharedCLI(cli)
     for kind, alike in tqdm(kinds.items(), "A few steps of each arm", delay=1, leave=False):
         measured = [record["seconds"] for record in folder.finished(alike)]
         if measured:
             seconds[kind] = sum(measured) / len(measured)
             continue
-        record = train(alike[0], cli, folder.path / "files" / "probe", max_steps=PROBE_STEPS)
+        record = train(alike[0], shared, folder.path / "files" / "probe", max_steps=PROBE_STEPS)
         gc.collect()
         seconds[kind] = (record["ms_per_step"] or 0) * alike[0].config["trainer"]["max_steps"] / 1000
     return seconds

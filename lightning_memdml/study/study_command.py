@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
-from lightning_memdml.study.plan import CLI, Plan, Record, Run
+from lightning_memdml.study.agenda import Agenda
+from lightning_memdml.study.plan import CLI, Plan, Stage
 from lightning_memdml.study.report import draw, freedoms_in_words, power_in_words, write_report
 from lightning_memdml.study.results import Results
-from lightning_memdml.study.runner import FailedRunsError, RunFolder, estimate_seconds, run_all
+from lightning_memdml.study.run_folder import RunFolder
+from lightning_memdml.study.runner import FailedRunsError, estimate_seconds, run_all
 from lightning_memdml.study.study_file import Study, read_study
 from lightning_memdml.study.tables import claims_table, scores_table
 
@@ -151,14 +153,15 @@ def run_study(
     if not report_only:
         deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
         try:
-            if not _run(plan, cli, folder, processes, deadline):
+            if not run_all(plan.known_runs, cli, folder, processes, content.rule_key, deadline).is_complete:
                 print(f"Stopped after {time_limit:g} minutes. Run the same command again to continue.")
         except FailedRunsError as error:
             failure = error
-    searched, searching = finished_search(plan, folder)
-    # The test runs depend on the complete search.
-    records = folder.finished(plan.test_runs(searched)) if len(searched) == len(searching) else []
-    references = folder.finished(plan.reference_runs())
+    agenda = Agenda(plan.known_runs, folder)
+    references, searched, records = (
+        [agenda.records[run.key] for run in agenda.runs if run.stage == stage and run.key in agenda.records]
+        for stage in get_args(Stage)
+    )
     results = Results(content, records, searched, plan.missing_freedoms(), references)
     reports = write_report(results, folder.path)
     _print_results(results, reports)
@@ -170,31 +173,6 @@ def run_study(
     return results
 
 
-def _run(plan: Plan, cli: CLI, folder: RunFolder, processes: int, deadline: float) -> bool:
-    """Train all unfinished runs of a study until the deadline, and return whether all are finished."""
-
-    def finish(runs: Sequence[Run]) -> list[Record]:
-        return run_all(runs, cli, folder, processes, plan.study.rule_key, deadline)
-
-    failure: FailedRunsError | None = None
-    references = plan.reference_runs()
-    try:
-        if len(finish(references)) < len(references):
-            return False
-    except FailedRunsError as error:  # the arms can be compared without
-        failure = error
-    found: list[Record] = []
-    while len(found) < len(runs := plan.search_runs(found)):  # an extended search adds runs
-        found = finish(runs)
-        if len(found) < len(runs):
-            return False
-    tests = plan.test_runs(found)
-    complete = len(finish(tests)) == len(tests)
-    if failure is not None:
-        raise failure
-    return complete
-
-
 def read_study_beside(path: Path | str) -> Study:
     """Read a study file, and make the modules beside it importable."""
     content = read_study(path)
@@ -203,33 +181,18 @@ def read_study_beside(path: Path | str) -> Study:
     return content
 
 
-def finished_search(plan: Plan, folder: RunFolder) -> tuple[list[Record], list[Run]]:
-    """Return the finished search runs, and all search runs that are known from them."""
-    searched: list[Record] = []
-    while True:
-        runs = plan.search_runs(searched)
-        found = folder.finished(runs)
-        if len(found) == len(searched):
-            return found, runs
-        searched = found
-
-
 def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
-    """List the runs. While the search is not finished, test runs are listed without their choice."""
-    searched, search = finished_search(plan, folder)
-    open_search = len(searched) < len(search)
-    runs = [*search, *(plan.unsearched_test_runs() if open_search else plan.test_runs(searched))]
+    """List the runs. Until the search of an arm is finished, its test runs are listed without their choice."""
+    agenda = Agenda(plan.known_runs, folder)
+    known = {run.key for run in agenda.runs}
+    runs = [run for run in agenda.planned if run.stage != "reference"]
     seconds = estimate_seconds(runs, cli, folder)
     left = 0.0
     for run in runs:
         cost = seconds[run.data, run.arm]
-        done = folder.load(run) is not None
+        done = run.key in agenda.records
         left += 0 if done else cost
-        words = (
-            f"{run.arm} on {run.data}, seed {run.seed}, as searched"
-            if open_search and run.stage == "test"
-            else run.in_words()
-        )
+        words = run.in_words() if run.key in known else f"{run.arm} on {run.data}, seed {run.seed}, as searched"
         print(f"{run.stage:6}  {'finished' if done else f'{cost:6.1f} s':>10}  {words}")
     print(
         f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. For arms without a finished run this "

@@ -21,11 +21,12 @@ from lightning_memdml.cli import main
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study import runner
-from lightning_memdml.study.plan import Plan
+from lightning_memdml.study.plan import KnownRuns, Plan
 from lightning_memdml.study.references import limit_test_images
 from lightning_memdml.study.report import write_report
 from lightning_memdml.study.results import Results
-from lightning_memdml.study.runner import FailedRunsError, RunFolder
+from lightning_memdml.study.run_folder import RunFolder
+from lightning_memdml.study.runner import FailedRunsError
 from lightning_memdml.study.study_command import run_study
 from lightning_memdml.study.study_file import read_study
 
@@ -252,7 +253,8 @@ def test_search_never_touches_test_classes_and_the_test_is_made_once(write: Writ
     plan, folder = Plan(read_study(path), MemdmlCLI), RunFolder("out")
     with pytest.raises(ValueError, match="Expected a finished search of"):
         plan.test_runs([])
-    searched = runner.run_all(plan.search_runs(), MemdmlCLI, folder)
+    agenda = runner.run_all(lambda finished: KnownRuns(plan.search_runs(finished), []), MemdmlCLI, folder)
+    searched = [*agenda.records.values()]
     assert "val" in Guarded.looked
     assert "test" not in Guarded.looked
     assert [(run["seed"], run["stage"]) for run in searched] == [(7, "search")] * 4

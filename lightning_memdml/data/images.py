@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from lightning_memdml.data.paths import shown
 from lightning_memdml.data.pictures import crop, open_picture, upright
+from lightning_memdml.data.pixel_batches import PixelTransform
 from lightning_memdml.data.records import Record
 from lightning_memdml.data.transforms import PhotographTransform, SeededTransform
 
@@ -67,13 +68,18 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def draw_seeded(data_set: Dataset[Any], positions: Sequence[int], seeds: Sequence[int]) -> Any:
+def draw_seeded(
+    data_set: Dataset[Any],
+    positions: Sequence[int],
+    seeds: Sequence[int],
+    collate: Callable[[list[Any]], Any] = default_collate,
+) -> Any:
     """Return the batch at `positions` of any map-style data set, where each sample draws from its own seed."""
     samples = []
     for position, seed in zip(positions, seeds, strict=True):
         with seeded(seed):
             samples.append(data_set[position])
-    return default_collate(samples)
+    return collate(samples)
 
 
 def empty_batch(*shape: int) -> Tensor:
@@ -137,6 +143,18 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         part.indices = torch.arange(len(positions)) if indices is None else indices
         return part
 
+    def with_transform(self, transform: Callable[..., Any]) -> Self:
+        """Return the same images with another transform."""
+        other = copy(self)
+        other.transform = transform
+        return other
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Return the batch of samples `(image, label, index)`."""
+        if isinstance(self.transform, PixelTransform):
+            return self.transform.collate(samples)
+        return default_collate(samples)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -177,7 +195,7 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         Photographs are written into the batch as they are normalised, rather than copied into it afterwards.
         """
         if not isinstance(self.transform, PhotographTransform):
-            return draw_seeded(self, positions, seeds)
+            return draw_seeded(self, positions, seeds, self.collate)
         pictures = []
         for position, seed in zip(positions, seeds, strict=True):
             with seeded(seed):
@@ -227,6 +245,6 @@ class TensorImageDataset(ImageDataset):
     def get_batch(self, positions: Sequence[int], seeds: Sequence[int]) -> tuple[Any, Tensor, Tensor]:
         """Return the batch at `positions`; one call of a `SeededTransform` serves all its images."""
         if not isinstance(self.transform, SeededTransform):
-            return draw_seeded(self, positions, seeds)
+            return draw_seeded(self, positions, seeds, self.collate)
         at = torch.tensor(positions)
         return self.transform(self.images[self.rows[at]], seeds), self.labels[at], self.indices[at]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_memdml.compat import loader_iterator, set_loader_iterator
 from lightning_memdml.data.images import draw_seeded
 from lightning_memdml.data.sampler import ClassBalancedSampler, Draw
+
+
+MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
+
+
+def default_workers(ranks: int) -> int:
+    """Return how many worker processes a loader has on each of the ranks of this machine: one for each CPU core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cores // ranks))
 
 
 class ClassBalancedLoader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, ClassVar
@@ -19,14 +18,13 @@ from tqdm import tqdm
 from lightning_memdml.data import transforms
 from lightning_memdml.data.cache import PixelCache
 from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
-from lightning_memdml.data.loader import ClassBalancedLoader
+from lightning_memdml.data.loader import ClassBalancedLoader, default_workers
 from lightning_memdml.data.paths import is_utf8, local_path, shown
+from lightning_memdml.data.pixel_batches import pixel_transform
 from lightning_memdml.data.read_images import ReadImages
 from lightning_memdml.data.records import Record, Role, first_rows
 from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows
 from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch, feasible_batch
-
-MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
 
 
 class RetrievalDataModule(LightningDataModule):
@@ -89,6 +87,9 @@ class RetrievalDataModule(LightningDataModule):
         std: Standard deviation of each channel; by default that of ImageNet.
         interpolation: How images are resized; by default `bilinear`.
         crop_pct: Share of the resized image's shorter side that the evaluation keeps, in (0, 1]; by default 0.875.
+        normalize_on_device: Send photographs to the device in 8 bits, a quarter of the bytes, and normalise them there,
+            to the same bits. By default where that is a GPU, unless the LightningModule has a hook that gets batches
+            before they are there. Transforms of yours that normalise in their own way are not changed.
 
     Raises:
         ValueError: If an argument is out of range, or too few classes are left to train.
@@ -123,6 +124,7 @@ class RetrievalDataModule(LightningDataModule):
         interpolation: transforms.Interpolation | None = None,
         crop_pct: float | None = None,
         shrink_batch: bool = False,
+        normalize_on_device: bool | None = None,
     ) -> None:
         super().__init__()
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
@@ -147,6 +149,7 @@ class RetrievalDataModule(LightningDataModule):
         self.test_transform = test_transform
         self.pixel_cache = pixel_cache
         self.pixel_cache_gb = pixel_cache_gb
+        self.normalize_on_device = normalize_on_device
 
     @property
     def batch_size(self) -> int:
@@ -318,7 +321,7 @@ class RetrievalDataModule(LightningDataModule):
             self.batches_per_epoch,
             same_every_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
-        return ClassBalancedLoader(self.train_set, sampler, self._workers(), self._on_gpu())
+        return ClassBalancedLoader(self._as_loaded(self.train_set), sampler, self._workers(), self._on_gpu())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the loader of the validation classes; an empty list, which Lightning skips, if there are none."""
@@ -338,10 +341,17 @@ class RetrievalDataModule(LightningDataModule):
         """Return the loaders of `test_dataloader`."""
         return self.test_dataloader()
 
+    def _as_loaded(self, images: ImageDataset) -> ImageDataset:
+        """Return images as loaders read them: without the normalisation, if it follows on the device."""
+        transform = pixel_transform(images.transform, self, self.normalize_on_device)
+        return images if transform is None else images.with_transform(transform)
+
     def _eval_loader(self, images: ImageDataset) -> DataLoader[Any]:
+        images = self._as_loaded(images)
         return DataLoader(
             images,
             batch_size=self.eval_batch_size,
+            collate_fn=images.collate,
             num_workers=self._workers(),
             pin_memory=self._on_gpu(),
             persistent_workers=self._workers() > 0,
@@ -351,9 +361,7 @@ class RetrievalDataModule(LightningDataModule):
         """Return the number of worker processes per loader."""
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ranks = 1 if self.trainer is None else self.trainer.num_devices  # of this machine
-        return max(1, min(MAX_WORKERS, cores // ranks))
+        return default_workers(1 if self.trainer is None else self.trainer.num_devices)  # of this machine
 
     def _require(self, images: ImageDataset, role: str) -> None:
         if not len(images):

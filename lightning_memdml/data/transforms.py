@@ -39,14 +39,15 @@ def normalise(
         tensor([2.2489, 2.4286, 2.6400])
     """
     # Plane by plane, and as one product and one sum: a fifth of the time of torchvision's transforms.
-    scale, shift = _scale_and_shift(mean, std)
+    scale, shift = _scale_and_shift(mean, std, pixels.device)
     return torch.mul(pixels.contiguous(), scale, out=out).add_(shift)
 
 
 @lru_cache
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Divided on the CPU, so that every device multiplies by the same numbers.
     means, deviations = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return 1 / (255 * deviations), -means / deviations
+    return (1 / (255 * deviations)).to(device), (-means / deviations).to(device)
 
 
 class PhotographTransform(v2.Compose):

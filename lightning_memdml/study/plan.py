@@ -32,7 +32,7 @@ COSMETIC = {
         "logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "enable_checkpointing",
         "num_sanity_val_steps", "enable_autolog_hparams", "model_registry", "profiler", "log_every_n_steps",
     ),
-    "data": ("num_workers", "cache_dir", "pixel_cache", "pixel_cache_gb"),
+    "data": ("num_workers", "cache_dir", "pixel_cache", "pixel_cache_gb", "normalize_on_device"),
 }  # fmt: skip
 
 

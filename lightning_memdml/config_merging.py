@@ -3,6 +3,9 @@
 jsonargparse lets a class that replaces another inherit every option that both have, defaults included: SGD instead of
 AdamW would decay weights by 0.01, and folders of photographs would be read at the 28 pixels of glyphs. Here a new class
 keeps the options that a configuration set, starts from its own defaults otherwise, and what is dropped is printed.
+
+The size of batches in a packaged configuration is a proposal: it shrinks where there are few classes. What the user
+sets, in a file or on the command line, is never changed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_memdml.cli_messages import find_class, parameters_of
-from lightning_memdml.packaged_configs import find_config
+from lightning_memdml.packaged_configs import find_config, is_packaged
+
+BATCH_SIZE = ("--data.batch_size", "--data.init_args.batch_size")
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,6 +89,7 @@ def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[
         ['--config', 'loss:\n  class_path: TripletLoss\n', '--k', '1']
     """
     config, others = deepcopy(defaults), []
+    shrink: bool | None = None  # None: no configuration or option sets the size of batches
     places = iter(range(len(arguments)))
     for place in places:
         name, equals, value = arguments[place].partition("=")
@@ -94,14 +100,37 @@ def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[
             source = _read(value)
             if source is None:
                 return list(arguments)  # for the error of the parser
+            options = _data_options(source)
+            if "batch_size" in options:
+                shrink = is_packaged(value)
+            shrink = options.get("shrink_batch", shrink)
             config, taken = merge(config, source), True
         elif name.startswith("--"):
+            shrink = False if name in BATCH_SIZE else shrink
             config, taken = _with_class(config, name[2:], value)
         if not taken:
             others.append(arguments[place])
         elif not equals:
             next(places)
+    _set_shrink(config, shrink)
     return ["--config", write_yaml(config), *others]
+
+
+def _data_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the data module in a configuration; empty if it has none."""
+    data = config.get("data")
+    options = data.get("init_args") if isinstance(data, dict) else None
+    return options if isinstance(options, dict) else {}
+
+
+def _set_shrink(config: dict[str, Any], shrink: bool | None) -> None:
+    """Set whether batches shrink to the classes, if the data module has that option."""
+    options = _data_options(config)
+    if shrink is None or shrink == options.get("shrink_batch", False):
+        return
+    kind = find_class(config["data"].get("class_path", ""))
+    if kind is not None and "shrink_batch" in parameters_of(kind):
+        options["shrink_batch"] = shrink
 
 
 def merge(base: Any, over: Any, where: str = "") -> Any:

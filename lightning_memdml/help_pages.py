@@ -45,7 +45,7 @@ TRAINING: dict[str, list[tuple[str, str, tuple[str, str] | str]]] = {
     "Images": [
         ("--data", "FolderDataModule, CUB200, ...", "GlyphDataModule"),
         ("--data.root", "the folder of the images, with one folder per class", FOLDER),
-        ("--data.batch_size", "images in a batch", DATA),
+        ("--data.batch_size", "images in a batch; by default 64, or what fits", DATA),
         ("--data.images_per_class", "of each class in a batch", DATA),
         ("--data.image_size", "side in pixels; 224 where the data set has no own", DATA),
         ("--data.val_fraction", "share of the training classes that validate", DATA),

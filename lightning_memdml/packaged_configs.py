@@ -81,6 +81,17 @@ def find_config(source: str) -> Path | None:
     return None
 
 
+def is_packaged(source: str) -> bool:
+    """Return whether `--config` means a configuration that comes with the package.
+
+    Example:
+        >>> is_packaged("photos"), is_packaged("seed_everything: 1")
+        (True, False)
+    """
+    file = find_config(source)
+    return file is not None and file.parent == FOLDER
+
+
 def read_header(file: Path) -> Header:
     """Return the comment at the top of a configuration.
 

@@ -60,7 +60,7 @@ def load_images(trainer: Trainer, data_set: Any, batches: Sequence[list[int]]) -
     loader: DataLoader[Any] = DataLoader(
         _Reproducible(data_set),
         batch_sampler=batches,
-        num_workers=min(getattr(_data_module(trainer), "num_workers", 0), len(batches) // 4),
+        num_workers=min(getattr(_data_module(trainer), "num_workers", None) or 0, len(batches) // 4),
         generator=torch.Generator(),
     )
     for batch in loader:

@@ -163,6 +163,14 @@ def test_the_momentum_encoder_starts_with_the_fitted_head(glyph_cache: str) -> N
     torch.testing.assert_close(memory.memory.read().embeddings, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_head_is_fitted_where_the_number_of_workers_is_left_open(glyph_cache: str) -> None:
+    data = glyphs(glyph_cache)
+    data.num_workers = None  # the default: as many as there are cores
+    fitted = learner(head_init="pca")
+    trainer().fit(fitted, data)
+    assert torch.equal(fitted.model.head.weight, closed_form(fitted, data, "pca").weight)
+
+
 def test_a_stream_without_labels_is_refused_with_a_way_out() -> None:
     images = [(torch.rand(1, 28, 28), number % 3) for number in range(12)]
     with pytest.raises(ValueError, match=r"Expected a training set with `labels`.* or pass `head_init='default'`"):

@@ -155,6 +155,10 @@ MISTAKES = {
         "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got batch_size=7 and "
         "images_per_class=2. Pass batch_size=6 or 8."
     ),
+    "fit --config glyphs_batch --data.num_classes 20 --data.batch_size 64 QUIET": (
+        "Expected at most 10 classes per batch but got batch_size=64 / images_per_class=2 = 32: of the classes "
+        "10 train, 2 validate and 8 test. Pass batch_size=20 or less, or more images per class."
+    ),
     "freeze pictures out.txt": "Expected a file that ends in .npz as output but got out.txt.",
     # checkpoints and files
     "test --ckpt_path nowhere.ckpt": (

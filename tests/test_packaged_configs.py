@@ -175,6 +175,37 @@ def test_a_long_run_without_validation_writes_checkpoints_to_resume_from(config:
     assert first["init_args"]["every_n_train_steps"] <= said["trainer"]["max_steps"] / 5
 
 
+@pytest.mark.parametrize(
+    ("line", "shrinks"),
+    [
+        ("--config photos", True),
+        (f"--config {FOLDER}/glyphs_memory.yaml", True),
+        ("--config photos --data TableDataModule", True),
+        ("--config photos --data.images_per_class 2", True),
+        ("--config photos --data.batch_size 64", False),
+        ("--config photos --data.init_args.batch_size=64", False),
+        ("--config photos --config mine.yaml", False),
+        ("--config mine.yaml --config photos", True),
+        ("--config mine.yaml", False),
+        ("--config run.yaml", True),
+        ("--config run.yaml --data.batch_size 64", False),
+        ("--config run.yaml --config mine.yaml", False),
+        ("--data FolderDataModule", False),  # nothing is set, and the default shrinks by itself
+    ],
+)
+def test_batches_of_a_packaged_configuration_shrink_and_those_of_the_user_do_not(
+    line: str, shrinks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder: dict[str, Any] = {"class_path": "FolderDataModule", "init_args": {"batch_size": 16}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": folder}))
+    folder["init_args"] |= {"shrink_batch": True}  # as a run of `photos` saves it
+    Path("run.yaml").write_text(yaml.safe_dump({"data": folder}))
+    merged = merge_arguments(line.split(), {"data": {"class_path": "GlyphDataModule"}})
+    options = yaml.safe_load(merged[merged.index("--config") + 1])["data"].get("init_args", {})
+    assert options.get("shrink_batch", False) is shrinks
+
+
 def benchmark(*names: str) -> dict[str, Any]:
     """The model of merged configurations."""
     (text,) = [part for part in merge_arguments([f"--config={name}" for name in names], {}) if part != "--config"]

@@ -14,7 +14,6 @@ from lightning_memdml.compat import loader_iterator, set_loader_iterator
 from lightning_memdml.data.images import draw_seeded
 from lightning_memdml.data.sampler import ClassBalancedSampler, Draw
 
-
 MAX_WORKERS = 16  # beyond, batches in preparation fill the memory rather than the GPU
 
 

@@ -24,7 +24,7 @@ from lightning_memdml.data.pixel_batches import pixel_transform
 from lightning_memdml.data.read_images import ReadImages
 from lightning_memdml.data.records import Record, Role, first_rows
 from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows
-from lightning_memdml.data.sampler import ClassBalancedSampler, check_batch, feasible_batch
+from lightning_memdml.data.sampler import BATCH_SIZE, ClassBalancedSampler, check_batch, feasible_batch
 
 
 class RetrievalDataModule(LightningDataModule):
@@ -56,12 +56,12 @@ class RetrievalDataModule(LightningDataModule):
     evaluation, which have equal indices.
 
     Args:
-        batch_size: Training images per batch on each rank; a multiple of `images_per_class`.
+        batch_size: Training images per batch on each rank; a multiple of `images_per_class`. By default 64, or as
+            many as the training classes fill, with a notice. One that is set is never changed.
         images_per_class: Images of each class in a training batch.
         batches_per_epoch: Training batches per epoch; by default as many as it takes to visit every image. Shorter
             epochs visit every image too, over several epochs.
-        shrink_batch: Make `batch_size` smaller, with a notice, if a batch needs more classes than there are to train
-            on. Without it that is an error.
+        shrink_batch: Make a `batch_size` that is set smaller too, with a notice, instead of refusing it.
         eval_batch_size: Images per batch of validation, test and prediction on each rank.
         num_workers: Processes per loader that open and transform images; 0 does it in the training process. By default
             as many as there are CPU cores for each rank of this machine, at most 16.
@@ -107,7 +107,7 @@ class RetrievalDataModule(LightningDataModule):
 
     def __init__(
         self,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         images_per_class: int = 4,
         batches_per_epoch: int | None = None,
         eval_batch_size: int = 128,
@@ -127,14 +127,16 @@ class RetrievalDataModule(LightningDataModule):
         normalize_on_device: bool | None = None,
     ) -> None:
         super().__init__()
-        check_batch(batch_size, images_per_class, seed, batches_per_epoch)
+        size = BATCH_SIZE if batch_size is None else batch_size
+        check_batch(size, images_per_class, seed, batches_per_epoch)
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}."
             )
-        self.batch_size = batch_size
+        self.batch_size = size
         self.images_per_class = images_per_class
         self.shrink_batch = shrink_batch
+        self._fits_batch = shrink_batch or batch_size is None
         self.batches_per_epoch = batches_per_epoch
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -217,8 +219,7 @@ class RetrievalDataModule(LightningDataModule):
         self.read_images = read = self.read_images or self._read()
         self._all_images, self.counts = read.images, read.counts
         self._make_sets(read.rows, read.cached)
-        if self.shrink_batch:
-            self._shrink_batch()
+        self._shrink_batch()
         self._warn_of_odd_classes()
         self.classes = read.classes
 
@@ -283,9 +284,9 @@ class RetrievalDataModule(LightningDataModule):
             self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
 
     def _shrink_batch(self) -> None:
-        """Lower the batch size to what the training classes fill."""
+        """Lower a batch size that may be changed to what the training classes fill."""
         most = len(self.train_set.labels.unique()) * self.images_per_class
-        if 0 < most < self.batch_size:
+        if self._fits_batch and 0 < most < self.batch_size:
             rank_zero_info(f"Batches have {most} images rather than {self.batch_size}: there are no more classes.")
             self.batch_size = most
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BATCH_SIZE = 64  # where none is set
+
 
 class Draw(NamedTuple):
     """One image of a batch.

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lightning_memdml.data.sampler import BATCH_SIZE
 from lightning_memdml.study.budgets import Budget, budget_of, check_budgets
 from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
 from lightning_memdml.study.search import missing_freedoms
@@ -259,7 +260,7 @@ class Plan:
         parsed = first if numbers and choice.keys() == first.keys() else choice
         text = yaml.safe_dump(with_values(self.study.config(arm, data), parsed), sort_keys=False)
         if text not in self._resolved:
-            self._resolved[text] = self._parse(text, f"Arm {arm!r} on {data!r}")
+            self._resolved[text] = _with_batch_size(self._parse(text, f"Arm {arm!r} on {data!r}"))
         return with_values(self._resolved[text], choice)
 
     def logger(self) -> dict[str, Any]:
@@ -304,6 +305,14 @@ def mean_scores(runs: Sequence[Run], searched: Sequence[Record], score: str) -> 
     for run in runs:
         by_choice.setdefault(repr(run.choice), (run.choice, []))[1].append(found[run.key])
     return [(choice, sum(scores) / len(scores)) for choice, scores in by_choice.values()]
+
+
+def _with_batch_size(config: Config) -> Config:
+    """Set the default size of batches: one that is not set would shrink where classes are few, and budgets differ."""
+    options = config["data"].get("init_args", {})
+    if "batch_size" in options and options["batch_size"] is None:
+        options["batch_size"] = BATCH_SIZE
+    return config
 
 
 def best_of(scores: Sequence[tuple[Values, float]]) -> Values:

@@ -203,6 +203,20 @@ def test_a_batch_shrinks_to_the_classes_there_are_if_that_is_wanted(caplog):
     assert Listed(*TRAIN, batch_size=2, shrink_batch=True).train_dataloader().sampler.batch_size == 2
 
 
+def test_the_default_batch_shrinks_to_the_classes_there_are_and_one_that_is_set_does_not(caplog):
+    few = TRAIN * 2
+    data = Listed(*few, batch_size=None, images_per_class=4)
+    assert data.batch_size == 64
+    with caplog.at_level("INFO"):
+        images, _, _ = next(iter(data.train_dataloader()))
+    assert data.batch_size == len(images) == 8
+    assert caplog.messages == ["Batches have 8 images rather than 64: there are no more classes."]
+    with pytest.raises(ValueError, match=r"batch_size=64 / images_per_class=4 = 16: .* Pass batch_size=8 or less, or"):
+        Listed(*few, batch_size=64, images_per_class=4).train_dataloader()
+    many = [(label, "train") for label in range(40) for _ in range(2)]
+    assert Listed(*many, batch_size=None).train_dataloader().sampler.batch_size == 64
+
+
 class Files(RetrievalDataModule):
     def __init__(self, folder: Any, **kwargs: Any) -> None:
         super().__init__(num_workers=0, **kwargs)

@@ -47,6 +47,15 @@ def study(folder: Path, **changes: Any) -> Study:
     return read_study(folder / "study.yaml")
 
 
+def test_a_batch_size_that_is_not_set_is_the_default_in_every_arm(tmp_path: Path) -> None:
+    """By itself it would shrink where classes are few, and budgets that look equal would not be."""
+    arms = {"unset": {"data": {"init_args": {"batch_size": None, "images_per_class": 4}}}, "set": {}}
+    arms["set"] = {"data": {"init_args": {"batch_size": 64, "images_per_class": 4}}}
+    plan = Plan(study(tmp_path, arms=arms), MemdmlCLI)
+    sizes = [plan.resolve(name, "Glyph", {})["data"]["init_args"]["batch_size"] for name in arms]
+    assert sizes == [64, 64]
+
+
 def record(run: Run, score: float) -> dict[str, Any]:
     fields = {name: getattr(run, name) for name in ("stage", "arm", "data", "seed", "choice", "key")}
     return {**fields, "scores": {"map_at_r": score}}

@@ -97,7 +97,9 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
         for accumulator, states_of_part in zip(accumulators, states_of_parts, strict=True):
             accumulator.merge(states_of_part)
         number = numbers.sum(dim=(0, 2)).long()
-        value[block.rows], gradient[block.rows] = finish(loss, block, accumulators, number)
+        totals, of_negatives = [accumulator.totals(number) for accumulator in accumulators], accumulators[0].gradient
+        assert of_negatives is not None
+        value[block.rows], gradient[block.rows] = finish(loss, block, totals, of_negatives)
     return value, gradient
 
 

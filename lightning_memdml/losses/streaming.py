@@ -22,7 +22,7 @@ from lightning_memdml import bfloat16, compat
 from lightning_memdml.losses.accumulators import SAMPLE, NegativeAccumulator, add_block, make_accumulators
 from lightning_memdml.losses.backends import AUTO, Backend
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
-from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
+from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals, Pairs, pair_masks
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
 BLOCK_ELEMENTS = 1 << 19  # of a block and of its similarities on a CPU: 2 MiB each in float32 stay in its cache
@@ -37,13 +37,13 @@ class SharedReferences(NamedTuple):
 
     Attributes:
         mask: Which they are, `(M,)`. With a few others, whose hash is the same.
-        columns: Their numbers, ascending, `(Q,)`.
-        valid: False where `columns` is padding, `(Q,)`.
+        columns: Their numbers, ascending, `(Q,)`. For the kernels of Triton the last ones may be -1, for none.
+        valid: False where `columns` is padding, `(Q,)`; `None` where there is no padding other than -1.
     """
 
     mask: Tensor
     columns: Tensor
-    valid: Tensor
+    valid: Tensor | None
 
 
 class SharedBlock(NamedTuple):
@@ -57,6 +57,7 @@ class SharedBlock(NamedTuple):
         similarity: `(B, Q)`.
         positive: Mask of the positive pairs, `(B, Q)`.
         negative: Mask of the negative pairs, `(B, Q)`.
+        number: How many negatives each anchor has among all references, `(B,)`.
         contexts: What the parts of the loss know of the positives.
     """
 
@@ -67,58 +68,117 @@ class SharedBlock(NamedTuple):
     similarity: Tensor
     positive: Tensor
     negative: Tensor
+    number: Tensor
     contexts: list[Context]
 
 
 def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
     value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
-    for block in shared_blocks(loss, pairs):
-        accumulators = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
-        for accumulator in accumulators:
-            accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
-        add_plain_negatives(accumulators, pairs.references, block.shared.mask, loss.backend)
-        number = block.negative.sum(dim=1) + (pairs.references.shape[0] - block.shared.valid.sum())
-        found = finish(loss, block, accumulators, number)
+    by_triton = (AUTO if loss.backend == "auto" else loss.backend) == "triton" and len(pairs.references) > 0
+    if by_triton and (reason := _reason_against_triton(pairs.anchors, pairs.references)) is not None:
+        _warn_of_blocks(reason)
+        by_triton = False
+    for block in shared_blocks(loss, pairs, by_triton):
+        found = finish(loss, block, *_total_negatives(loss, block, pairs.references, by_triton))
         if isinstance(block.rows, slice):
             return found
         value[block.rows], gradient[block.rows] = found
     return value, gradient
 
 
-def shared_blocks(loss: LossDefinition, pairs: Pairs) -> Iterator[SharedBlock]:
+def _total_negatives(
+    loss: LossDefinition, block: SharedBlock, references: Tensor, by_triton: bool
+) -> tuple[list[NegativeTotals], Tensor]:
+    """Return the totals of all negatives for each part of a loss, and the gradient of the first part."""
+    parts = loss.parts or (loss,)
+    found: list[tuple[NegativeTotals, Tensor | None] | None] = [None] * len(parts)
+    if by_triton:
+        from lightning_memdml.losses.backends.triton import kernel
+
+        shared = kernel.SharedNegatives(block.shared.columns, block.negative, block.number)
+        found, reason = kernel.total_negatives(
+            parts, block.contexts, block.anchors, references, block.shared.mask, shared
+        )
+        if reason is not None:
+            _warn_of_blocks(reason)
+    left = [k for k, totals in enumerate(found) if totals is None]
+    if left:
+        made = make_accumulators(loss, block.contexts, block.anchors, references)
+        accumulators = [made[k] for k in left]
+        for accumulator in accumulators:
+            accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
+        add_plain_negatives(accumulators, references, block.shared.mask, "blocks")
+        for k, accumulator in zip(left, accumulators, strict=True):
+            totals = accumulator.totals(block.number)  # which completes the gradient
+            found[k] = totals, accumulator.gradient
+    complete = [pair for pair in found if pair is not None]
+    gradient = complete[0][1]
+    assert gradient is not None
+    return [totals for totals, _ in complete], gradient
+
+
+def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -> Iterator[SharedBlock]:
     """Compare the anchors with the references that share a class or an image with them.
 
     Usually all anchors at once. Where these are too many pairs, the anchors are compared in halves, ordered by class so
     that each half has fewer classes: with few classes, a large share of a memory has a class of the batch.
     """
-    shared = find_shared(pairs)
-    anchors, labels, indices, ref_indices = pairs.anchors, pairs.labels, pairs.indices, None
+    shared = find_shared(pairs, by_triton)
+    anchors, labels = pairs.anchors, pairs.labels
     most = MAX_PAIRS_PER_CHUNK if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
     if anchors.shape[0] > 1 and anchors.shape[0] * shared.columns.shape[0] > most:
         for half in labels.argsort().tensor_split(2):
-            yield from (block._replace(rows=half[block.rows]) for block in shared_blocks(loss, pairs.select(half)))
+            of_half = shared_blocks(loss, pairs.select(half), by_triton)
+            yield from (block._replace(rows=half[block.rows]) for block in of_half)
         return
-    references = pairs.references.index_select(0, shared.columns).to(anchors.dtype)
-    if indices is not None and pairs.ref_indices is not None:
-        ref_indices = pairs.ref_indices[shared.columns]
-    masks = pair_masks(labels, pairs.ref_labels[shared.columns], indices, ref_indices)
-    positive, negative = (mask & shared.valid for mask in masks)
+    if by_triton:
+        from lightning_memdml.losses.backends.triton.shared import compare
+
+        references, positive, negative, number = compare(pairs, shared.columns)
+    else:
+        references, positive, negative, number = _compare(pairs, shared)
     parts = loss.parts or (loss,)
     rows: Tensor | slice = slice(None)
     if any(part.wants_most_positives_first for part in parts):
         rows = positive.sum(dim=1).argsort(descending=True)
-        anchors, positive, negative = anchors[rows], positive[rows], negative[rows]
+        anchors, positive, negative, number = (tensor[rows] for tensor in (anchors, positive, negative, number))
     similarity = anchors @ references.T
     contexts = [part.context(similarity, positive) for part in parts]
-    yield SharedBlock(rows, anchors, shared, references, similarity, positive, negative, contexts)
+    yield SharedBlock(rows, anchors, shared, references, similarity, positive, negative, number, contexts)
 
 
-def find_shared(pairs: Pairs) -> SharedReferences:
+def _compare(pairs: Pairs, shared: SharedReferences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the shared references, the masks of positives and negatives, and the number of all negatives."""
+    references = pairs.references.index_select(0, shared.columns).to(pairs.anchors.dtype)
+    indices, ref_indices = pairs.indices, pairs.ref_indices
+    if indices is not None and ref_indices is not None:
+        ref_indices = ref_indices[shared.columns]
+    positive, negative = pair_masks(pairs.labels, pairs.ref_labels[shared.columns], indices, ref_indices)
+    total: Tensor | int = len(shared.columns)
+    if shared.valid is not None:
+        positive, negative, total = positive & shared.valid, negative & shared.valid, shared.valid.sum()
+    return references, positive, negative, negative.sum(dim=1) + (pairs.references.shape[0] - total)
+
+
+def find_shared(pairs: Pairs, by_triton: bool = False) -> SharedReferences:
     """Find the references that share a class or an image with the batch.
 
     With `pairs.max_shared` on a GPU, the columns are padded to this number and the host does not wait for it.
+
+    Args:
+        pairs: The anchors and the references.
+        by_triton: Whether the kernels of the Triton backend find them. The padding is then -1.
     """
+    if by_triton:
+        from lightning_memdml.losses.backends.triton import shared
+
+        is_shared, bound = shared.find_shared(pairs), _most_shared(pairs)
+        if bound is None:
+            return SharedReferences(is_shared, is_shared.nonzero().squeeze(1), None)
+        columns = torch.nonzero_static(is_shared, size=bound + 1).squeeze(1)  # one more, to see whether there are more
+        _check_bound(columns[-1] < 0, bound)
+        return SharedReferences(is_shared, columns[:bound], None)
     on_host = pairs.labels.device.type in HOST_DEVICES
     mask = None
     for ids, members, may_be_negative in (
@@ -139,21 +199,32 @@ def find_shared(pairs: Pairs) -> SharedReferences:
         found = found if may_be_negative else found & (ids >= 0)
         mask = found if mask is None else mask | found
     assert mask is not None
-    if on_host or pairs.max_shared is None:
-        columns = mask.nonzero().squeeze(1)
-        return SharedReferences(mask, columns, torch.ones_like(columns, dtype=torch.bool))
+    most = _most_shared(pairs)
+    if on_host or most is None:
+        return SharedReferences(mask, mask.nonzero().squeeze(1), None)
+    return _padded_columns(mask, most)
+
+
+def _most_shared(pairs: Pairs) -> int | None:
+    """Return the bound of the shared references for this number of anchors, if there is one."""
+    if pairs.max_shared is None:
+        return None
     level = min((len(pairs.labels) - 1).bit_length(), len(pairs.max_shared) - 1)
-    return _padded_columns(mask, min(pairs.max_shared[level], len(mask)))
+    return min(pairs.max_shared[level], len(pairs.ref_labels))
+
+
+def _check_bound(holds: Tensor, most: int) -> None:
+    compat.assert_async(
+        holds,
+        f"Expected at most `max_shared={most}` references that share a class or an image with the batch but got more. "
+        "Pass a higher bound, or leave `max_shared` out.",
+    )
 
 
 def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
     """Find the columns without asking the device how many there are."""
     places = mask.cumsum(dim=0)
-    compat.assert_async(
-        places[-1] <= most,
-        f"Expected at most `max_shared={most}` references that share a class or an image with the batch but got more. "
-        "Pass a higher bound, or leave `max_shared` out.",
-    )
+    _check_bound(places[-1] <= most, most)
     # The first column is where the number of those so far rises to 1, the second where it rises to 2, and so on.
     columns = torch.searchsorted(places, torch.arange(1, most + 1, device=mask.device))
     valid = columns < len(mask)
@@ -202,43 +273,50 @@ def _add_by_triton(
     accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
 ) -> list[NegativeAccumulator]:
     """Add every reference that is not shared by the kernel, and return the accumulators it cannot serve."""
-    if references.device.type in TRITON_DEVICES:
-        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
+    reason = _reason_against_triton(accumulators[0].anchors, references)
+    if reason is None:
+        from lightning_memdml.losses.backends.triton import kernel
 
-        reason = kernel.reason_against(accumulators[0].anchors, references)
-        if reason is None:
-            accumulators, reason = kernel.add_plain_negatives(accumulators, references, is_shared)
-    else:
-        reason = f"references on {references.device}"
+        accumulators, reason = kernel.add_plain_negatives(accumulators, references, is_shared)
     if reason is not None:
-        warnings.warn(
-            "Expected contiguous references in float16 or bfloat16 of at most 512 numbers on an NVIDIA GPU, and a "
-            f'loss with element-wise weights, for `backend="triton"` but got {reason}. Blocks are used instead: leave '
-            "`backend` out, or store the memory in 16 bits.",
-            stacklevel=2,
-        )
+        _warn_of_blocks(reason)
     return accumulators
 
 
+def _reason_against_triton(anchors: Tensor, references: Tensor) -> str | None:
+    """Return what the Triton backend cannot serve, or `None` if it can serve both."""
+    if references.device.type not in TRITON_DEVICES:
+        return f"references on {references.device}"
+    from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
+
+    return kernel.reason_against(anchors, references)
+
+
+def _warn_of_blocks(reason: str) -> None:
+    warnings.warn(
+        "Expected contiguous references in float16 or bfloat16 of at most 512 numbers on an NVIDIA GPU, and a loss "
+        f'with element-wise weights, for `backend="triton"` but got {reason}. Blocks are used instead: leave '
+        "`backend` out, or store the memory in 16 bits.",
+        stacklevel=3,
+    )
+
+
 def finish(
-    loss: LossDefinition, block: SharedBlock, accumulators: list[NegativeAccumulator], number: Tensor
+    loss: LossDefinition, block: SharedBlock, totals: list[NegativeTotals], gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Combine the totals of all negatives with the positives, which are in the shared block.
 
     Args:
         loss: The loss.
         block: The anchors beside the shared references.
-        accumulators: The negatives of each part of the loss.
-        number: How many negatives each anchor has, `(B,)`.
+        totals: Over the negatives, of each part of the loss.
+        gradient: Of the negatives of the first part, up to the anchor's factor, `(B, D)`. It is overwritten.
 
     Returns:
         Value `(B,)` and gradient `(B, D)` of the anchors, in the order of the block.
     """
-    totals = [accumulator.totals(number) for accumulator in accumulators]
     given: Any = (block.contexts, totals) if loss.parts else (block.contexts[0], totals[0])
     terms = loss.combine(block.similarity, block.positive, *given)
     positive_weights = torch.where(block.positive, terms.positive_weights, 0.0)
-    gradient = accumulators[0].gradient
-    assert gradient is not None
     scale = terms.negative_weight_scale[:, None]
     return terms.value, gradient.mul_(scale).addmm_(positive_weights, block.references, alpha=-1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,17 @@ from support.gpu import Count
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
 from lightning_memdml.losses.backends import Backend
-from lightning_memdml.losses.definition import Pairs
+from lightning_memdml.losses.pair_loss import PrecomputedGradient
 
 pytest.importorskip("triton", reason="comes with torch for CUDA")
 
-from lightning_memdml.losses.backends.triton import kernel
+from lightning_memdml.losses.backends.triton import kernel, merging, shared
 
-# Launches of a step by blocks and with the kernel. Lower the numbers when a change saves launches.
+KERNELS = {kernel: ["_add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}
+# Launches of a step, forward and backward, by blocks and with the kernels. Lower them when a change saves launches.
 LAUNCHES = {
-    (512, 1 << 20): {"contrastive": (444, 66), "mined MS": (1055, 115), "InfoNCE": (814, 94), "soft": (1280, 105)},
-    (64, 65_536): {"contrastive": (72, 66), "mined MS": (125, 115), "InfoNCE": (101, 94), "soft": (133, 105)},
+    (512, 1 << 20): {"contrastive": (448, 24), "mined MS": (1059, 39), "InfoNCE": (818, 27), "soft": (1282, 35)},
+    (64, 65_536): {"contrastive": (76, 24), "mined MS": (129, 39), "InfoNCE": (105, 27), "soft": (135, 35)},
 }
 
 
@@ -33,7 +35,7 @@ def loss(name: str, backend: Backend) -> ml.PairLoss:
 
 
 class FakeKernel:
-    """In place of the compiled kernel, in which nothing is written to memory between the products."""
+    """In place of a compiled kernel. It reads and writes its tensors once, and the references for products."""
 
     def __init__(self, count: Count) -> None:
         self.count = count
@@ -41,21 +43,33 @@ class FakeKernel:
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             self.count.launches += 1
+            tensors = [value for value in args if isinstance(value, torch.Tensor) and value.dtype != torch.float16]
+            self.count.bytes += sum(value.numel() * value.element_size() for value in tensors)
 
         return launch
 
 
 def count_step(name: str, backend: Backend, rows: int, memory: int, fake_gpu: Any, patch: pytest.MonkeyPatch) -> Count:
     patch.setattr(kernel, "_device", lambda device: kernel._Device(9, 132, 227 << 10))
-    passes, add = [], streaming.add_plain_negatives
-    patch.setattr(streaming, "add_plain_negatives", lambda *args: (passes.append(1), add(*args)))
+    passes, finish = [], streaming.finish
+    patch.setattr(streaming, "finish", lambda *args: (passes.append(1), finish(*args))[1])
     with fake_gpu, Count() as counted:
-        patch.setattr(kernel, "_add_negatives", FakeKernel(counted))
-        x, r = torch.empty(rows, 128, device="cuda"), torch.empty(memory, 128, device="cuda", dtype=torch.float16)
+        for module, names in KERNELS.items():
+            for of_triton in names:
+                patch.setattr(module, of_triton, FakeKernel(counted))
+        x = torch.empty(rows, 128, device="cuda").requires_grad_()
+        r = torch.empty(memory, 128, device="cuda", dtype=torch.float16)
         y, ry = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (rows, memory))
         # Twice the references of a batch in the classes of Stanford Online Products, rounded up.
         bound = [1 << (16 * rows - 1).bit_length()]
-        streaming.evaluate(loss(name, backend), Pairs(x, y, r, ry, y, ry, max_shared=bound))
+        of_step = loss(name, backend)
+        for _ in range(2):  # the first step copies constants to the device
+            counted.launches = counted.bytes = 0
+            passes.clear()
+            value = of_step(x, y, r, ry, indices=y, ref_indices=ry, max_shared=bound)
+            node: Any = SimpleNamespace(saved_tensors=value.grad_fn.saved_tensors)
+            with torch.no_grad():  # autograd would ask the driver of the GPU
+                PrecomputedGradient.backward(node, torch.ones_like(value))
     patch.undo()
     assert len(passes) == 1
     assert counted.waits == 0

@@ -17,6 +17,7 @@ LAYERS = [
     {"definition"},
     {"accumulators"},
     {"backends.bfloat16_prefilter", "backends.triton.codegen"},
+    {"backends.triton.merging", "backends.triton.shared"},
     {"backends.triton.kernel"},
     {"streaming"},
     {"sharded"},

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
-from lightning_memdml.losses.definition import Pairs
+from lightning_memdml.losses.definition import Pairs, pair_masks
 
 triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
 import triton.language as tl  # noqa: E402
 
-from lightning_memdml.losses.backends.triton import kernel  # noqa: E402
+from lightning_memdml.losses.backends.triton import kernel, shared  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
@@ -171,6 +172,47 @@ def test_gpus_of_other_generations_take_the_blocks(
     assert launches == []
 
 
+def test_the_kernels_find_and_compare_the_shared_references() -> None:
+    """Labels of any integer; an image that is not known, a negative index, equals none."""
+    generator = torch.Generator().manual_seed(0)
+    labels, ref_labels = (torch.randint(-3, 40, (n,), generator=generator, dtype=torch.int32) for n in (20, 2500))
+    indices, ref_indices = (torch.randint(-2, 900, (n,), generator=generator) for n in (20, 2500))
+    x, r = torch.rand(20, 24, generator=generator), torch.rand(2500, 24, generator=generator).half()
+    for images in ((indices, ref_indices), (None, None)):
+        given = Pairs(*(None if t is None else t.to(DEVICE) for t in (x, labels, r, ref_labels, *images)))
+        masks = [mask.to(DEVICE) for mask in pair_masks(labels, ref_labels, *images)]
+        is_shared = torch.isin(given.ref_labels, given.labels) | ~(masks[0] | masks[1]).all(dim=0)
+        number = int(is_shared.sum())
+        for bound in (None, number, number + 9):
+            bounds = None if bound is None else [bound]
+            found = streaming.find_shared(given._replace(max_shared=bounds), by_triton=True)
+            assert torch.equal(found.mask, is_shared)
+            assert found.columns.tolist() == is_shared.nonzero().flatten().tolist() + [-1] * (
+                (bound or number) - number
+            )
+            compared = shared.compare(given, found.columns)
+            columns = found.columns[:number]
+            for mask, wanted in zip((compared.positive, compared.negative), masks, strict=True):
+                assert torch.equal(mask[:, :number], wanted[:, columns])
+                assert not mask[:, number:].any()
+            assert torch.equal(compared.references[:number], given.references[columns].float())
+            assert torch.equal(compared.number, masks[1].sum(dim=1))
+        if DEVICE == "cpu":  # on a GPU the error would end every later test
+            with pytest.raises(RuntimeError, match=f"Expected at most `max_shared={number - 1}` references"):
+                streaming.find_shared(given._replace(max_shared=[number - 1]), by_triton=True)
+
+
+@pytest.mark.parametrize("name", ["multi-similarity", "soft triplet", "triplet"])
+def test_anchors_with_too_many_shared_references_are_compared_in_halves(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 20 * 200)
+    given = pairs(20, 700, 24, DTYPE)._replace(max_shared=[80, 160, 320, 640, 700])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hinge form of the triplet loss has no kernel
+        check((LOSSES | WITHOUT_KERNEL)[name], given, TOLERANCE)
+
+
 def test_tiles_fit_the_device() -> None:
     for dim in (1, 128, 129, 512):
         for kilobytes in (99, 163, 227):  # compute capabilities 8.6, 8.0 and 9.0
@@ -187,7 +229,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
-from lightning_memdml.losses.backends.triton import kernel
+from lightning_memdml.losses.backends.triton import kernel, merging, shared
 from lightning_memdml.losses.definition import Pairs
 
 class Driver:
@@ -207,14 +249,18 @@ class Compiled:
         def launch(*args, **options):
             args = [triton.MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
             built = self.kernel.warmup(*args, grid=grid, **options)
+            if self.kernel.__name__ != "_add_negatives":
+                return
             cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
             estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
             loop = next(line for line in built.asm["ttir"].splitlines() if "scf.for" in line)
             products = built.asm["ptx"].count("wgmma.mma_async")
-            print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop]))
+            print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop, options["gathered"]]))
         return launch
 
-kernel._add_negatives = Compiled(kernel._add_negatives)
+for module, names in ((kernel, ["_add_negatives"]), (merging, ["_merge"]), (shared, ["_find", "_compare", "_gather"])):
+    for name in names:
+        setattr(module, name, Compiled(getattr(module, name)))
 contrastive, mined = ml.ContrastiveLoss(backend="triton"), ml.MultiSimilarityLoss(backend="triton")
 hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton")
 soft = ml.TripletLoss(soft=True, backend="triton")
@@ -226,7 +272,7 @@ for capability, kilobytes, dim, loss in (
     with FakeTensorMode():
         x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
-        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=[5000]))
+        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=[512]))
     assert (value.shape, gradient.shape) == ((512,), (512, dim))
 """
 
@@ -236,10 +282,10 @@ for capability, kilobytes, dim, loss in (
 def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None})
-    grids, used, estimated, warp_group_products, moves = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
-    assert grids == ([4, 33], [4, 33], [4, 33], [8, 16], [4, 33]), "one program for nearly every processor"
+    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [gathered for *_, gathered in launches] == 5 * [False, True], "plain negatives, then the shared references"
+    grids, used, estimated, warp_group_products, moves, _ = zip(*launches, strict=True)
+    assert grids[::2] == ([4, 33], [4, 33], [4, 33], [8, 16], [4, 33]), "one program for nearly every processor"
     assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"
-    assert [number > 0 for number in warp_group_products] == [False, True, True, True, True], (
-        "tensor cores of 9.0 alone"
-    )
-    assert all(moves), "a pointer moves from tile to tile: offsets from the first one overflow 32 bits in long shares"
+    assert [number > 0 for number in warp_group_products] == 2 * [False] + 8 * [True], "tensor cores of 9.0 alone"
+    assert all(moves[::2]), "a pointer moves from tile to tile: offsets from the first one overflow in long shares"

@@ -4,9 +4,10 @@
 - `bfloat16_prefilter` is part of the blocks on CPUs with fast bfloat16 products: it skips most references of a loss
   with a threshold at half the price of the first product. It may refuse a block, which is then added as a whole.
 - `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products and all
-  references. It returns the accumulators of other losses, to which the references are then added block by block.
+  references, and small ones for the references that share a class or an image with the batch. The negatives of other
+  losses are then added block by block.
 
-A loss names its backend in its argument `backend`, and `lightning_memdml.losses.streaming.add_plain_negatives` uses it.
+A loss names its backend in its argument `backend`, and `lightning_memdml.losses.streaming.evaluate` uses it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Adds plain negatives by one Triton kernel in place of two matrix products and what is between them.
+"""Adds negatives by one Triton kernel in place of two matrix products and what is between them.
 
 Each program takes some anchors and a share of the references. Tile by tile it computes the similarities, turns them
 into weights by the loss's own lines (`lightning_memdml.losses.backends.triton.codegen`), and adds `weights @ tile` to a
 gradient that it keeps in registers. A tile is read once for both products, and no similarity is written to memory. The
 totals of the shares are then merged like those of several ranks.
+
+The kernel runs once for the plain negatives, and once for those among the shared references, under their mask.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from lightning_memdml.losses.accumulators import NegativeAccumulator
 from lightning_memdml.losses.backends.triton.codegen import Terms, UnsupportedOpError, generate_terms
+from lightning_memdml.losses.backends.triton.merging import merge
+from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Compute capabilities. Triton does not use older tensor cores; newer ones keep the sums elsewhere and need other tiles.
@@ -56,22 +61,25 @@ TILES = {
 
 @triton.jit
 def _add_negatives(  # type: ignore[no-untyped-def]
-    anchors, references, is_shared, columns, states, num_anchors, num_references, share, constants, fill_value,
-    dim: tl.constexpr, padded_dim: tl.constexpr, num_columns: tl.constexpr, terms: tl.constexpr,
+    anchors, references, marked, places_of_rows, columns, states, num_anchors, num_references, share, constants,
+    fill_value, dim: tl.constexpr, padded_dim: tl.constexpr, num_columns: tl.constexpr, terms: tl.constexpr,
     exponential: tl.constexpr, has_values: tl.constexpr, needs_hardest: tl.constexpr, with_gradient: tl.constexpr,
-    num_sums: tl.constexpr, padded_sums: tl.constexpr,
+    num_sums: tl.constexpr, padded_sums: tl.constexpr, gathered: tl.constexpr,
     anchors_per_program: tl.constexpr, references_per_tile: tl.constexpr,
 ):  # fmt: skip
     """Write the state of some anchors over one share of the references.
 
-    Shapes: anchors `(B, dim)` and references `(M, dim)` of one type; is_shared `(M,)`, bytes; columns
-    `(B, num_columns)`; states `(shares, B, 3 + dim + num_sums)`, without dim where there is no gradient, in the order
-    of `NegativeAccumulator.state`. A share is a multiple of a tile.
+    Shapes: anchors `(B, dim)`, references `(M, dim)`; columns `(B, num_columns)`; states
+    `(shares, B, 3 + dim + num_sums)`, without dim where there is no gradient, in the order of
+    `NegativeAccumulator.state`. Not `gathered`, the references are all M, and those with a byte of `marked`, `(M,)`,
+    are left out. `gathered`, they are those at `places_of_rows`, `(num_references,)`, and the bytes of `marked`,
+    `(B, num_references)`, are the pairs to keep. A share is a multiple of a tile.
     """
     i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
     d = tl.arange(0, padded_dim)
     is_anchor = i < num_anchors
     x = tl.load(anchors + i[:, None] * dim + d[None, :], mask=is_anchor[:, None] & (d < dim)[None, :], other=0.0)
+    x = x.to(references.dtype.element_ty)
     gradient = tl.zeros((anchors_per_program, padded_dim), tl.float32)
     total = tl.zeros((anchors_per_program,), tl.float32)
     shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `NegativeAccumulator`
@@ -83,11 +91,18 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     tile_start = references + start.to(tl.int64) * dim  # moves from tile to tile: offsets into a tile fit 32 bits
     for first in tl.range(start, stop, references_per_tile):
         j = tl.arange(0, references_per_tile)
-        drop = (tl.load(is_shared + first + j, mask=first + j < stop, other=1) != 0)[None, :]
-        # Beyond the end the last row is read again and dropped: a mask would cost registers.
-        j = tl.minimum(j, num_references - 1 - first)
-        places = tile_start + (j * dim)[:, None] + d[None, :]
-        tile_start += references_per_tile * dim
+        if gathered:
+            exists = first + j < stop
+            pairs = i.to(tl.int64)[:, None] * num_references + (first + j)[None, :]
+            drop = tl.load(marked + pairs, mask=is_anchor[:, None] & exists[None, :], other=0) == 0
+            rows = tl.load(places_of_rows + first + j, mask=exists, other=0)
+            places = references + (tl.maximum(rows, 0) * dim)[:, None] + d[None, :]
+        else:
+            drop = (tl.load(marked + first + j, mask=first + j < stop, other=1) != 0)[None, :]
+            # Beyond the end the last row is read again and dropped: a mask would cost registers.
+            j = tl.minimum(j, num_references - 1 - first)
+            places = tile_start + (j * dim)[:, None] + d[None, :]
+            tile_start += references_per_tile * dim
         tile = tl.load(places) if dim == padded_dim else tl.load(places, mask=(d < dim)[None, :], other=0.0)
         similarity = tl.dot(x, tl.trans(tile), input_precision="ieee")
         if needs_hardest:
@@ -169,6 +184,56 @@ def reason_against(anchors: Tensor, references: Tensor) -> str | None:
     return None if generation in GENERATIONS else f"a GPU of compute capability {generation}"
 
 
+class SharedNegatives(NamedTuple):
+    """The shared references, among which only some pairs are negatives.
+
+    Attributes:
+        columns: Their numbers, `(Q,)`, -1 where there is none.
+        negative: Mask of the negative pairs, `(B, Q)`.
+        number: How many of all references are negatives of each anchor, `(B,)`.
+    """
+
+    columns: Tensor
+    negative: Tensor
+    number: Tensor
+
+
+def total_negatives(
+    parts: Sequence[LossDefinition],
+    contexts: Sequence[Context],
+    anchors: Tensor,
+    references: Tensor,
+    is_shared: Tensor,
+    shared: SharedNegatives,
+) -> tuple[list[tuple[NegativeTotals, Tensor | None] | None], str | None]:
+    """Return the totals over all negatives for each part of a loss, and for the first part their gradient.
+
+    Args:
+        parts: The parts of the loss.
+        contexts: What their `context` returned.
+        anchors: `(B, D)`.
+        references: `(M, D)`.
+        is_shared: True for the references that are not plain negatives, `(M,)`.
+        shared: Which of the pairs with these are negatives.
+
+    Returns:
+        Totals and gradient of each part, `None` for a part for which there is no kernel, and why there is none.
+    """
+    found: list[tuple[NegativeTotals, Tensor | None] | None] = []
+    reason, anchors = None, anchors.contiguous()
+    for part, context in zip(parts, contexts, strict=True):
+        with_gradient = part is parts[0]
+        try:
+            terms = generate_terms(part, context, anchors.shape[0])
+        except UnsupportedOpError as error:
+            found.append(None)
+            reason = f"a loss whose weights need {error}"
+            continue
+        states = _launch(part, terms, anchors, references, is_shared, with_gradient, shared)
+        found.append(merge(part, states, anchors, shared.number, terms.num_sums, with_gradient))
+    return found, reason
+
+
 def add_plain_negatives(
     accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
 ) -> tuple[list[NegativeAccumulator], str | None]:
@@ -191,32 +256,49 @@ def add_plain_negatives(
             reason = f"a loss whose weights need {error}"
             continue
         if references.shape[0]:
-            accumulator.merge(_launch(accumulator, terms, references, is_shared))
+            anchors, with_gradient = accumulator.anchors.contiguous(), accumulator.gradient is not None
+            accumulator.merge(_launch(accumulator.loss, terms, anchors, references, is_shared, with_gradient))
     return left, reason
 
 
-def _launch(accumulator: NegativeAccumulator, terms: Terms, references: Tensor, is_shared: Tensor) -> Tensor:
-    """Return the state of every share of the references, `(shares, B, 3 + D + S)`."""
-    (rows, dim), loss = accumulator.anchors.shape, accumulator.loss
-    device = _device(references.device)
+def _launch(
+    loss: LossDefinition,
+    terms: Terms,
+    anchors: Tensor,
+    references: Tensor,
+    is_shared: Tensor,
+    with_gradient: bool,
+    shared: SharedNegatives | None = None,
+) -> Tensor:
+    """Return the state of every share of the references, and of the `shared` ones, `(shares, B, 3 + D + S)`."""
+    (rows, dim), device = anchors.shape, _device(references.device)
     padded_dim, tiles = choose_tiles(rows, dim, device.shared_memory)
     groups = triton.cdiv(rows, tiles.anchors)
-    share = triton.cdiv(references.shape[0], max(1, device.processors // groups))  # one program for every processor
-    share = triton.cdiv(share, tiles.references) * tiles.references
-    shares = triton.cdiv(references.shape[0], share)
-    columns = [column.to(accumulator.anchors).expand(rows, 1) for column in terms.columns]
-    width = 3 + (0 if accumulator.gradient is None else dim) + terms.num_sums
-    states = accumulator.anchors.new_empty(shares, rows, width)
-    _add_negatives[(groups, shares)](
-        accumulator.anchors.to(references.dtype), references, is_shared.view(torch.uint8),
-        torch.cat(columns, dim=1) if columns else states, states,
-        rows, references.shape[0], share, terms.constants or (0.0,), float(loss.fill_value),
-        dim=dim, padded_dim=padded_dim, num_columns=len(columns), terms=compile_terms(terms.text, len(columns)),
-        exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
-        with_gradient=accumulator.gradient is not None, num_sums=terms.num_sums, padded_sums=terms.padded_sums,
-        anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    values = [column.to(anchors).expand(rows, 1) for column in terms.columns]
+    columns = torch.cat(values, dim=1) if values else anchors
+
+    def share_of(references: int) -> tuple[int, int]:
+        """Return how many references a program takes, one program for every processor, and the number of shares."""
+        share = triton.cdiv(references, max(1, device.processors // groups))
+        share = triton.cdiv(share, tiles.references) * tiles.references
+        return share, triton.cdiv(references, share)
+
+    runs = [(references.shape[0], is_shared, is_shared, False)]
+    if shared is not None and len(shared.columns):
+        runs.append((len(shared.columns), shared.negative, shared.columns, True))
+    shares = [share_of(number)[1] for number, *_ in runs]
+    width = 3 + (dim if with_gradient else 0) + terms.num_sums
+    states = anchors.new_empty(sum(shares), rows, width)
+    for (number, marked, places, gathered), part in zip(runs, states.split(shares), strict=True):
+        _add_negatives[(groups, len(part))](
+            anchors, references, marked.view(torch.uint8), places, columns, part,
+            rows, number, share_of(number)[0], terms.constants or (0.0,), float(loss.fill_value),
+            dim=dim, padded_dim=padded_dim, num_columns=len(values), terms=compile_terms(terms.text, len(values)),
+            exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
+            with_gradient=with_gradient, num_sums=terms.num_sums, padded_sums=terms.padded_sums, gathered=gathered,
+            anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
     return states
 
 

@@ -25,7 +25,8 @@ from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilte
 from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals, Pairs, pair_masks
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
-BLOCK_ELEMENTS = 1 << 19  # of a block and of its similarities on a CPU: 2 MiB each in float32 stay in its cache
+BLOCK_ELEMENTS = 1 << 19  # for each thread, of a block and of its similarities on a CPU: 2 MiB each stay in its cache
+MOST_THREADS = 16  # that blocks grow with: beyond, their memory would be more than 32 MiB each
 GPU_BLOCK_ELEMENTS = 1 << 24  # similarities of a block on a GPU, where a block costs a dozen kernel launches
 MAX_PAIRS_PER_CHUNK = 1 << 19  # pairs of anchors and shared references that are held at once; on a GPU a block of them
 HASH_SIZE = 1 << 16
@@ -255,7 +256,9 @@ def add_plain_negatives(
     if in_float32 and anchors.shape[1] >= bfloat16.SMALLEST_DIM and bfloat16.has_fast_bf16_matmul(anchors.device):
         prefilter = BFloat16Prefilter(anchors)
     on_host = anchors.device.type in HOST_DEVICES
-    most = BLOCK_ELEMENTS // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0]
+    # Torch gives a thread 32,768 elements at least, so a block for one thread would leave others without work.
+    on_threads = BLOCK_ELEMENTS * min(torch.get_num_threads(), MOST_THREADS)
+    most = on_threads // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0]
     width = max(256, most)
     # What the prefilter keeps of a reference is half as long, so it takes two blocks at once.
     first, largest = (width, width) if prefilter is None else (SAMPLE, 2 * width)

@@ -53,6 +53,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("classes", [40, 5000])
 def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     x, y, r, ry = batch_and_memory(rows=64, references=10_000, dim=4, classes=classes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
     monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 64 * 1024)
     unknown = torch.full((10_000,), -1)
@@ -60,6 +61,18 @@ def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
         streaming.evaluate(loss, Pairs(x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown))
     assert largest.elements >= 64 * 1000  # it does see the blocks
     assert largest.elements < 64 * 10_000 / 4
+
+
+@pytest.mark.parametrize(("threads", "width"), [(1, 1024), (2, 2048), (16, 16_384), (64, 16_384)])
+def test_blocks_grow_with_the_threads(threads, width, monkeypatch):
+    x, y, r, ry = batch_and_memory(rows=64, references=20_000, dim=4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
+    widths = []
+    monkeypatch.setattr(streaming, "add_block", lambda *args: widths.append(args[3].stop - args[3].start))
+    unknown = torch.full((20_000,), -1)
+    streaming.evaluate(ml.ContrastiveLoss(), Pairs(x, y, r, ry, unknown[:64], unknown))
+    assert set(widths) == {width}
 
 
 def test_evaluating_the_anchors_in_chunks_changes_no_result(loss, monkeypatch):

@@ -38,6 +38,11 @@ PREDICT: dict[str, Any] = {
         "default": False,
         "help": "Leave out images that are missing or damaged, and list them. All images are opened once more.",
     },
+    "--flip": {
+        "type": bool,
+        "default": False,
+        "help": "Average the embedding of each image with that of its mirrored copy, which takes twice the time.",
+    },
 }
 
 

@@ -37,6 +37,7 @@ class Command(NamedTuple):
 
 TRAINER = "lightning_memdml.lightning_cli:run_trainer"
 LAST = "runs/latest/checkpoints/last.ckpt"
+SWITCHES = ("--flip", "--whiten", "--rerank")
 COMMANDS: dict[str, Command] = {
     "fit": Command(
         "Train.",
@@ -106,7 +107,7 @@ COMMANDS: dict[str, Command] = {
         options="lightning_memdml.deploy.search_command:search_images",
     ),
     "score": Command(
-        "Score embeddings in files, from any source.",
+        "Score embeddings in files, or the test images of a checkpoint.",
         "lightning_memdml.deploy.score:score",
         "--embeddings runs/memdml/version_1/embeddings.parquet",
         ("metrics", "recall"),
@@ -162,7 +163,22 @@ def run(name: str, arguments: list[str]) -> None:
     module, _, attribute = function.partition(":")
     # A flag; jsonargparse would want a value.
     arguments = ["--trust=true" if argument == "--trust" else argument for argument in arguments]
+    sys.argv[1:], arguments = switched_on(sys.argv[1:]), switched_on(arguments)
     getattr(import_module(module), attribute)(arguments)
+
+
+def switched_on(arguments: list[str]) -> list[str]:
+    """Return arguments in which a switch without a value has the value true.
+
+    Example:
+        >>> switched_on(["--rerank", "bird.jpg", "--flip", "false"])
+        ['--rerank=true', 'bird.jpg', '--flip', 'false']
+    """
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=true" if argument in SWITCHES and value.lower() not in ("true", "false") else argument
+        for argument, value in zip(arguments, following, strict=True)
+    ]
 
 
 def help_text() -> str:

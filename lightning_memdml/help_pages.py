@@ -93,6 +93,7 @@ OWN: dict[str, list[tuple[str, str, str]]] = {
         CKPT[""],
         CONFIG,
         ("--file_format", "`parquet`: one table; `npy`: an array beside a .csv", "parquet"),
+        ("--flip", "average with the mirrored image, in twice the time", "false"),
         ("--skip_damaged", "leave out images that cannot be opened, and list them", "false"),
         ("--trust", "let the checkpoint build whatever it names", ""),
     ],

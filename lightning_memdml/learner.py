@@ -16,6 +16,7 @@ from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone,
 from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
 from lightning_memdml.inference import methods
+from lightning_memdml.inference.evaluation import embed_images
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory_term import Loss, check_loss, loss_term
@@ -98,6 +99,9 @@ class MetricLearner(LightningModule):
     encoder_name = "model"
     #: Whether training steps log their losses, which takes 1 to 2 ms a step. `memdml study` records losses by itself.
     logs_losses = True
+
+    #: Whether `predict_step` averages the embedding of each image with that of its mirrored copy.
+    predict_flip = False
 
     def __init__(
         self,
@@ -369,7 +373,7 @@ class MetricLearner(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return embeddings with the labels and, if there are any, the indices of their images."""
         images, labels, indices = _unpack(batch)
-        outputs = {"embeddings": self(images), "labels": labels}
+        outputs = {"embeddings": embed_images(self, images, self.predict_flip), "labels": labels}
         return outputs if indices is None else {**outputs, "indices": indices}
 
 

@@ -288,8 +288,8 @@ class MemdmlCLI(LightningCLI):
         rank_zero_info(f"{done} Next: memdml test --ckpt_path {checkpoint}{trust}")
 
     def before_predict(self) -> None:
-        """Refuse names that the table of embeddings cannot hold, before the images are embedded."""
-        data = self.datamodule
+        """Pass `--flip` on, and refuse names that the table of embeddings cannot hold, before images are embedded."""
+        data, self.model.predict_flip = self.datamodule, self.config.predict.flip
         if isinstance(data, RetrievalDataModule) and self.trainer.is_global_zero:
             data.prepare_data()
             data.setup("predict")

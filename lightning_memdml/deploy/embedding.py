@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from lightning_memdml.atomic_write import atomic_write, named_if_full
 from lightning_memdml.data.images import ImageDataset
+from lightning_memdml.inference.evaluation import embed_images
 from lightning_memdml.retrieval.index import EMBEDDINGS, normalise_in_place
 from lightning_memdml.retrieval.index_folder import write_header
+from lightning_memdml.whitening import Whitening
 
 PROGRESS = "progress.json"
 BATCHES_PER_SAVE = 20
@@ -31,20 +33,24 @@ def embed_to_file(
     folder: Path,
     checkpoint: str,
     *,
+    flip: bool = False,
+    whitening: Whitening | None = None,
     batch_size: int = 128,
     num_workers: int = 0,
     device: str = "cpu",
 ) -> np.memmap:
     """Embed images in order, into `embeddings.npy` of a folder, as unit rows.
 
-    Rows of an earlier, interrupted call are kept if it had the same images, transform and checkpoint. An image file
-    that has changed since is not embedded again.
+    Rows of an earlier, interrupted call are kept if it had the same images, transform, checkpoint and options. An image
+    file that has changed since is not embedded again.
 
     Args:
         model: Maps images to embeddings `(B, D)`; in evaluation mode.
         images: The images.
         folder: Where to write; it is made.
         checkpoint: Digest of the model's weights.
+        flip: Average the embedding of each image with that of its mirrored copy.
+        whitening: Whiten the embeddings.
         batch_size: Images per batch.
         num_workers: Processes that open and transform images.
         device: Where the model runs.
@@ -59,7 +65,7 @@ def embed_to_file(
     if not len(images):
         raise ValueError("Expected at least one image to embed but got none.")
     folder.mkdir(parents=True, exist_ok=True)
-    identity = fingerprint(images, checkpoint)
+    identity = fingerprint(images, checkpoint, flip=flip, whitening=whitening)
     done, dim = _kept(folder, len(images), identity)
     loader = DataLoader(Subset(images, range(done, len(images))), batch_size=batch_size, num_workers=num_workers)
     model = model.to(device)
@@ -70,8 +76,9 @@ def embed_to_file(
             file.seek(write_header(file, (len(images), dim)) + 4 * dim * done)
         try:
             for number, (batch, _, _) in enumerate(loader, start=1):
-                embeddings = model(batch.to(device)).float().cpu()
+                embeddings = embed_images(model, batch.to(device), flip).float().cpu()
                 _require_finite(embeddings, images, done)
+                embeddings = embeddings if whitening is None else whitening(embeddings)
                 if not done:
                     write_header(file, (len(images), embeddings.shape[1]))
                 file.write(normalise_in_place(embeddings.clone().numpy()).data)
@@ -84,10 +91,14 @@ def embed_to_file(
     return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
-def fingerprint(images: ImageDataset, checkpoint: str) -> str:
-    """Return a digest of the images' names, their labels, the transform and the checkpoint."""
+def fingerprint(
+    images: ImageDataset, checkpoint: str, *, flip: bool = False, whitening: Whitening | None = None
+) -> str:
+    """Return a digest of the images' names, their labels, the transform, the checkpoint, and how rows are made."""
     transform = re.sub(r" at 0x[0-9a-f]+", "", repr(images.transform))
-    parts = (checkpoint, transform, json.dumps(images.paths), json.dumps(images.labels.tolist()))
+    parts = [checkpoint, transform, json.dumps(images.paths), json.dumps(images.labels.tolist())]
+    parts += ["flip"] if flip else []
+    parts += [] if whitening is None else [whitening.digest()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 
 from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.paths import require_utf8
 from lightning_memdml.deploy.damaged_images import damaged_images, offer_to_skip, without_skipped
 from lightning_memdml.deploy.embedding import PROGRESS, embed_to_file
-from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner
+from lightning_memdml.deploy.trained import data_config_of, file_digest, load_learner, refuse_without
 from lightning_memdml.inference.sources import (
     FromFile,
     NamedImages,
@@ -30,13 +33,16 @@ from lightning_memdml.inference.sources import (
 from lightning_memdml.retrieval.index import EmbeddingIndex, IndexedImages, build_index
 from lightning_memdml.retrieval.index_folder import require_replaceable, staged_folder
 from lightning_memdml.retrieval.index_kinds import OLD_NAMES, IndexKind, index_kinds, make_index_kind
+from lightning_memdml.whitening import Whitening
 
+TRAINING = "training"  # folder of the embeddings of the training images, as long as they are needed
 DESCRIPTION = """\
 Embed images with a trained network, and build an index of them.
 
   memdml index --ckpt_path runs/latest/checkpoints/last.ckpt
   memdml index --ckpt_path last.ckpt --source my/images --output runs/my_index
   memdml index --ckpt_path last.ckpt --source catalogue.csv --kind ivf --nprobe 16
+  memdml index --ckpt_path last.ckpt --flip --whiten
 
 Without --source, it indexes the images of the checkpoint's own data, by default those that its test searches. Of a
 folder it takes all images, at any depth. It resumes after an interruption, and reports recall against exact search."""
@@ -102,6 +108,10 @@ def index_images(
     kind: IndexKind | None = None,
     trust: bool = False,
     skip_damaged: bool = False,
+    flip: bool = False,
+    whiten: bool = False,
+    whiten_dim: int | None = None,
+    shrinkage: float = 0.5,
 ) -> EmbeddingIndex:
     """Embed images with a trained network, and build an index of them in a folder.
 
@@ -116,12 +126,18 @@ def index_images(
         kind: Kind of index; by default flat.
         trust: Let the checkpoint build whatever it names, also what is not on the closed list.
         skip_damaged: Leave out images that are missing or damaged, and list them. All images are opened once more.
+        flip: Average the embedding of each image with that of its mirrored copy; a search then does the same.
+        whiten: Whiten (PCA) the embeddings on the training images; a search then does the same.
+        whiten_dim: Dimensions that whitening keeps; by default all.
+        shrinkage: Of the covariance towards the identity, in [0, 1), for `whiten`.
 
     Raises:
         FileNotFoundError: If there is no such source.
         OSError: If an image is missing or damaged, the disk is full, or another process writes to `output`.
-        ValueError: If the checkpoint or the device cannot be used, or `output` is something other than an index.
+        ValueError: If the checkpoint or the device cannot be used, `output` is something other than an index, or an
+            option is set that needs another one.
     """
+    refuse_without("whiten", whiten, index_images, whiten_dim=whiten_dim, shrinkage=shrinkage)
     folder = Path(output).expanduser()
     require_replaceable(folder)
     about: dict[str, Any] = {
@@ -129,6 +145,7 @@ def index_images(
         "source": None if source is None else str(Path(source).expanduser().resolve()),
         "images": images,
         "data": data or data_config_of(ckpt_path, trust=trust),
+        "flip": flip,
     }
     learner, about["sha256"] = load_learner(ckpt_path, device, trust=trust), file_digest(ckpt_path)
     trust = trust or data is not None  # what the command line names is the user's own
@@ -136,27 +153,36 @@ def index_images(
     about["data"] = absolute_paths(about["data"], module)
     about["tensor_shape"] = tensor_shape(module)
     chosen = indexed_images(about, trust=trust)
+    training = part_of(module, "train") if whiten else None
     if skip_damaged:
         about["skipped"] = damaged_images(chosen.images)
         chosen = without_skipped(chosen, about["skipped"])
+        training = None if training is None else without_skipped(training, damaged_images(training.images))
     require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
+    embed: Any = partial(
+        embed_to_file,
+        learner,
+        checkpoint=about["sha256"],
+        flip=flip,
+        batch_size=module.eval_batch_size,
+        num_workers=workers,
+        device=device,
+    )
     with staged_folder(folder, resume=True) as staged:
         with offer_to_skip("index"):
-            rows = embed_to_file(
-                learner,
-                chosen.images,
-                staged,
-                about["sha256"],
-                batch_size=module.eval_batch_size,
-                num_workers=workers,
-                device=device,
-            )
+            whitening = None
+            if training is not None:
+                known = embed(training.images, staged / TRAINING)
+                whitening = Whitening.fit(torch.from_numpy(known), whiten_dim, shrinkage)
+            rows = embed(chosen.images, staged, whitening=whitening)
         named = IndexedImages(chosen.images.paths, chosen.images.labels.tolist(), chosen.classes)
         built = build_index(rows, named, kind, about=about, device=device, progress=True)
+        built.whitening = whitening  # the rows are whitened already
         classes = len(set(chosen.classes))
         print(f"{len(built):,} images of {classes:,} classes, {built.kind.kind()} index: {built.measure()}")
         built.write_all_but_embeddings(staged)
+        shutil.rmtree(staged / TRAINING, ignore_errors=True)
         (staged / PROGRESS).unlink()
     print(f"    {folder}")
     if chosen.images.has_pictures:

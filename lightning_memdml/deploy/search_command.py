@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lightning_memdml.cli_messages import ArgumentParser
 from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.paths import shown
 from lightning_memdml.deploy.index_command import indexed_images
-from lightning_memdml.deploy.trained import file_digest, load_learner
+from lightning_memdml.deploy.trained import file_digest, load_learner, refuse_without
+from lightning_memdml.inference.evaluation import embed_images
 from lightning_memdml.inference.sources import FromFile, data_of, image_files, input_transform
 from lightning_memdml.retrieval import Neighbour, RetrievalExample, save_gallery
 from lightning_memdml.retrieval.index import EmbeddingIndex, load_index
@@ -24,7 +26,12 @@ DESCRIPTION = """\
 Find the images of an index that are nearest to image files.
 
   memdml search bird.jpg --index runs/index
-  memdml search *.jpg --index runs/index --k 20 --html found.html"""
+  memdml search *.jpg --index runs/index --k 20 --html found.html
+  memdml search bird.jpg --rerank --candidates 500
+
+The image files are prepared and embedded as those of the index were, averaged and whitened if those were. Re-ranking
+orders the candidates of each image anew, by what they have in common among their nearest ones. It costs about 10 ms of
+one core for each image with 200 candidates and 0.1 s with 1,000, whatever the size of the index."""
 # What `memdml index` keeps with an index, and the types of it.
 _ABOUT: dict[str, tuple[type, ...]] = {
     "sha256": (str,),
@@ -33,6 +40,7 @@ _ABOUT: dict[str, tuple[type, ...]] = {
     "images": (str,),
     "data": (dict,),
     "tensor_shape": (list, type(None)),
+    "flip": (bool, type(None)),  # None: an index of version 0.1
 }
 
 
@@ -55,6 +63,11 @@ def search_images(
     png: str | None = None,
     device: str = "cpu",
     trust: bool = False,
+    rerank: bool = False,
+    candidates: int = 200,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
 ) -> tuple[Tensor, Tensor]:
     """Find the images of an index that are nearest to image files, and print them.
 
@@ -67,16 +80,23 @@ def search_images(
         png: Also write the result to this picture.
         device: Where the network runs, `cpu` or `cuda`.
         trust: Let the index and its checkpoint build whatever they name, also what is not on the closed list.
+        rerank: Order the candidates by k-reciprocal neighbours; the place before stands in brackets.
+        candidates: Images that are re-ranked for each image file, at least `k`.
+        k1: Neighbours among which re-ranking searches reciprocal ones.
+        k2: Neighbours over which re-ranking averages.
+        lambda_value: Weight of the original distance in re-ranking, in [0, 1].
 
     Returns:
-        Cosine similarities and positions in the index, `(Q, min(k, N))` each.
+        Cosine similarities and positions in the index, `(Q, min(k, N))` each, the nearest first.
 
     Raises:
         FileNotFoundError: If there is no such index, checkpoint or image.
         OSError: If an image is damaged.
-        ValueError: If the index is damaged, was made with another checkpoint or from features, or there is no such
-            device.
+        ValueError: If the index is damaged, was made with another checkpoint or from features, there is no such device,
+            or an option is set that needs another one.
     """
+    reranking: dict[str, Any] = {"candidates": candidates, "k1": k1, "k2": k2, "lambda_value": lambda_value}
+    refuse_without("rerank", rerank, search_images, **reranking)
     opened = load_index(index)
     about = _checked_about(opened.about, index)
     learner = load_learner(_same_checkpoint(ckpt_path or about["ckpt_path"], about["sha256"]), device, trust=trust)
@@ -84,16 +104,20 @@ def search_images(
     files = image_files(images, transform)
     with torch.inference_mode():
         start = time.perf_counter()
-        queries = torch.cat([learner(files[row][0][None].to(device)).cpu() for row in range(len(files))])
+        prepared = (files[row][0][None].to(device) for row in range(len(files)))
+        queries = torch.cat([embed_images(learner, image, bool(about.get("flip"))).cpu() for image in prepared])
         embedding_time = time.perf_counter() - start
-    similarity, position = opened.search(queries, k)
-    for path, values, rows in zip(images, similarity.tolist(), position.tolist(), strict=True):
+    find = partial(opened.search_reranked, k=k, **reranking) if rerank else partial(opened.search, k=k)
+    similarity, position = find(queries)
+    before = opened.search(queries, candidates)[1].tolist() if rerank else None
+    for query, (path, values, rows) in enumerate(zip(images, similarity.tolist(), position.tolist(), strict=True)):
         print(shown(path))
         for place, (value, row) in enumerate(zip(values, rows, strict=True), start=1):
             if row >= 0:
                 name, found = shown(opened.images.classes[row]), shown(opened.images.paths[row])
-                print(f"  {place:3d}  {value:.4f}  {name:24}  {found}")
-    latency = _search_milliseconds(opened, queries, k)
+                moved = "" if before is None else f" {f'({before[query].index(row) + 1})':>6}"
+                print(f"  {place:3d}{moved}  {value:.4f}  {name:24}  {found}")
+    latency = _search_milliseconds(find, queries)
     print(
         f"{len(opened):,} images, {opened.kind.kind()} index: {latency:.2f} ms per search, "
         f"{1000 * embedding_time / len(files):.0f} ms to embed an image; "
@@ -134,12 +158,12 @@ def _same_checkpoint(path: str, digest: str) -> str:
     return path
 
 
-def _search_milliseconds(opened: EmbeddingIndex, queries: Tensor, k: int) -> float:
+def _search_milliseconds(find: Callable[[Tensor], Any], queries: Tensor) -> float:
     """Return the median time of a search for one image."""
     times = []
     for row in range(max(5, min(50, len(queries)))):
         start = time.perf_counter()
-        opened.search(queries[[row % len(queries)]], k)
+        find(queries[[row % len(queries)]])
         times.append(1000 * (time.perf_counter() - start))
     return float(np.median(times))
 

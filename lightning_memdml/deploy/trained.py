@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,26 @@ def data_config_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str, A
 def call(function: Callable[..., Any], arguments: list[str], **kwargs: Any) -> Any:
     """Call a function with what a command line says."""
     return auto_cli(function, args=arguments, as_positional=False, parser_class=ArgumentParser, **kwargs)
+
+
+def refuse_without(switch: str, is_on: bool, function: Callable[..., Any], **options: Any) -> None:
+    """Refuse options that were set although they do nothing without another one.
+
+    Args:
+        switch: The option that is needed.
+        is_on: Whether it is set.
+        function: The function of the command, for the defaults.
+        **options: The options and their values.
+
+    Raises:
+        ValueError: If one of them is not its default.
+    """
+    for name, value in options.items():
+        if not is_on and value != signature(function).parameters[name].default:
+            raise ValueError(
+                f"Expected `--{switch}`, without which `--{name}` does nothing, but got `--{name} {value}` alone. Add "
+                f"`--{switch}`, or leave `--{name}` out."
+            )
 
 
 def file_digest(path: str | Path) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memdml.inference.evaluation import embed_images
+
 if TYPE_CHECKING:  # needed when a method is called, and not by a training script
     from PIL import Image
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # needed when a method is called, and not by a training scrip
     from lightning_memdml.inference.sources import NamedImages
     from lightning_memdml.retrieval.index import EmbeddingIndex
     from lightning_memdml.retrieval.index_kinds import IndexKind
+    from lightning_memdml.whitening import Whitening
 
     Images = Tensor | str | Path | Image.Image | Sequence[str | Path | Image.Image]
     Transform = Callable[[Any], Any]
@@ -27,6 +30,7 @@ def embed(
     learner: Any,
     images: Images,
     *,
+    flip: bool = False,
     transform: Transform | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -41,6 +45,7 @@ def embed(
         learner: The learner; it runs where it is, in evaluation mode, and has its modes back afterwards.
         images: A folder, a table or an archive as `memdml index --source` reads them, an image file, a picture of
             Pillow, several files or pictures, uint8 pixels `(N, C, H, W)`, or prepared input as float32.
+        flip: Average the embedding of each image with that of its mirrored copy, which takes twice the time.
         transform: Prepares a picture of Pillow, or pixels, in the place of the learner's own transform.
         batch_size: Images per batch.
         num_workers: Processes that open and prepare images.
@@ -61,8 +66,8 @@ def embed(
         torch.Size([3, 8])
     """
     if isinstance(images, Tensor) and images.is_floating_point():
-        return _embed_batches(learner, images.split(batch_size), len(images), progress)
-    return _embed_named(learner, _named(learner, images, transform), batch_size, num_workers, progress)
+        return _embed_batches(learner, images.split(batch_size), len(images), flip, progress)
+    return _embed_named(learner, _named(learner, images, transform), flip, batch_size, num_workers, progress)
 
 
 def build_index(
@@ -71,6 +76,8 @@ def build_index(
     *,
     kind: IndexKind | None = None,
     output: str | Path | None = None,
+    flip: bool = False,
+    whitening: Whitening | None = None,
     transform: Transform | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -85,6 +92,9 @@ def build_index(
         images: As for `embed`, but not prepared. The classes of a folder or table are kept.
         kind: `Flat()` (the default, exact), `IVF()`, `HNSW()` or `PQ()` of `lightning_memdml.retrieval`.
         output: Folder to save the index to.
+        flip: As for `embed`. The index records it, so that `search` treats its images in the same way.
+        whitening: Whiten the embeddings and those of every search, by `Whitening.fit(learner.embed(training_images))`
+            of `lightning_memdml.whitening`, with the same `flip`.
         transform: As for `embed`.
         batch_size: Images per batch.
         num_workers: Processes that open and prepare images.
@@ -98,8 +108,9 @@ def build_index(
     from lightning_memdml.retrieval.index import build_index as build
 
     named = _named(learner, images, transform)
-    rows = _embed_named(learner, named, batch_size, num_workers, progress)
-    index = build(rows, IndexedImages(named.images.paths, named.images.labels.tolist(), named.classes), kind)
+    rows = _embed_named(learner, named, flip, batch_size, num_workers, progress)
+    described = IndexedImages(named.images.paths, named.images.labels.tolist(), named.classes)
+    index = build(rows, described, kind, about={"flip": True} if flip else None, whitening=whitening)
     if output is not None:
         index.save(output)
     return index
@@ -111,22 +122,26 @@ def search(
     index: EmbeddingIndex | str | Path,
     k: int = 10,
     *,
+    rerank: bool = False,
     transform: Transform | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find the images of an index that are nearest to images.
+
+    The images are averaged with their mirrored copies and whitened if those of the index were.
 
     Args:
         learner: The learner that the index was made with.
         images: As for `embed`.
         index: The index, or its folder.
         k: Number of neighbours.
+        rerank: Order them by k-reciprocal neighbours, with the defaults of `EmbeddingIndex.search_reranked`.
         transform: As for `embed`.
         progress: Show a progress bar.
 
     Returns:
-        Cosine similarities, descending, and positions in the index, both `(Q, min(k, N))`. `index.images.paths` has the
-        path at a position.
+        Cosine similarities and positions in the index, both `(Q, min(k, N))`, the nearest first. `index.images.paths`
+        has the path at a position.
 
     Raises:
         ValueError: As for `embed`; or if the index is of another dimension.
@@ -134,7 +149,9 @@ def search(
     from lightning_memdml.retrieval.index import EmbeddingIndex, load_index
 
     opened = index if isinstance(index, EmbeddingIndex) else load_index(index)
-    return opened.search(embed(learner, images, transform=transform, progress=progress), k)
+    flip = bool(opened.about.get("flip", False))
+    queries = embed(learner, images, flip=flip, transform=transform, progress=progress)
+    return opened.search_reranked(queries, k) if rerank else opened.search(queries, k)
 
 
 def export(
@@ -212,20 +229,22 @@ def _transform_of(learner: Any, transform: Transform | None) -> Any:
     )
 
 
-def _embed_named(learner: Any, named: NamedImages, batch_size: int, num_workers: int, progress: bool) -> Tensor:
+def _embed_named(
+    learner: Any, named: NamedImages, flip: bool, batch_size: int, num_workers: int, progress: bool
+) -> Tensor:
     from torch.utils.data import DataLoader
 
     loader = DataLoader(named.images, batch_size=batch_size, num_workers=num_workers)
-    return _embed_batches(learner, (batch[0] for batch in loader), len(named.images), progress)
+    return _embed_batches(learner, (batch[0] for batch in loader), len(named.images), flip, progress)
 
 
-def _embed_batches(learner: Any, batches: Any, count: int, progress: bool) -> Tensor:
+def _embed_batches(learner: Any, batches: Any, count: int, flip: bool, progress: bool) -> Tensor:
     from tqdm import tqdm
 
     rows = []
     with _evaluating(learner), tqdm(total=count, desc="embedding", unit="image", disable=not progress) as bar:
         for batch in batches:
-            rows.append(learner(batch.to(learner.device, learner.dtype)).float().cpu())
+            rows.append(embed_images(learner, batch.to(learner.device, learner.dtype), flip).float().cpu())
             bar.update(len(batch))
     if not rows:
         raise ValueError("Expected at least one image to embed but got none.")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +16,24 @@ from tqdm import tqdm
 
 from lightning_memdml.retrieval.embedding_table import write_embedding_table
 from lightning_memdml.retrieval.faiss_index import WITHOUT_FAISS, build_faiss_index, import_faiss
+from lightning_memdml.retrieval.index_benchmark import (
+    IndexBenchmark,
+    median_milliseconds,
+    share_found,
+    without_self,
+)
 from lightning_memdml.retrieval.index_folder import DESCRIPTION, existing_folder, staged_folder, write_header
 from lightning_memdml.retrieval.index_kinds import Flat, IndexKind, kind_from_description
+from lightning_memdml.retrieval.reranking import rerank
 from lightning_memdml.retrieval.retrieval_sets import check_finite_embeddings, check_recall_levels
 from lightning_memdml.retrieval.tiles import full_precision_products, row_slices, unit_float32
+from lightning_memdml.whitening import Whitening
 
 FORMATS = (1, 2)  # of the folder; the last is written
-EMBEDDINGS, FAISS, IMAGES = "embeddings.npy", "index.faiss", "images.parquet"
+EMBEDDINGS, FAISS, IMAGES, WHITENING = "embeddings.npy", "index.faiss", "images.parquet", "whitening.npy"
 
+CANDIDATES = 200  # images that a search re-ranks
 _BLOCK = 8192  # rows handled at a time
-_SAME = 1e-6  # neighbours whose similarities differ by less count as equal
 
 
 class IndexedImages(NamedTuple):
@@ -43,32 +50,6 @@ class IndexedImages(NamedTuple):
     classes: list[str]
 
 
-@dataclass(frozen=True)
-class IndexBenchmark:
-    """Recall and latency of an index, against exact search.
-
-    Attributes:
-        queries: Number of its own images that were searched.
-        recall: K -> share of the exact K nearest images that the index finds, an image itself left out.
-        milliseconds: Median time of a search for one image.
-        exact_milliseconds: The same of comparing with every image.
-        threads: Threads that both used.
-    """
-
-    queries: int
-    recall: dict[int, float]
-    milliseconds: float
-    exact_milliseconds: float
-    threads: int
-
-    def __str__(self) -> str:
-        levels = ", ".join(f"@{k} {recall:.4f}" for k, recall in self.recall.items())
-        return (
-            f"recall against exact search of {self.queries} images: {levels}; {self.milliseconds:.2f} ms per search "
-            f"(exact: {self.exact_milliseconds:.2f} ms), threads: {self.threads}"
-        )
-
-
 @dataclass
 class EmbeddingIndex:
     """Unit embeddings, an index over them, and what each row is; made by `build_index` or `load_index`.
@@ -80,6 +61,7 @@ class EmbeddingIndex:
         faiss_index: The index of faiss; None for `kind=flat`.
         about: What is kept with it, such as the checkpoint; must be JSON.
         benchmark: The result of `measure`, or None.
+        whitening: How the embeddings were whitened, and queries will be; None if they were not.
     """
 
     embeddings: np.ndarray
@@ -88,6 +70,7 @@ class EmbeddingIndex:
     faiss_index: Any = None
     about: dict[str, Any] = field(default_factory=dict)
     benchmark: IndexBenchmark | None = None
+    whitening: Whitening | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -96,7 +79,7 @@ class EmbeddingIndex:
         """Find the nearest images.
 
         Args:
-            queries: `(Q, D)`, any norm.
+            queries: `(Q, D)`, any norm, as the network gives them: they are whitened here if the index is.
             k: Number of neighbours.
 
         Returns:
@@ -107,10 +90,61 @@ class EmbeddingIndex:
             TypeError: If `queries` is not a floating-point tensor.
             ValueError: If it has another dimension or is not finite, or `k` is below 1.
         """
-        if self.faiss_index is None:
-            return self.search_exactly(queries, k)
-        (k,) = check_recall_levels((k,))
+        return self._find(self._unit(queries), *check_recall_levels((k,)))
+
+    def search_exactly(self, queries: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
+        """Find the nearest images by comparing with all of them, with the arguments of `search`."""
+        return self._find_exactly(self._unit(queries), *check_recall_levels((k,)))
+
+    def search_reranked(
+        self,
+        queries: Tensor,
+        k: int = 10,
+        candidates: int = CANDIDATES,
+        *,
+        k1: int = 20,
+        k2: int = 6,
+        lambda_value: float = 0.3,
+    ) -> tuple[Tensor, Tensor]:
+        """Find candidates, and order them by their k-reciprocal neighbours, see `rerank`.
+
+        Neighbours are searched among a query and its own candidates, other queries play no part. With as many
+        candidates as images, this is the order of `rerank` for a single query. The cost grows with the square of
+        `candidates`: 200 take about 10 ms of one core for each query and
+        1,000 about 0.1 s, whatever the size of the index.
+
+        Args:
+            queries: As for `search`.
+            k: Number of neighbours.
+            candidates: Number of images that are ordered, at least `k`, those of `search`.
+            k1: See `rerank`.
+            k2: See `rerank`.
+            lambda_value: See `rerank`.
+
+        Returns:
+            As `search`, in the order of the re-ranked distances: the cosine similarities are not descending.
+
+        Raises:
+            TypeError: As `search`.
+            ValueError: As `search` and `rerank`; or if there are fewer candidates than neighbours.
+        """
+        if candidates < k:
+            raise ValueError(
+                f"Expected at least as many candidates as neighbours, {k}, but got {candidates}. Pass more candidates."
+            )
         unit = self._unit(queries)
+        similarity, position = self._find(unit, *check_recall_levels((candidates,)))
+        order = torch.arange(position.shape[1]).repeat(len(position), 1)
+        for query, found in enumerate(position):
+            rows = torch.from_numpy(self.embeddings[found[found >= 0].numpy()])  # the found ones come first
+            distances = rerank(unit[[query]], rows, k1, k2, lambda_value)
+            order[query, : len(rows)] = distances[0].argsort(stable=True)
+        return similarity.gather(1, order)[:, :k], position.gather(1, order)[:, :k]
+
+    def _find(self, unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Search for unit rows in the space of the index."""
+        if self.faiss_index is None:
+            return self._find_exactly(unit, k)
         fetched = min(len(self), self.kind.candidates(k))
         _, found = self.faiss_index.search(unit.numpy(), fetched)
         position = torch.from_numpy(found)
@@ -119,10 +153,7 @@ class EmbeddingIndex:
         similarity, order = similarity.sort(dim=1, descending=True, stable=True)
         return similarity[:, :k], position.gather(1, order)[:, :k]
 
-    def search_exactly(self, queries: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
-        """Find the nearest images by comparing with all of them, with the arguments of `search`."""
-        (k,) = check_recall_levels((k,))
-        unit = self._unit(queries)
+    def _find_exactly(self, unit: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best, position = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.long)
         with full_precision_products(unit.device):
             for part in row_slices(len(self), _BLOCK):
@@ -137,7 +168,7 @@ class EmbeddingIndex:
         A neighbour as similar as the last of the exact ones counts as found, since equal images come in any order.
         """
         exact, _ = self.search_exactly(queries, k)
-        return _share_found(self.search(queries, k)[0], exact)
+        return share_found(self.search(queries, k)[0], exact)
 
     def measure(self, k: Sequence[int] = (1, 10, 100), queries: int = 1000, seed: int = 0) -> IndexBenchmark:
         """Measure recall against exact search, and latency, with images of the index as queries.
@@ -155,12 +186,12 @@ class EmbeddingIndex:
         if k and len(drawn):
             images = torch.from_numpy(self.embeddings[drawn.numpy()])
             exact, found = (
-                _without_self(*search(images, max(k) + 1), drawn) for search in (self.search_exactly, self.search)
+                without_self(*search(images, max(k) + 1), drawn) for search in (self._find_exactly, self._find)
             )
-            recalls = {level: _share_found(found[:, :level], exact[:, :level]) for level in k}
+            recalls = {level: share_found(found[:, :level], exact[:, :level]) for level in k}
         depth = max(k, default=1)
         latency, exact_latency = (
-            _median_milliseconds(search, self.embeddings, depth, seed) for search in (self.search, self.search_exactly)
+            median_milliseconds(search, self.embeddings, depth, seed) for search in (self._find, self._find_exactly)
         )
         self.benchmark = IndexBenchmark(len(drawn), recalls, latency, exact_latency, torch.get_num_threads())
         return self.benchmark
@@ -213,6 +244,8 @@ class EmbeddingIndex:
 
         if self.faiss_index is not None:
             _write_faiss(self.faiss_index, folder / FAISS)
+        if self.whitening is not None:
+            self.whitening.save(folder / WHITENING)
         parquet.write_table(pyarrow.table(self._columns()), folder / IMAGES)
         description = {
             "format": FORMATS[-1],
@@ -220,18 +253,21 @@ class EmbeddingIndex:
             "dim": self.embeddings.shape[1],
             "kind": {"kind": self.kind.kind(), **asdict(self.kind)},
             "benchmark": None if self.benchmark is None else asdict(self.benchmark),
+            "whitening": self.whitening is not None,
             "about": self.about,
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     def _unit(self, queries: Tensor) -> Tensor:
         check_finite_embeddings("queries", queries)
-        if queries.shape[1] != self.embeddings.shape[1]:
+        dim = self.embeddings.shape[1] if self.whitening is None else len(self.whitening.mean)
+        if queries.shape[1] != dim:
             raise ValueError(
-                f"Expected `queries` of dimension {self.embeddings.shape[1]}, as in the index, but got "
-                f"{queries.shape[1]}. Embed them with the network of the index."
+                f"Expected `queries` of dimension {dim}, as in the index, but got {queries.shape[1]}. Embed them with "
+                "the network of the index."
             )
-        return unit_float32(queries.detach().cpu())
+        rows = queries.detach().cpu()
+        return unit_float32(rows if self.whitening is None else self.whitening(rows))
 
 
 def build_index(
@@ -240,6 +276,7 @@ def build_index(
     kind: IndexKind | None = None,
     *,
     about: dict[str, Any] | None = None,
+    whitening: Whitening | None = None,
     device: str = "cpu",
     progress: bool = False,
 ) -> EmbeddingIndex:
@@ -250,6 +287,7 @@ def build_index(
         images: What each row is; by default rows are named by their number.
         kind: `Flat()` (the default), `IVF()`, `HNSW()`, `PQ()`, or a kind of your own.
         about: What is kept with the index; must be JSON.
+        whitening: Whiten the embeddings, and the queries of every search.
         device: `"cpu"`, or `"cuda"` to train and fill a faiss index on all GPUs, with the extra `gpu`.
         progress: Show a progress bar.
 
@@ -275,12 +313,14 @@ def build_index(
             f"Expected {len(rows)} paths, labels and classes, one per embedding, but got "
             f"{', '.join(str(len(column)) for column in images)}."
         )
+    if whitening is not None:
+        embeddings = rows = whitening(rows.detach().cpu().float())
     copied = None if isinstance(embeddings, np.memmap) else rows.detach().cpu().float().numpy().copy()
     unit = normalise_in_place(np.asanyarray(embeddings) if copied is None else copied)
     kind = Flat() if kind is None else kind
     blocks = tqdm(list(row_slices(len(unit), _BLOCK)), f"{kind.kind()} index", disable=not progress, delay=1)
     faiss_index = build_faiss_index(unit, kind, device, blocks) if kind.uses_faiss else None
-    return EmbeddingIndex(unit, images, kind, faiss_index, about or {})
+    return EmbeddingIndex(unit, images, kind, faiss_index, about or {}, whitening=whitening)
 
 
 def normalise_in_place(embeddings: np.ndarray) -> np.ndarray:
@@ -318,13 +358,19 @@ def load_index(folder: str | Path) -> EmbeddingIndex:
             benchmark = IndexBenchmark(**{**benchmark, "recall": {int(k): v for k, v in benchmark["recall"].items()}})
         rows, dim, about = description["images"], description["dim"], dict(description["about"])
         embeddings = np.load(folder / EMBEDDINGS, mmap_mode="c", allow_pickle=False)
+        whitening = Whitening.load(folder / WHITENING) if description.get("whitening") else None
         columns = parquet.read_table(folder / IMAGES, columns=["path", "label", "class"]).to_pydict()
         faiss_index = import_faiss(WITHOUT_FAISS).read_index(str(folder / FAISS)) if kind.uses_faiss else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"Expected a whole index in {folder} but it is damaged: {error}. Make it again with `memdml index`."
         ) from error
-    shapes = {EMBEDDINGS: (*embeddings.shape, embeddings.dtype.name), IMAGES: (len(columns["path"]), dim, "float32")}
+    shapes: dict[str, tuple[Any, ...]] = {
+        EMBEDDINGS: (*embeddings.shape, embeddings.dtype.name),
+        IMAGES: (len(columns["path"]), dim, "float32"),
+    }
+    if whitening is not None:
+        shapes[WHITENING] = (rows, len(whitening.weight), "float32")
     if faiss_index is not None:
         shapes[FAISS] = (faiss_index.ntotal, faiss_index.d, "float32")
     for name, shape in shapes.items():
@@ -334,7 +380,7 @@ def load_index(folder: str | Path) -> EmbeddingIndex:
                 f"{(rows, dim, 'float32')}. Make it again with `memdml index`."
             )
     images = IndexedImages(columns["path"], columns["label"], columns["class"])
-    return EmbeddingIndex(embeddings, images, kind, faiss_index, about, benchmark)
+    return EmbeddingIndex(embeddings, images, kind, faiss_index, about, benchmark, whitening)
 
 
 def _write_faiss(index: Any, path: Path) -> None:
@@ -344,28 +390,3 @@ def _write_faiss(index: Any, path: Path) -> None:
         if "No space left" not in str(error):
             raise
         raise OSError(errno.ENOSPC, str(error)) from error
-
-
-def _without_self(similarity: Tensor, position: Tensor, own: Tensor) -> Tensor:
-    """Return the similarities without that of the image itself, or without the last where it was not found."""
-    is_self = position == own[:, None]
-    is_self[~is_self.any(1), -1] = True
-    return similarity[~is_self].view(len(similarity), -1)
-
-
-def _share_found(found: Tensor, exact: Tensor) -> float:
-    """Return the share of found similarities that reach the last exact one of their row."""
-    return float((found >= exact[:, -1:] - _SAME).double().mean())
-
-
-def _median_milliseconds(
-    search: Callable[..., Any], embeddings: np.ndarray, k: int, seed: int, repeats: int = 11
-) -> float:
-    """Return the median time of a search for one image; the first search is slower."""
-    times = []
-    for row in np.random.default_rng(seed).integers(len(embeddings), size=repeats):
-        query = torch.from_numpy(embeddings[[row]])
-        start = time.perf_counter()
-        search(query, k)
-        times.append(1000 * (time.perf_counter() - start))
-    return float(np.median(times))

@@ -199,10 +199,11 @@ def test_scores_after_re_ranking_stand_beside_the_plain_ones(
     limits = reranked.confidence_intervals(K)
     assert plain.scores(K)["map_at_r"] != reranked.scores(K)["map_at_r"]
     for name, (low, high) in limits.items():
-        before, _, after = printed[name].partition(" re-ranked ")
-        assert before.split()[1] == f"{plain.scores(K)[name]:.4f}"
-        assert after.split() == [f"{reranked.scores(K)[name]:.4f}", f"[{low:.4f},", f"{high:.4f}]"]
+        cells = printed[name].split()
+        assert cells[1] == f"{plain.scores(K)[name]:.4f}"
+        assert cells[4:] == [f"{reranked.scores(K)[name]:.4f}", f"[{low:.4f},", f"{high:.4f}]"]
     assert printed["queries"].split() == ["queries", "60"]
+    assert printed["plain"].split() == ["plain", "re-ranked"]
 
     write_embeddings(Path("gallery"), *_rows_and_labels(40, seed=5), "parquet")
     (scores,) = score_files("e.parquet", "gallery.parquet", k=[1], rerank=True, lambda_value=1).values()

@@ -174,7 +174,7 @@ def switched_on(arguments: list[str]) -> list[str]:
         >>> switched_on(["--rerank", "bird.jpg", "--flip", "false"])
         ['--rerank=true', 'bird.jpg', '--flip', 'false']
     """
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     return [
         f"{argument}=true" if argument in SWITCHES and value.lower() not in ("true", "false") else argument
         for argument, value in zip(arguments, following, strict=True)

@@ -33,7 +33,8 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         for alias in node.names
     }
     # `import lightning_memdml` is enough to write `lightning_memdml.data.Cars196`.
-    subpackages = {home.removeprefix(f"{package}.").partition(".")[0] for home in homes.values()}
+    own = [home.removeprefix(f"{package}.") for home in homes.values() if home.startswith(f"{package}.")]
+    subpackages = {home.partition(".")[0] for home in own}
 
     def get(name: str) -> Any:
         if name in homes:

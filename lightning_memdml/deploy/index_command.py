@@ -155,9 +155,9 @@ def index_images(
     chosen = indexed_images(about, trust=trust)
     training = part_of(module, "train") if whiten else None
     if skip_damaged:
-        about["skipped"] = damaged_images(chosen.images)
+        about["skipped"] = damaged_images(chosen.images, *([] if training is None else [training.images]))
         chosen = without_skipped(chosen, about["skipped"])
-        training = None if training is None else without_skipped(training, damaged_images(training.images))
+        training = None if training is None else without_skipped(training, about["skipped"])
     require_utf8([*chosen.images.paths, *dict.fromkeys(chosen.classes)])
     workers = min(8, os.cpu_count() or 1) if module.num_workers is None else module.num_workers
     embed: Any = partial(

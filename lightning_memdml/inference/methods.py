@@ -94,7 +94,7 @@ def build_index(
         output: Folder to save the index to.
         flip: As for `embed`. The index records it, so that `search` treats its images in the same way.
         whitening: Whiten the embeddings and those of every search, by `Whitening.fit(learner.embed(training_images))`
-            of `lightning_memdml.whitening`, with the same `flip`.
+            of `lightning_memdml.retrieval`, with the same `flip`.
         transform: As for `embed`.
         batch_size: Images per batch.
         num_workers: Processes that open and prepare images.

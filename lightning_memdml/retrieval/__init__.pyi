@@ -25,5 +25,6 @@ from lightning_memdml.retrieval.ranking import rank_queries as rank_queries
 from lightning_memdml.retrieval.ranking import retrieval_scores as retrieval_scores
 from lightning_memdml.retrieval.reranking import rank_reranked as rank_reranked
 from lightning_memdml.retrieval.reranking import rerank as rerank
+from lightning_memdml.whitening import Whitening as Whitening
 
 __all__: list[str]

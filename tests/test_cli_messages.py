@@ -89,7 +89,8 @@ def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: p
         (f"fit {LOSS} {MEMORY} {DATA} {QUIET} --model.backbone resnet18", "Expected RGB images"),
         ("", f"Expected a command: {', '.join(COMMANDS)}."),
         ("no-such", f"There is no command 'no-such'. There are {', '.join(COMMANDS)}."),
-        ("score", "Expected --embeddings, on the command line"),
+        ("index", "Expected --ckpt_path, on the command line"),
+        ("score", "Expected `--embeddings` or `--ckpt_path` but got neither."),
         ("score --embeddings e.parquet --k 5", "k: Expected a list, such as [5], but got '5'."),
         (
             "export --ckpt_path c.ckpt --formats [onx]",

@@ -55,7 +55,11 @@ MISTAKES = {
         "Expected --model.backbone, --model.loss, on the command line or in a file given with --config, or a "
         "checkpoint of `memdml fit` as --ckpt_path."
     ),
-    "score": "Expected --embeddings, on the command line or in a file given with --config.",
+    "export": "Expected --ckpt_path, on the command line or in a file given with --config.",
+    "score": (
+        "Expected `--embeddings` or `--ckpt_path` but got neither. Pass a file of embeddings, such as `memdml predict` "
+        "writes, or a checkpoint."
+    ),
     "data chek": "Expected `memdml data check --data CLASS`; `memdml data check --help` tells more.",
     "data check": "Expected --data, on the command line or in a file given with --config.",
     "weight-curves": "Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`.",

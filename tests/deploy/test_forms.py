@@ -153,10 +153,6 @@ ALONE = (
     "out."
 )
 MISTAKES = {
-    "score": (
-        "Expected `--embeddings` or `--ckpt_path` but got neither. Pass a file of embeddings, such as `memdml predict` "
-        "writes, or a checkpoint."
-    ),
     "score --embeddings e.parquet --flip": (
         "Expected `--ckpt_path` with `--flip`, as mirrored images have to be embedded, but got embeddings in a file. "
         "Pass the checkpoint in place of the file, or write the file with `memdml predict --flip`."

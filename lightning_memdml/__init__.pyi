@@ -7,6 +7,7 @@ from lightning_memdml.callbacks import GalleryLogger as GalleryLogger
 from lightning_memdml.callbacks import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks import MemoryChoice as MemoryChoice
 from lightning_memdml.callbacks import MemoryReport as MemoryReport
+from lightning_memdml.callbacks import ShuffleLabels as ShuffleLabels
 from lightning_memdml.callbacks import TrainingLength as TrainingLength
 from lightning_memdml.callbacks import WeightCurveLogger as WeightCurveLogger
 from lightning_memdml.callbacks import against_memory as against_memory

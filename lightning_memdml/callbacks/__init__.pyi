@@ -6,6 +6,7 @@ from lightning_memdml.callbacks.gallery_logger import GalleryLogger as GalleryLo
 from lightning_memdml.callbacks.memory import MemoryCallback as MemoryCallback
 from lightning_memdml.callbacks.memory_choice import MemoryChoice as MemoryChoice
 from lightning_memdml.callbacks.memory_report import MemoryReport as MemoryReport
+from lightning_memdml.callbacks.shuffle_labels import ShuffleLabels as ShuffleLabels
 from lightning_memdml.callbacks.training_length import TrainingLength as TrainingLength
 from lightning_memdml.callbacks.weight_curves import WeightCurveLogger as WeightCurveLogger
 from lightning_memdml.memory_term import against_memory as against_memory

@@ -84,6 +84,17 @@ def with_values(config: Config, values: Values) -> Config:
     return config
 
 
+def with_callback(config: Config, callback: Config) -> Config:
+    """Return a copy of a configuration with one more callback.
+
+    Example:
+        >>> with_callback({"trainer": {"callbacks": {"class_path": "A"}}}, {"class_path": "B"})
+        {'trainer': {'callbacks': [{'class_path': 'A'}, {'class_path': 'B'}]}}
+    """
+    given = config.get("trainer", {}).get("callbacks") or []
+    return merged(config, {"trainer": {"callbacks": [*(given if isinstance(given, list) else [given]), callback]}})
+
+
 def reference_config(config: Config) -> Config:
     """Return the part of a configuration that decides the scores before the training.
 

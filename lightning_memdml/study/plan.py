@@ -63,7 +63,8 @@ class Run:
     @property
     def file_name(self) -> str:
         """File name of the finished run."""
-        return f"{self.stage}-{self.data}-{self.arm}-seed{self.seed}-{self.key[:10]}.json"
+        arm = self.arm.replace(" ", "_")
+        return f"{self.stage}-{self.data}-{arm}-seed{self.seed}-{self.key[:10]}.json"
 
     @property
     def images(self) -> int:

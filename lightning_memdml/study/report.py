@@ -169,9 +169,17 @@ def rule_in_words(results: Results) -> str:
         "for all claims on all data sets: the probability of any wrong verdict is at most "
         f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study)}"
     )
-    if study.control is not None:
-        text += f" Control: {study.control.compare[0]} must be better than {study.control.with_[0]}."
-    return f"{text} {_validity_in_words(results)}".strip()
+    return f"{text} {control_in_words(study)} {_validity_in_words(results)}".strip()
+
+
+def control_in_words(study: Study) -> str:
+    """Name the control of a study, or that there is none."""
+    if study.control is None:
+        return (
+            "There is no control: nothing shows that these data sets can detect a difference. "
+            "`control: {compare: ARM}` adds one."
+        )
+    return f"Control: {study.control.compare[0]} must be better than {study.control.with_[0]} on every data set."
 
 
 def _validity_in_words(results: Results) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_memdml.study.agenda import Agenda
 from lightning_memdml.study.plan import CLI, Plan, Stage
-from lightning_memdml.study.report import draw, freedoms_in_words, power_in_words, write_report
+from lightning_memdml.study.report import control_in_words, draw, freedoms_in_words, power_in_words, write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.run_folder import RunFolder
 from lightning_memdml.study.runner import FailedRunsError, estimate_seconds, run_all
@@ -39,8 +39,8 @@ A study file is YAML. It can name functions of modules beside it, such as your w
     mine_helps: {compare: mine, with: threshold, expects: more, by: 0.5}
 
 Further keys: `data` (name -> overrides), `search` (options, seeds, tries, extend, score), `equal` (budget, steps or
-images), `control` (compare, with: a difference that every data set must detect), `scores`, `confidence`,
-`title`, `parts` (a place for YAML anchors).
+images), `control` (compare, with: a difference that every data set must detect; without `with`, the same arm with
+shuffled training labels), `scores`, `confidence`, `title`, `parts` (a place for YAML anchors).
 
 Every finished run is one JSON file. A finished run is repeated only if its configuration, the options of its data, or a
 module beside the study file that it names has changed. Other options are passed to all runs, as to `memdml fit`."""
@@ -199,7 +199,8 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         "includes the training only, not the scoring. The network before the training is scored as well: "
         f"{len(plan.reference_runs())} times."
     )
-    for line in [*freedoms_in_words(plan.study, plan.missing_freedoms()), power_in_words(plan.study)]:
+    study = plan.study
+    for line in [*freedoms_in_words(study, plan.missing_freedoms()), power_in_words(study), control_in_words(study)]:
         print(line)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lightning_memdml.backbones import nearest
-from lightning_memdml.study.overrides import Config, class_name, merged
+from lightning_memdml.study.overrides import Config, class_name, merged, with_callback
 from lightning_memdml.study.search import Search
 from lightning_memdml.study.statistics import EXPECTATIONS, Expectation
 
@@ -25,6 +25,7 @@ SEARCH_KEYS = ("options", "seeds", "tries", "extend", "score")
 CONTROL_KEYS = ("compare", "with")
 CLAIM_KEYS = ("says", "compare", "with", "expects", "by", "score", "data")
 SCORES = ("map_at_r", "recall_at_1", "r_precision")
+SHUFFLED = {"class_path": "lightning_memdml.callbacks.ShuffleLabels"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
@@ -69,6 +70,7 @@ class Study:
         scores: The scores of the tables. The figures show the first.
         confidence: Confidence of intervals, and of all verdicts jointly.
         control: A planted difference that every data set must detect, or `None`.
+        shuffled: The arm that is another one with shuffled training labels, if the control is one.
         claims: The claims.
         rule: The part of the file that decides the verdicts.
     """
@@ -84,6 +86,7 @@ class Study:
     scores: tuple[str, ...]
     confidence: float
     control: Claim | None
+    shuffled: str | None
     claims: tuple[Claim, ...]
     rule: dict[str, Any]
 
@@ -94,7 +97,8 @@ class Study:
 
     def config(self, arm: str, data: str) -> Config:
         """Return the configuration of an arm on a data set: the base, then the data set, then the arm."""
-        return merged(merged(self.base, self.data[data]), self.arms[arm])
+        config = merged(merged(self.base, self.data[data]), self.arms[arm])
+        return with_callback(config, SHUFFLED) if arm == self.shuffled else config
 
 
 def read_study(path: Path | str) -> Study:
@@ -119,6 +123,12 @@ def read_study(path: Path | str) -> Study:
         raise ValueError(f"Expected `equal` to be budget, steps or images but got {equal!r}.")
     scores = tuple(_as_list(content.get("scores", list(SCORES))))
     named_claims = _named(content.get("claims", {}), "claims")
+    control, shuffled = content.get("control"), None
+    if isinstance(control, dict) and "with" not in control and isinstance(compared := control.get("compare"), str):
+        if compared in arms:
+            shuffled = f"{compared} with shuffled labels"
+            arms[shuffled] = arms[compared]
+        control = {**control, "with": shuffled or compared}  # `_claim` refuses an arm that is unknown
     return Study(
         path=path,
         title=str(content.get("title", path.stem)),
@@ -130,7 +140,8 @@ def read_study(path: Path | str) -> Study:
         equal=equal,
         scores=scores,
         confidence=confidence,
-        control=_control(content["control"], arms, data, scores) if content.get("control") else None,
+        control=_control(control, arms, data, scores) if control else None,
+        shuffled=shuffled,
         claims=tuple(_claim(name, claim, arms, data, scores) for name, claim in named_claims.items()),
         rule={name: content[name] for name in ("claims", "control") if content.get(name)} | {"confidence": confidence},
     )

@@ -12,10 +12,17 @@ from support.studies import CLAIM, MEMORY, Write, frozen, results
 
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study.plan import Plan
-from lightning_memdml.study.report import Section, _search_text, compose, freedoms_in_words, rule_in_words
+from lightning_memdml.study.report import (
+    Section,
+    _search_text,
+    compose,
+    control_in_words,
+    freedoms_in_words,
+    rule_in_words,
+)
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.study_file import read_study
-from lightning_memdml.study.tables import claims_table, members_table, search_table
+from lightning_memdml.study.tables import claims_table, members_table, scores_table, search_table
 
 MARGINS = {
     "batch_margin": {"model.loss.ContrastiveLoss.margin": [0.5, 0.8]},
@@ -58,6 +65,35 @@ def test_an_average_does_not_hide_data_sets_or_arms(tmp_path: Path) -> None:
     (judged,) = results(tmp_path, means, claims={"claim": claim}).claims()
     assert claims_table([judged], ["birds", "groceries"]).head[4:6] == ["birds", "groceries"]
     assert [row[1] for row in members_table([judged]).rows] == ["b", "lifted"]
+
+
+def test_a_study_without_a_control_is_named(tmp_path: Path) -> None:
+    """Nothing shows that such a study could have detected a difference."""
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}})
+    assert control_in_words(found.study).startswith(
+        "There is no control: nothing shows that these data sets can detect"
+    )
+    assert control_in_words(found.study) in rule_in_words(found)
+
+
+def test_an_arm_that_learns_nothing_from_labels_must_be_detected(tmp_path: Path) -> None:
+    """The control is the arm itself with shuffled labels. Where it is as good, no claim is decided."""
+    shuffled = "a with shuffled labels"
+    means = {"birds": {"a": 15, "b": 10, shuffled: 15}, "groceries": {"a": 25, "b": 20, shuffled: 5}}
+    arms: dict[str, Any] = {"a": {}, "b": {}}
+    found = results(tmp_path, means, arms=arms, control={"compare": "a"})
+    assert [*found.study.arms] == ["a", "b", shuffled]
+    assert found.able_to_tell() == {"birds": False, "groceries": True}
+    (judged,) = found.claims()
+    assert [*judged.per_data] == ["groceries"]
+    assert f"Control: a must be better than {shuffled} on every data set. Not able to tell: on birds" in rule_in_words(
+        found
+    )
+    only_birds = results(tmp_path, {"birds": means["birds"]}, arms=arms, control={"compare": "a"})
+    assert [one.verdict for one in only_birds.claims()] == ["not able to tell"]
+    assert shuffled in [row[0] for row in scores_table(found, "birds").rows]
+    with pytest.raises(ValueError, match=r"control: expected one of the arms a, b but got 'c'\."):
+        results(tmp_path, means, arms=arms, control={"compare": "c"})
 
 
 def weights(positive: float, negative: float) -> dict[str, Any]:

@@ -91,6 +91,25 @@ def test_arms_with_grids_of_different_size_need_a_number_of_tries(tmp_path: Path
     assert len({run.key for run in plan.search_runs()}) == 20, "no run is counted twice"
 
 
+def test_the_arm_with_shuffled_labels_has_the_search_of_its_arm(tmp_path: Path) -> None:
+    """It differs in one callback, after those of the arm, and leaves the runs of all others as they were."""
+    options = {"batch_margin": BATCH_MARGIN, "memory_margin": MEMORY_MARGIN}
+    memory = {**MEMORY, "trainer": {"callbacks": [{"class_path": "MemoryCallback", "init_args": {"size": 32}}]}}
+    changes: dict[str, Any] = {"arms": {"batch": {}, "memory": memory}, "search": {"options": options, "tries": 4}}
+    before = Plan(study(tmp_path, **changes), MemdmlCLI).search_runs()
+    runs = Plan(study(tmp_path, **changes, control={"compare": "memory"}), MemdmlCLI).search_runs()
+    assert [run.key for run in runs[:8]] == [run.key for run in before]
+    shuffled, same = runs[8:], runs[4:8]
+    assert {run.arm for run in shuffled} == {"memory with shuffled labels"}
+    assert [(run.choice, run.seed) for run in shuffled] == [(run.choice, run.seed) for run in same]
+    assert not {run.key for run in shuffled} & {run.key for run in runs[:8]}
+    for run, plain in zip(shuffled, same, strict=True):
+        *callbacks, last = run.config["trainer"]["callbacks"]
+        assert callbacks == plain.config["trainer"]["callbacks"]
+        assert last["class_path"].endswith(".ShuffleLabels")
+        assert " " not in run.file_name
+
+
 def test_a_smaller_grid_is_repeated_with_further_seeds() -> None:
     runs = search(tries=4, seeds=(7, 8), margin=BATCH_MARGIN).schedule(arm({}))
     assert [seed for _, seed in runs] == [7, 7, 7, 8, 8, 8, 9, 9]

@@ -34,7 +34,8 @@ def test_a_run_that_shares_has_the_numbers_of_a_run_that_does_not(write: Write, 
     """Bit for bit: other seeds, other batches and another arm in the same process leave nothing behind."""
     larger = {"data": {"init_args": {"batch_size": 16}}}
     arms = {"batch": {}, "memory": MEMORY, "larger": larger}
-    runs = Plan(read_study(write(arms=arms, claims={}, equal="steps")), MemdmlCLI).test_runs([])
+    control = {"compare": "memory"}  # with shuffled labels, which must not reach the other arms
+    runs = Plan(read_study(write(arms=arms, claims={}, control=control, equal="steps")), MemdmlCLI).test_runs([])
     shared = SharedCLI(MemdmlCLI)
     together = {run.key: train(run, shared, tmp_path) for run in [*runs, runs[1]]}
     for run in runs:

@@ -13,7 +13,8 @@ import yaml
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.html_page import html_page, html_picture
-from lightning_memdml.study import pictures
+from lightning_memdml.study import glance, pictures
+from lightning_memdml.study.glance import Finding, control_in_words, find, untold
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import detectable_difference
 from lightning_memdml.study.study_file import Study
@@ -45,12 +46,16 @@ class Section(NamedTuple):
         text: A paragraph of text.
         picture: Name and description of the picture.
         table: The table.
+        findings: What was found about each claim. In HTML it takes the place of the picture, which it draws itself.
+        untold: What could not be told, with the findings.
     """
 
     title: str
     text: str = ""
     picture: tuple[str, str] | None = None
     table: Table | None = None
+    findings: Sequence[Finding] = ()
+    untold: Sequence[str] = ()
 
 
 def write_report(results: Results, folder: Path | str) -> list[Path]:
@@ -103,7 +108,9 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
     score = score_name(study.scores[0])
     if judged:
         picture = ("claims", "The deciding interval of every claim") if "claims" in drawn else None
-        yield Section("Claims", rule_in_words(results), picture, claims_table(judged, [*study.data]))
+        findings = find(judged)
+        yield Section("At a glance", "", picture, findings=findings, untold=untold(results, findings))
+        yield Section("Claims", rule_in_words(results), None, claims_table(judged, [*study.data]))
         masses = masses_table(results)
         if masses.rows:
             yield Section("Sums of weights", _MASSES_TEXT.format(factor=MASS_FACTOR), None, masses)
@@ -169,17 +176,8 @@ def rule_in_words(results: Results) -> str:
         "for all claims on all data sets: the probability of any wrong verdict is at most "
         f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study)}"
     )
-    return f"{text} {control_in_words(study)} {_validity_in_words(results)}".strip()
-
-
-def control_in_words(study: Study) -> str:
-    """Name the control of a study, or that there is none."""
-    if study.control is None:
-        return (
-            "There is no control: nothing shows that these data sets can detect a difference. "
-            "`control: {compare: ARM}` adds one."
-        )
-    return f"Control: {study.control.compare[0]} must be better than {study.control.with_[0]} on every data set."
+    control = "" if study.control is None else control_in_words(study)
+    return " ".join(part for part in (text, control, _validity_in_words(results)) if part)
 
 
 def _validity_in_words(results: Results) -> str:
@@ -237,8 +235,27 @@ def _search_text(results: Results) -> str:
     return (
         f"Every arm had {min(tries.values())} runs, scored by {score_name(search.score)} on validation classes, which "
         f"are neither training nor test classes.{more} {' '.join(freedoms_in_words(study, results.missing_freedoms))} "
-        f"The best try of each arm is in bold. It was then trained with every seed. {spread}"
-    )
+        f"The best try of each arm is in bold. It was then trained with every seed. {spread} "
+        f"{' '.join(ends_in_words(results))}"
+    ).strip()
+
+
+def ends_in_words(results: Results) -> list[str]:
+    """Name the arms whose best try lies at an end of the grid, and how to extend it; empty if there are none."""
+    study, several = results.study, len(results.study.data) > 1
+    found = {(arm, data): results.ends(arm, data) for data in study.data for arm in study.arms}
+    listed = [
+        f"{arm}{f' on {data}' if several else ''} ({', '.join(options)})"
+        for (arm, data), options in found.items()
+        if options
+    ]
+    if study.search is None or not listed:
+        return []
+    more = study.search.extend + 1
+    return [
+        f"The best try lies at an end of the grid: {'; '.join(listed)}. A better value may lie beyond it: with "
+        f"`extend: {more}` in `search`, the same command tries up to {more} more, and keeps the finished runs."
+    ]
 
 
 def summary(results: Results, judged: Sequence[JudgedClaim]) -> str:
@@ -263,6 +280,8 @@ def to_markdown(results: Results, judged: Sequence[JudgedClaim], sections: Seque
         if section.picture:
             name, words = section.picture
             parts.append(f"![{words}](pictures/{name}.png)")
+        if section.findings:
+            parts.append(glance.to_markdown(section.findings, section.untold))
         if section.table:
             parts.append(_markdown_table(section.table))
     return "\n\n".join(parts) + "\n"
@@ -288,7 +307,7 @@ def to_html(
         "\n<section><h2>Configuration</h2><details><summary>The base and the changes of every arm</summary>"
         f"<pre>{configuration}</pre></details></section>"
     )
-    return html_page(results.study.title, escape(summary(results, judged)), parts, _STYLE)
+    return html_page(results.study.title, escape(summary(results, judged)), parts, _STYLE + glance.STYLE)
 
 
 def _configuration(study: Study) -> dict[str, Any]:
@@ -299,18 +318,15 @@ def _configuration(study: Study) -> dict[str, Any]:
 def _html_section(section: Section, drawn: dict[str, bytes]) -> str:
     parts = [f"<h2>{escape(section.title)}</h2>"]
     if section.text:
-        parts.append(f"<p>{_code(escape(section.text))}</p>")
-    if section.picture:
+        parts.append(f"<p>{glance.code_in_html(escape(section.text))}</p>")
+    if section.findings:
+        parts.append(glance.to_html(section.findings, section.untold))
+    elif section.picture:
         name, words = section.picture
         parts.append(f'<div class="wide">{html_picture(drawn[name], "png", words)}</div>')
     if section.table:
         parts.append(_html_table(section.table))
     return f"<section>{''.join(parts)}</section>"
-
-
-def _code(text: str) -> str:
-    pieces = text.split("`")
-    return "".join(f"<code>{piece}</code>" if place % 2 else piece for place, piece in enumerate(pieces))
 
 
 def _html_table(table: Table) -> str:
@@ -347,7 +363,7 @@ td:first-child { min-width: 10rem; max-width: 20rem; }
 @media (max-width: 700px) { td { min-width: 9rem; } }
 th { color: var(--faint); font-weight: 600; }
 td:first-child { font-weight: 600; }
-td b[class] { padding: .1rem .5rem; border-radius: 99px; color: #fff; font-weight: 600; }
+td b[class] { white-space: nowrap; padding: .1rem .5rem; border-radius: 99px; color: #fff; font-weight: 600; }
 .supported { background: #007a58; }
 .contradicted { background: #b84c00; }
 .undecided, .not-able-to-tell, .data-sets-differ { background: #6b7486; }

@@ -273,6 +273,14 @@ class Results:
                 found.setdefault(repr(choice), (choice, []))[1].append(POINTS * record["scores"][search.score])
         return list(found.values())
 
+    def ends(self, arm: str, data: str) -> list[str]:
+        """Return the searched options of an arm whose best value is the smallest or the largest number tried."""
+        tries = self.tries(arm, data) if self.searched else []
+        if self.study.search is None or not tries:
+            return []
+        best, _ = max(tries, key=lambda one: np.mean(one[1]))
+        return self.study.search.ends(self.study.config(arm, data), best, [choice for choice, _ in tries])
+
     def search_noise(self) -> float | None:
         """Return the standard deviation of the search score between seeds in points, or `None` with one seed."""
         deviations = [

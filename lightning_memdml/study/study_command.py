@@ -13,8 +13,9 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from lightning_memdml.study.agenda import Agenda
+from lightning_memdml.study.glance import control_in_words
 from lightning_memdml.study.plan import CLI, Plan, Stage
-from lightning_memdml.study.report import control_in_words, draw, freedoms_in_words, power_in_words, write_report
+from lightning_memdml.study.report import draw, ends_in_words, freedoms_in_words, power_in_words, write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.run_folder import RunFolder
 from lightning_memdml.study.runner import FailedRunsError, estimate_seconds, run_all
@@ -200,7 +201,12 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         f"{len(plan.reference_runs())} times."
     )
     study = plan.study
-    for line in [*freedoms_in_words(study, plan.missing_freedoms()), power_in_words(study), control_in_words(study)]:
+    chosen = {(run.arm, run.data) for run in agenda.runs if run.stage == "test"}  # whose search is finished
+    searched = [
+        one for one in agenda.records.values() if one["stage"] == "search" and (one["arm"], one["data"]) in chosen
+    ]
+    lines = [*freedoms_in_words(study, plan.missing_freedoms()), power_in_words(study), control_in_words(study)]
+    for line in [*lines, *ends_in_words(Results(study, [], searched))]:
         print(line)
 
 
@@ -213,6 +219,8 @@ def _print_results(results: Results, reports: Sequence[Path]) -> None:
         print()
         for row in claims_table(judged).rows:
             print(f"{row[1]:>16}: {row[0]}  [{row[3]}]")
+    for line in ends_in_words(results):
+        print(f"\n{line}")
     print("\n" + "\n".join(str(report) for report in reports))
 
 

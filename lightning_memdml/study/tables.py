@@ -48,7 +48,7 @@ def claims_table(judged: Sequence[JudgedClaim], data_sets: Sequence[str] = ()) -
     rows = []
     for one in judged:
         claim = one.claim
-        question = f"{_group(claim.compare)} against {_group(claim.with_)}: {_question(claim)}"
+        question = f"{group_in_words(claim.compare)} against {group_in_words(claim.with_)}: {_question(claim)}"
         if one.missing or not one.per_data:
             reason = f"{one.missing} runs missing" if one.missing else "; ".join(dict.fromkeys(one.unable.values()))
             rows.append([claim.says, one.verdict, question, reason, *[""] * (len(several) + 3)])
@@ -101,7 +101,13 @@ def masses_table(results: Results) -> Table:
     return Table(["claim", "data", "weights of", "sum per anchor"], rows)
 
 
-def _group(arms: Sequence[str]) -> str:
+def group_in_words(arms: Sequence[str]) -> str:
+    """Name a group of arms.
+
+    Example:
+        >>> group_in_words(["ms"]), group_in_words(["ms", "supcon"])
+        ('ms', 'mean of ms, supcon')
+    """
     return arms[0] if len(arms) == 1 else f"mean of {', '.join(arms)}"
 
 
@@ -172,13 +178,12 @@ def search_table(results: Results) -> Table:
             if not tries:
                 continue
             best, best_score = max(tries, key=lambda one: one[1])
-            ends = search.ends(results.study.config(arm, data), best, [choice for choice, _ in tries])
             cells = [
                 f"**{_choice(choice)}: {score:.1f}**" if choice == best else f"{_choice(choice)}: {score:.1f}"
                 for choice, score in tries
             ]
             second = max((score for choice, score in tries if choice != best), default=math.nan)
-            rows.append([data, arm, "; ".join(cells), f"{best_score - second:.1f}", ", ".join(ends)])
+            rows.append([data, arm, "; ".join(cells), f"{best_score - second:.1f}", ", ".join(results.ends(arm, data))])
     head = [
         "data",
         "arm",

@@ -306,6 +306,7 @@ def test_dry_run_lists_runs_and_costs_and_trains_none(write: Write, capsys: pyte
         == 4
     )
     assert "8 runs, about" in said
+    assert "There is no control: nothing shows that these data sets can detect a difference." in said
     assert not Path("out/runs").exists()
 
 

@@ -3,15 +3,18 @@
 Every method gets the same unit embeddings (classes of 2 to 12 images, as in Stanford Online Products) and one
 thread. Times are CPU seconds, the minimum over rounds in which the methods take turns, and are given as ratios to
 the floor: one bare float32 product of all queries with the whole gallery, in tiles that are overwritten. The peers
-may be run on the first `--queries` samples and are then extrapolated in proportion; the table says so. Extra memory
+may be run on the first `--queries` samples and are then extrapolated in proportion; the table marks them. Extra memory
 is the growth of the peak resident set of a process of its own, which has made the inputs and warmed up before.
 
     python experiments/benchmarks/retrieval.py --rounds 2 --check 2000 --output retrieval.jsonl
     python experiments/benchmarks/retrieval.py --queries 2048
     python experiments/benchmarks/retrieval.py --samples 500000 --classes 93500 --dims 128 --queries 4096 --part
+    python experiments/benchmarks/retrieval.py --samples 500000 --classes 93500 --dims 128 --self --threads 2
 
 `--part` is for sets too large to run: the floor and our method, too, run on `--queries` queries only. Ours then
-compares two sets, which costs twice as much per query as self-retrieval.
+compares two sets, which costs twice as much per query as self-retrieval. `--self` runs our method alone, once, on all
+images against each other, with a progress bar; the floor runs on 4,096 queries, unless `--queries` gives another
+number. With several `--threads` times are elapsed seconds.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from lightning_memdml.retrieval import rank_queries
+from lightning_memdml.retrieval import QueryRanks, rank_queries
 
 
 def make_samples(samples: int, classes: int, dim: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,7 @@ def memory_of(name: str, arguments: argparse.Namespace, dim: int) -> float | Non
     """Extra memory of a method in a fresh process; None where the system cannot tell."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    options = ["samples", "classes", "noise", "queries"]
+    options = ["samples", "classes", "noise", "queries", "threads"]
     command = [
         sys.executable,
         __file__,
@@ -198,9 +202,9 @@ def measure(dim: int, arguments: argparse.Namespace) -> list[dict]:
             method = METHODS[record["method"]]
             try:
                 method(*small, 500)  # warm up
-                start = time.process_time()
+                start = clock(arguments.threads)
                 record["scores"] = method(embeddings, labels, record["queries"])
-                seconds = time.process_time() - start
+                seconds = clock(arguments.threads) - start
             except (ImportError, MemoryError, RuntimeError) as error:
                 record["failed"] = str(error).splitlines()[0][:200]
             else:
@@ -214,10 +218,48 @@ def measure(dim: int, arguments: argparse.Namespace) -> list[dict]:
     return records
 
 
-def check_against_float64(dim: int, arguments: argparse.Namespace) -> dict:
+def clock(threads: int) -> float:
+    """Return CPU seconds, or with several threads the seconds that passed."""
+    return time.process_time() if threads == 1 else time.perf_counter()
+
+
+def self_retrieval(embeddings: Tensor, labels: Tensor) -> QueryRanks:
+    """Rank all images against each other, with a progress bar."""
+    with tqdm(desc="similarities", unit="", unit_scale=True, smoothing=0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return rank_queries(embeddings, labels, progress=show)
+
+
+def measure_self(dim: int, arguments: argparse.Namespace) -> tuple[list[dict], QueryRanks]:
+    """Time the floor on some queries, then our method on all; return a record of each, and the ranks."""
+    embeddings, labels = make_samples(arguments.samples, arguments.classes, dim, arguments.noise)
+    queries = min(arguments.queries or 4096, arguments.samples)
+    small = make_samples(3000, 450, dim, arguments.noise)
+    floor(*small, 3000)
+    rank_queries(*small)
+    start = clock(arguments.threads)
+    floor(embeddings, labels, queries)
+    middle = clock(arguments.threads)
+    ranks = self_retrieval(embeddings, labels)
+    seconds = clock(arguments.threads) - middle
+    sizes = {"dim": dim, "samples": arguments.samples, "threads": arguments.threads}
+    full = (middle - start) / queries * arguments.samples
+    return [
+        {**sizes, "method": "floor", "queries": queries, "measured_s": middle - start, "full_s": full, "ratio": 1.0,
+         "scores": {}},
+        {**sizes, "method": "ours", "queries": arguments.samples, "measured_s": seconds, "full_s": seconds,
+         "ratio": seconds / full, "scores": ranks.scores()},
+    ], ranks  # fmt: skip
+
+
+def check_against_float64(dim: int, arguments: argparse.Namespace, counted: QueryRanks | None = None) -> dict:
     """Count queries whose best rank or average precision differs from a float64 sort of the whole gallery."""
     embeddings, labels = make_samples(arguments.samples, arguments.classes, dim, arguments.noise)
-    counted = rank_queries(embeddings, labels, depth=1000)
+    counted = rank_queries(embeddings, labels, depth=1000) if counted is None else counted
     exact = F.normalize(embeddings.double(), dim=1)
     ranks_differ = precisions_differ = 0
     for rows in torch.arange(arguments.check).split(64):
@@ -245,7 +287,7 @@ def check_against_float64(dim: int, arguments: argparse.Namespace) -> dict:
 def as_table(records: list[dict]) -> str:
     """The records of one dimension as a Markdown table."""
     lines = [
-        "| method | queries run | CPU s | all queries, s | ratio to floor | extra MB | R@1 | MAP@R |",
+        "| method | queries run | s | all queries, s | ratio to floor | extra MB | R@1 | MAP@R |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -276,14 +318,14 @@ def version_of(package: str) -> str:
         return "missing"
 
 
-def environment() -> str:
+def environment(threads: int) -> str:
     """Versions and processor, for the record."""
     versions = [f"{package} {version_of(package)}" for package in ("torch", "faiss-cpu", "pytorch-metric-learning")]
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, 1 thread; Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{model}, {threads} thread{'s' * (threads > 1)}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -295,6 +337,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--queries", type=int, default=0, help="queries the peers run; 0 for all")
     parser.add_argument("--part", action="store_true", help="the floor and our method run --queries queries, too")
+    parser.add_argument("--self", action="store_true", help="our method alone, all against all, with a progress bar")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; with several, elapsed time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=0, help="queries compared with a float64 sort")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
@@ -305,19 +349,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         measure_memory(arguments.memory_of, arguments, arguments.dims[0])
         return
-    print(environment())
+    print(environment(arguments.threads))
     records = []
     for dim in arguments.dims:
-        measured = measure(dim, arguments)
+        measured, ranks = measure_self(dim, arguments) if arguments.self else (measure(dim, arguments), None)
         print(f"\n{arguments.samples:,} x {arguments.samples:,}, {arguments.classes:,} classes, D = {dim}\n")
         print(as_table(measured), flush=True)
         records += measured
         if arguments.check:
-            records.append(check_against_float64(dim, arguments))
+            records.append(check_against_float64(dim, arguments, ranks))
             print("\n{method}, {queries} queries: {best_ranks} ranks, {average_precisions} APs".format(**records[-1]))
     if arguments.output:
         arguments.output.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -43,3 +43,17 @@ def test_the_float64_check_finds_no_difference_and_would_find_one(
         benchmark, "rank_queries", lambda rows, labels, depth: right(rows.bfloat16(), labels, depth=depth)
     )
     assert benchmark.check_against_float64(32, arguments)["best_ranks"] > 0
+
+
+def test_all_against_all_shows_how_far_it_is_and_is_checked(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = SimpleNamespace(samples=1300, classes=200, noise=1.6, check=50, queries=100, threads=1)
+    (floor, ours), ranks = benchmark.measure_self(32, arguments)
+    assert "similarities: 100%" in capsys.readouterr().err
+    assert (floor["queries"], ours["queries"]) == (100, 1300)
+    assert floor["full_s"] == pytest.approx(13 * floor["measured_s"])
+    assert ours["scores"] == benchmark.rank_queries(*benchmark.make_samples(1300, 200, 32, 1.6)).scores()
+    assert "1,300" in benchmark.as_table([floor, ours])
+    found = benchmark.check_against_float64(32, arguments, ranks)
+    assert (found["best_ranks"], found["average_precisions"]) == (0, 0)

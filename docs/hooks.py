@@ -21,7 +21,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "experiments/**/*")  # beside `docs/`
+# Beside `docs/`.
+OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "experiments/**/*", "examples/*")
 SUFFIXES = {".md", ".png", ".yaml", ".py", ".csv", ""}
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s#]+)")
 COMMANDS = "<!-- all commands -->"  # their table and their help take its place

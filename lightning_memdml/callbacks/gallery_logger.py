@@ -181,7 +181,7 @@ def _updated_metrics(pl_module: LightningModule) -> RetrievalMetrics:
 
 
 def _log(trainer: Trainer, stage: Stage, written: Mapping[str, Path]) -> None:
-    """Print where pictures and page are, and give them to W&B, if it logs the run."""
+    """Print where pictures and page are, and give them to the loggers that show them: TensorBoard shows no pages."""
     if ".html" in written:
         rank_zero_info(f"Page: {written['.html']}")
     for name, kind in ((stage, ".png"), (f"{stage}_map", "map")):

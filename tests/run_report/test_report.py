@@ -157,6 +157,36 @@ def test_wandb_receives_the_report(memdml: Command) -> None:
     assert "<h1>Training report</h1>" in logged.read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore")  # those of TensorBoard
+def test_tensorboard_receives_scores_curves_pictures_and_the_path_of_the_report(memdml: Command) -> None:
+    pytest.importorskip("tensorboard", reason="an optional logger, which is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    memdml(
+        f"{TINY} --trainer.logger TensorBoardLogger --trainer.logger.save_dir runs --trainer.callbacks+=GalleryLogger "
+        "--trainer.callbacks+=WeightCurveLogger --trainer.callbacks.every_n_steps=2 --trainer.callbacks+=MemoryReport "
+        "--trainer.callbacks.every_n_steps=2"
+    )
+    memdml("test --ckpt_path runs/latest/checkpoints/last.ckpt --trust")  # or the logger is not taken from it
+    folders = [Path(f"runs/memdml/version_{number}") for number in (0, 1)]
+    train, test = (EventAccumulator(str(folder)).Reload() for folder in folders)
+    assert [event.step for event in train.Scalars("train/loss")] == [0, 1, 2]
+    for events, stage, folder in ((train, "val", folders[0]), (test, "test", folders[1])):
+        assert f"{stage}/map_at_r" in events.Tags()["scalars"]
+        (text,) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("report/text_summary"))
+        recall = 100 * events.Scalars(f"{stage}/recall_at_1")[-1].value
+        assert text.startswith(f"Recall@1 {recall:.1f}  MAP@R ")
+        assert text.endswith(f" in percent. The report: `{folder}/report.html`")
+        assert (folder / "report.html").is_file()
+    assert {"gallery/val", "gallery/val_map", "weights/batch", "weights/memory", "memory/report"} <= set(
+        train.Tags()["images"]
+    )
+    (shown,) = train.Images("gallery/val")
+    with Image.open(next(folders[0].glob("gallery/val_0*.png"))) as written:
+        assert (shown.width, shown.height) == written.size
+    assert "num_classes: 20" in (folders[0] / "hparams.yaml").read_text()
+
+
 def test_pictures_that_look_the_same_are_found() -> None:
     images = ImageDataset(lambda row: picture(row % 3), list("abcde"), torch.arange(5))  # 0 and 3, 1 and 4 are copies
     blank = ImageDataset(lambda row: Image.new("L", (9, 9), 40 * row), list("ab"), torch.arange(2))

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.deploy.predictions import columns_of, read_embeddings
 from lightning_memdml.deploy.trained import data_config_of, load_learner
 from lightning_memdml.inference.evaluation import embed_views, flip_average
 from lightning_memdml.inference.sources import data_of, part_of
 from lightning_memdml.reference_scores import embed_set
+from lightning_memdml.retrieval.reranking import require_rerankable
 
 
 class Form(NamedTuple):
@@ -39,14 +39,13 @@ class Form(NamedTuple):
         return f"{self.name.replace('-', '').replace('+', '_')}_" if any(self) else ""
 
 
-def asked_forms(flip: bool, whiten: bool, rerank: bool) -> list[Form]:
-    """Return the forms to score: plain, each that was asked for alone, and all of these together.
+def asked_forms(asked: Form) -> list[Form]:
+    """Return the forms to score: plain, each part of what was asked for alone, and all of them together.
 
     Example:
-        >>> [form.name for form in asked_forms(flip=True, whiten=False, rerank=True)]
+        >>> [form.name for form in asked_forms(Form(flip=True, rerank=True))]
         ['plain', 'flip', 're-ranked', 'flip+re-ranked']
     """
-    asked = Form(flip, whiten, rerank)
     alone = [Form(**{name: True}) for name, on in asked._asdict().items() if on]
     return list(dict.fromkeys([Form(), *alone, asked]))
 
@@ -88,38 +87,37 @@ def read_sets(embeddings: str, gallery: str | list[str] | None, training: str | 
     )
 
 
-def embed_sets(ckpt_path: str, flip: bool, training: bool, device: str, trust: bool) -> ScoredSets:
+def embed_sets(ckpt_path: str, form: Form, device: str, trust: bool) -> ScoredSets:
     """Embed the test images of a checkpoint, and its training images where they are needed.
 
     Args:
         ckpt_path: The checkpoint.
-        flip: Embed the mirrored images too.
-        training: Embed the training images, prepared as for a test.
+        form: What was asked for. With `flip` mirrored images are embedded too, with `whiten` the training images,
+            prepared as for a test.
         device: Where the network runs.
         trust: Let the checkpoint build whatever it names.
 
     Raises:
-        ValueError: If the checkpoint or the device cannot be used, or there are no such images.
+        ValueError: If the checkpoint or the device cannot be used, there are no such images, or too many to re-rank.
     """
     data = data_of(data_config_of(ckpt_path, trust=trust), ckpt_path, trust=trust)
     learner = load_learner(ckpt_path, device, trust=trust)
 
     def views(images: Tensor) -> Tensor:
-        return torch.cat(embed_views(learner, images), dim=1) if flip else learner(images)
+        return torch.cat(embed_views(learner, images), dim=1) if form.flip else learner(images)
 
     def embedded(part: Any) -> EmbeddedImages:
         images = part_of(data, part).images
         rows = embed_set(views, learner, images, torch.device(device), data, f"Embeddings of {part} images")
         columns = columns_of(images.labels, images.indices, images, data.classes)
-        if not flip:
+        if not form.flip:
             return EmbeddedImages(rows, columns)
         plain, mirrored = rows.chunk(2, dim=1)
         return EmbeddedImages(plain.clone(), columns, flip_average(plain, mirrored))
 
-    queries = embedded("query")
-    gallery = None if _searches_itself(data) else embedded("gallery")
-    return ScoredSets(queries, {ckpt_path: gallery}, embedded("train") if training else None)
-
-
-def _searches_itself(data: RetrievalDataModule) -> bool:
-    return data.gallery_set is data.query_set
+    data.setup()
+    searches_itself = data.gallery_set is data.query_set
+    if form.rerank:  # before the images are embedded
+        require_rerankable(len(data.query_set) + (0 if searches_itself else len(data.gallery_set)))
+    queries, gallery = embedded("query"), None if searches_itself else embedded("gallery")
+    return ScoredSets(queries, {ckpt_path: gallery}, embedded("train") if form.whiten else None)

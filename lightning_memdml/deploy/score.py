@@ -102,13 +102,14 @@ def score_files(
     """
     refuse_without("rerank", rerank, score_files, k1=k1, k2=k2, lambda_value=lambda_value)
     refuse_without("whiten", whiten, score_files, train=train, whiten_dim=whiten_dim, shrinkage=shrinkage)
-    forms = asked_forms(flip, whiten, rerank)
+    asked = Form(flip, whiten, rerank)
+    forms = asked_forms(asked)
     if ckpt_path is None:
         _check_files(embeddings, flip, whiten, train)
         queries, galleries, training = read_sets(str(embeddings), gallery, train)
     else:
         _check_checkpoint(embeddings=embeddings, gallery=gallery, train=train)
-        queries, galleries, training = embed_sets(ckpt_path, flip, whiten, device, trust)
+        queries, galleries, training = embed_sets(ckpt_path, asked, device, trust)
     whitenings: dict[bool, Whitening] = {}
     if training is not None:
         flips = {form.flip for form in forms if form.whiten}

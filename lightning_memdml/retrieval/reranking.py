@@ -144,7 +144,15 @@ def _check(queries: Tensor, gallery: Tensor | None, k1: int, k2: int, lambda_val
     if gallery is not None:
         check_finite_embeddings("gallery", gallery)
         check_same_space(queries, gallery)
-    images = len(queries) + (0 if gallery is None else len(gallery))
+    require_rerankable(len(queries) + (0 if gallery is None else len(gallery)))
+
+
+def require_rerankable(images: int) -> None:
+    """Refuse more images than fit into memory together.
+
+    Raises:
+        ValueError: If there are more than `LARGEST`.
+    """
     if images > LARGEST:
         raise ValueError(
             f"Expected at most {LARGEST:,} images to re-rank, queries and gallery together, but got {images:,}, for "

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.command_line import Command, answer
-from support.workshop import LAST, draw
+from support.workshop import DATA, LAST, draw
 
+from lightning_memdml.data.images import ImageDataset
 from lightning_memdml.data.transforms import EvaluationTransform
+from lightning_memdml.deploy import embedding
 from lightning_memdml.deploy.predictions import read_embeddings, write_embeddings
 from lightning_memdml.deploy.score import score_files
 from lightning_memdml.deploy.trained import load_learner
@@ -82,11 +84,10 @@ def test_a_file_is_whitened_by_that_of_the_training_images(tmp_path: Path) -> No
     assert not {name for name in scores if name.startswith(("reranked_", "flip_"))}
 
 
-def test_predictions_are_averages(memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_are_averages(memdml: Command) -> None:
     memdml(f"predict --ckpt_path {LAST} --flip --trainer.enable_progress_bar=false")
-    file = re.search(r"rows in (\S+\.parquet)", capsys.readouterr().out + capsys.readouterr().err)
-    path = Path(file[1]) if file else max(Path("runs").rglob("embeddings.parquet"))
-    torch.testing.assert_close(read_embeddings(path)[0], embedded(range(4, 8), flip=True)[0], atol=1e-5, rtol=0)
+    (file,) = Path("runs").rglob("embeddings.parquet")
+    torch.testing.assert_close(read_embeddings(file)[0], embedded(range(4, 8), flip=True)[0], atol=1e-5, rtol=0)
 
 
 def test_an_index_of_averages_is_searched_by_averages(
@@ -118,6 +119,33 @@ def test_an_index_of_averages_is_searched_by_averages(
     for place, (line, row) in enumerate(zip(lines, reranked, strict=True), start=1):
         assert line.split()[:2] == [str(place), f"({before.index(row) + 1})"]
         assert line.endswith(f"pictures/{paths[row]}")
+
+
+def test_a_killed_index_keeps_the_embeddings_of_the_training_images(
+    memdml: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memdml(f"index --ckpt_path {LAST} --whiten --output {tmp_path}/whole")
+    opened: list[int] = []
+    whole = ImageDataset.open
+
+    def dying(self: ImageDataset, position: int) -> Any:
+        opened.append(position)
+        if len(opened) == 33:  # 24 training images, two batches of 4, and one more
+            raise KeyboardInterrupt
+        return whole(self, position)
+
+    monkeypatch.setattr(embedding, "BATCHES_PER_SAVE", 1)
+    monkeypatch.setattr(ImageDataset, "open", dying)
+    data = f"{DATA} --data.val_fraction=0 --data.eval_batch_size=4"
+    command = f"index --ckpt_path {LAST} {data} --whiten --output {tmp_path}/index"
+    with pytest.raises(SystemExit):
+        memdml(command)
+    opened.clear()
+    memdml(command)
+    assert opened == list(range(8, 24))
+    one, other = load_index(tmp_path / "whole"), load_index(tmp_path / "index")
+    np.testing.assert_allclose(one.embeddings, other.embeddings, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "whole"]
 
 
 def test_re_ranking_in_a_search_is_that_of_the_score(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ from lightning_memdml.memory import EmbeddingMemory as EmbeddingMemory
 from lightning_memdml.memory import InstanceMemory as InstanceMemory
 from lightning_memdml.memory import MomentMatchedMemory as MomentMatchedMemory
 from lightning_memdml.memory import MomentumEncoder as MomentumEncoder
+from lightning_memdml.memory import RingMemory as RingMemory
 from lightning_memdml.memory import ShardedMemory as ShardedMemory
 from lightning_memdml.memory_term import MinedLoss as MinedLoss
 from lightning_memdml.retrieval import RetrievalMetrics as RetrievalMetrics

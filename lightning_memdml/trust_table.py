@@ -184,7 +184,7 @@ GROUPS: dict[str, tuple[Classes, ...]] = {
     "memory": (
         Classes(
             "lightning_memdml.memory",
-            ("EmbeddingMemory", "InstanceMemory", "MomentMatchedMemory", "ShardedMemory"),
+            ("EmbeddingMemory", "InstanceMemory", "MomentMatchedMemory", "RingMemory", "ShardedMemory"),
             rules={"dtype": DTYPE},
         ),
     ),

@@ -60,10 +60,10 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
             numbers[numbers]
         except RuntimeError as error:
             pytest.skip(f"torch {torch.__version__} asks the driver of a fake GPU: {str(error).splitlines()[0]}")
-    from lightning_memdml.losses import polynomials  # torch may import Triton with it
+    from lightning_memdml.losses import constants  # torch may import Triton with it
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polynomials, "_ON_DEVICE", {})  # tensors of one mode are of no use in another
+        patch.setattr(constants, "_ON_DEVICE", {})  # tensors of one mode are of no use in another
         yield mode
 
 

@@ -105,7 +105,7 @@ MAY_IMPORT |= {
 }
 TESTS = Path(__file__).parent
 MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
-# Triton's decorators need it when the module is imported, so this module is imported where it is used.
+# Triton's decorators need it when a module is imported, so these modules are imported where they are used.
 KERNELS = {PACKAGE / "losses" / "backends" / "triton" / f"{name}.py" for name in ("kernel", "merging", "shared")}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import UNIT_TOLERANCE
+from lightning_memdml.losses.constants import constant_like
 
 REACH = (1 + UNIT_TOLERANCE) ** 2  # the largest similarity of embeddings that are accepted as of unit length
 # The error falls by a factor of 6 with each degree, as the nearest poles are at +-i pi; here to rounding of the type.
@@ -33,28 +34,15 @@ class DifferencePolynomial:
         self.coefficients = {dtype: _interpolate(function, degree) for dtype, degree in DEGREES.items()}
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Return the coefficients, a row per power of x and a column per power of y, on the tensor's device.
-
-        They are copied to a device once: a CUDA graph cannot contain a copy from the host.
-        """
-        key = self, tensor.dtype, tensor.device
-        if torch.compiler.is_compiling() or key not in _ON_DEVICE:
-            coefficients = torch.tensor(self.coefficients[tensor.dtype], dtype=tensor.dtype, device="cpu")
-            coefficients = coefficients.to(tensor.device, non_blocking=True)  # else the host would wait for a GPU
-            if torch.compiler.is_compiling():
-                return coefficients
-            _ON_DEVICE[key] = coefficients
-        return _ON_DEVICE[key]
+        """Return the coefficients, a row per power of x and a column per power of y, on the tensor's device."""
+        return constant_like(self.coefficients[tensor.dtype], tensor)
 
 
-_ON_DEVICE: dict[tuple[DifferencePolynomial, torch.dtype, torch.device], Tensor] = {}
-
-
-def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[list[float]]:
+def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> tuple[tuple[float, ...], ...]:
     nodes = REACH * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     powers = np.vander(nodes, increasing=True)
     values = function(nodes[:, None] - nodes)
-    return np.linalg.solve(powers, np.linalg.solve(powers, values).T).T.tolist()
+    return tuple(map(tuple, np.linalg.solve(powers, np.linalg.solve(powers, values).T).T.tolist()))
 
 
 def powers(block: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memdml.checks import check_similarity, refuse_renamed
+from lightning_memdml.losses.constants import constant_like
 from lightning_memdml.readable_repr import options_repr
 
 
@@ -344,7 +345,7 @@ class Piecewise(WeightFunction):
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Return the weight of each similarity, in the same shape."""
-        points, weights = similarity.new_tensor(self.similarities), similarity.new_tensor(self.weights)
+        points, weights = (constant_like(tuple(of), similarity) for of in (self.similarities, self.weights))
         right = torch.searchsorted(points, similarity.contiguous()).clamp(1, len(points) - 1)
         share = ((similarity - points[right - 1]) / (points[right] - points[right - 1])).clamp(0, 1)
         return torch.lerp(weights[right - 1], weights[right], share)

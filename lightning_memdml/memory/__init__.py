@@ -5,6 +5,7 @@ from lightning_memdml.memory.instance_memory import InstanceMemory
 from lightning_memdml.memory.moment_matching import MomentMatchedMemory
 from lightning_memdml.memory.momentum_encoder import MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
+from lightning_memdml.memory.ring_memory import RingMemory
 from lightning_memdml.memory.rows import MemoryRows, RowTable
 from lightning_memdml.memory.sharded import ShardedMemory
 
@@ -15,6 +16,7 @@ __all__ = [
     "MemoryRows",
     "MomentMatchedMemory",
     "MomentumEncoder",
+    "RingMemory",
     "RowTable",
     "ShardedMemory",
     "TableMemory",

@@ -13,6 +13,7 @@ FOLDER = Path(lightning_memdml.losses.__file__).parent
 PREFIX = "lightning_memdml.losses."
 # From the bottom to the top. What stands in one line does not import each other.
 LAYERS = [
+    {"constants"},
     {"row_ops", "polynomials", "weights", "weight_mass"},
     {"definition"},
     {"accumulators"},
@@ -26,7 +27,7 @@ LAYERS = [
 KNOWN = set().union(*LAYERS)
 PACKAGES = {"__init__", "backends.__init__", "backends.triton.__init__"}
 # A loss stands on the module that is called, whose names include those of the definition, and on the ground floor.
-BELOW_A_LOSS = {"pair_loss", *LAYERS[0]}
+BELOW_A_LOSS = {"pair_loss", *LAYERS[0], *LAYERS[1]}
 
 
 def module_of(file: Path) -> str:

@@ -31,13 +31,14 @@ class Count(TorchDispatchMode):
     Attributes:
         launches: Operations that run a kernel.
         waits: Operations for which the host waits.
+        from_host: Copies from the host to a GPU, which a CUDA graph cannot contain.
         bytes: Read and written by operations other than products and copies to and from the host.
         multiplications: Of products.
     """
 
     def __init__(self, smallest: int = 0) -> None:
         super().__init__()
-        self.launches = self.waits = self.bytes = self.multiplications = 0
+        self.launches = self.waits = self.from_host = self.bytes = self.multiplications = 0
         self.smallest = smallest
         self.names: list[str] = []
 
@@ -51,6 +52,8 @@ class Count(TorchDispatchMode):
         )
         if packet in WAITS or masked:
             self.waits += 1
+        if packet in (aten._to_copy, aten.copy_) and made[0].is_cuda and not all(value.is_cuda for value in given):
+            self.from_host += 1
         if packet in NO_LAUNCH or func.is_view or not made:
             return out
         self.launches += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings, largest_class, padded_width
 from lightning_memdml.retrieval.device_counter import ASYNCHRONOUS_DEVICES, DeviceRankCounter
 from lightning_memdml.retrieval.rank_counter import RankCounter, RankStatistics, concatenated
@@ -31,7 +33,7 @@ def count_ranks(
     and where classes are so large that the state of all queries would exceed the memory bound, queries are handled
     block by block.
     """
-    size = tile_size or (4096 if queries.unit.is_cuda else 1024)
+    size = tile_size or _default_tile_size(queries.unit.device)
     width = padded_width(largest_class(queries, gallery))
     with full_precision_products(queries.unit.device):
         if queries is gallery and len(queries) * width <= _STATE_BUDGET:
@@ -39,6 +41,17 @@ def count_ranks(
         block = max(1, min(size, _STATE_BUDGET // 4 // width))
         counters = _count_blocks(queries, gallery, block, size, depth, every_positive, progress)
         return concatenated([counter.statistics() for counter in counters])
+
+
+def _default_tile_size(device: torch.device) -> int:
+    """Return the side of a tile: 64 MB on a GPU, on a CPU 4 MB for one thread, which its cache holds, else 16 MB.
+
+    The few hits of a small tile are too little work for two threads: with 1024 the work of the main thread is 0.95 of
+    that with one thread, with 2048 it is 0.78.
+    """
+    if device.type == "cuda":
+        return 4096
+    return 1024 if torch.get_num_threads() == 1 else 2048
 
 
 def _counter_for(queries: ClassSortedEmbeddings) -> type[RankCounter]:

@@ -215,7 +215,8 @@ def rank_queries(
         groups: `(N,)`.
         gallery_groups: `(M,)`.
         mean_average_precision: Fill `average_precision` as well.
-        tile_size: Side of the similarity tiles; by default 1024 on the CPU (4 MB), 4096 on a GPU (64 MB).
+        tile_size: Side of the similarity tiles; by default 1024 on a CPU (4 MB), 2048 with several threads (16 MB), and
+            4096 on a GPU (64 MB).
         progress: Called now and then with the number of similarities computed so far and the number of all: for a bar.
 
     Raises:

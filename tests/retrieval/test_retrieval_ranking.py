@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memdml.retrieval import rank_queries, retrieval_scores
+from lightning_memdml.retrieval.similarity_tiles import SimilarityTiles
 
 K = (1, 2, 3, 10)
 
@@ -162,6 +163,18 @@ def test_the_symmetric_and_the_blockwise_count_agree(monkeypatch: pytest.MonkeyP
     blockwise = rank_queries(embeddings, labels, tile_size=128)
     for name in ("relevant", "best_rank", "r_precision", "average_precision_at_r"):
         assert torch.equal(getattr(symmetric, name), getattr(blockwise, name)), name
+
+
+@pytest.mark.parametrize(("threads", "side"), [(1, 1024), (2, 2048)])
+def test_tiles_are_larger_with_several_threads(threads: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    init = SimilarityTiles.__init__
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(
+        SimilarityTiles, "__init__", lambda self, *args: (sizes.append(args[2]), init(self, *args), None)[-1]
+    )
+    rank_queries(torch.eye(4).repeat(600, 1), torch.arange(2400) // 4)
+    assert sizes == [side**2]
 
 
 @pytest.mark.parametrize("searched", [(), (0, 1)])

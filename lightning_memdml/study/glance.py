@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from lightning_memdml.study.notes import control_in_words
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import Interval, Judgement, Verdict
-from lightning_memdml.study.study_file import Claim, Study
+from lightning_memdml.study.study_file import Claim
 from lightning_memdml.study.tables import group_in_words, interval_in_words, score_name
 
 
@@ -98,16 +99,6 @@ def untold(results: Results, findings: Sequence[Finding]) -> list[str]:
     if unable:
         lines.append(f"Not able to tell: {', '.join(unable)}.")
     return lines if results.study.control is not None else [*lines, control_in_words(results.study)]
-
-
-def control_in_words(study: Study) -> str:
-    """Name the control of a study, or that there is none."""
-    if study.control is None:
-        return (
-            "There is no control: nothing shows that these data sets can detect a difference. "
-            "`control: {compare: ARM}` adds one."
-        )
-    return f"Control: {study.control.compare[0]} must be better than {study.control.with_[0]} on every data set."
 
 
 # ------------------------------------------------------------------------------------------------------------ formats

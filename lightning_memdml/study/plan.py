@@ -19,7 +19,7 @@ import yaml
 from lightning_memdml.data.sampler import BATCH_SIZE
 from lightning_memdml.study.budgets import Budget, budget_of, check_budgets
 from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
-from lightning_memdml.study.search import missing_freedoms
+from lightning_memdml.study.search import missing_freedoms, unused_keys
 from lightning_memdml.study.study_file import Study
 
 Stage = Literal["reference", "search", "test"]
@@ -98,9 +98,12 @@ class Plan:
         cli: Builds learner, data and Trainer from a configuration.
         options: Command-line options for all runs, such as `--data.path images.npz`.
 
+    Attributes:
+        budgets: Data set -> arm -> budget.
+
     Raises:
-        ValueError: If a configuration is wrong (the message names arm and option), or if arms differ in their
-            budgets or in their numbers of tries.
+        ValueError: If a configuration is wrong (the message names arm and option), if arms differ in their budgets or
+            in their numbers of tries, or if the search has an option that no arm has.
     """
 
     def __init__(self, study: Study, cli: CLI, options: Sequence[str] = ()) -> None:
@@ -111,6 +114,7 @@ class Plan:
         self._runs: dict[tuple[str, str, str, int, str], Run] = {}
         self._buildable: dict[str, bool] = {}
         self._sources = {file.stem: file.read_bytes() for file in sorted(study.path.parent.glob("*.py"))}
+        self._check_search()
         budgets: dict[tuple[str, str], Budget] = {}
         for data in study.data:
             for arm in study.arms:
@@ -123,6 +127,19 @@ class Plan:
                         )
             self._check_tries(data)
         check_budgets(study, budgets)
+        self.budgets = {data: {arm: budgets[data, arm] for arm in study.arms} for data in study.data}
+
+    def _check_search(self) -> None:
+        search = self.study.search
+        if search is None:
+            return
+        configs = [self.study.config(arm, data) for arm in self.study.arms for data in self.study.data]
+        for option, unused in unused_keys(search, configs).items():
+            if len(unused) == len(search.options[option]):
+                raise ValueError(
+                    f"search: {option}: expected a key of at least one arm but no arm has {', '.join(unused)}. Correct "
+                    "it, or leave the option out."
+                )
 
     def _check_tries(self, data: str) -> None:
         tries = {arm: len(self.schedule(arm, data)) for arm in self.study.arms}
@@ -140,10 +157,14 @@ class Plan:
 
     def missing_freedoms(self) -> dict[str, list[str]]:
         """Return, for each arm, the searched options that another arm has and this one lacks."""
-        search, data = self.study.search, next(iter(self.study.data))
+        search, found = self.study.search, dict[str, list[str]]()
         if search is None:
-            return {}
-        return missing_freedoms(search, {arm: self.study.config(arm, data) for arm in self.study.arms})
+            return found
+        for data in self.study.data:
+            missing = missing_freedoms(search, {arm: self.study.config(arm, data) for arm in self.study.arms})
+            for arm, options in missing.items():
+                found[arm] = [*dict.fromkeys([*found.get(arm, []), *options])]
+        return found
 
     def reference_runs(self) -> list[Run]:
         """Return the runs that score networks before the training: one for all arms that share network and data."""

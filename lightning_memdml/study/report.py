@@ -14,9 +14,16 @@ import yaml
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.html_page import html_page, html_picture
 from lightning_memdml.study import glance, pictures
-from lightning_memdml.study.glance import Finding, control_in_words, find, untold
+from lightning_memdml.study.glance import Finding, find, untold
+from lightning_memdml.study.notes import (
+    budgets_in_words,
+    control_in_words,
+    ends_in_words,
+    freedoms_in_words,
+    gaps_in_words,
+    power_in_words,
+)
 from lightning_memdml.study.results import JudgedClaim, Results
-from lightning_memdml.study.statistics import detectable_difference
 from lightning_memdml.study.study_file import Study
 from lightning_memdml.study.tables import (
     MASS_FACTOR,
@@ -174,10 +181,11 @@ def rule_in_words(results: Results) -> str:
         "supported if a one-sided test on the paired differences over seeds shows that the difference lies inside the "
         "region, contradicted if a test shows that it lies outside, and undecided otherwise. Holm's method corrects "
         "for all claims on all data sets: the probability of any wrong verdict is at most "
-        f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study)}"
+        f"{100 * (1 - study.confidence):.3g} %. {power_in_words(study, results.search_noise())}"
     )
     control = "" if study.control is None else control_in_words(study)
-    return " ".join(part for part in (text, control, _validity_in_words(results)) if part)
+    budgets = budgets_in_words(study, {data: results.budgets(data) for data in study.data})
+    return " ".join(part for part in (text, *budgets, control, _validity_in_words(results)) if part)
 
 
 def _validity_in_words(results: Results) -> str:
@@ -198,27 +206,6 @@ def _validity_in_words(results: Results) -> str:
     return ""
 
 
-def power_in_words(study: Study) -> str:
-    """Describe the smallest difference that the seeds of a study can show."""
-    seeds = len(study.seeds)
-    decided = sum(len(claim.data) + (len(claim.data) > 1) for claim in study.claims)  # with the joint verdict
-    if seeds < 2:
-        return "One seed decides no claim."
-    found = detectable_difference(seeds, max(1, decided), study.confidence)
-    return (
-        f"With {seeds} seeds, a claim is decided with a probability of 80 % where the difference exceeds its edge by "
-        f"{found:.1f} standard deviations of the paired differences."
-    )
-
-
-def freedoms_in_words(study: Study, missing: dict[str, list[str]]) -> list[str]:
-    """Describe the searched options, and the arms that lack some of them."""
-    if study.search is None:
-        return []
-    lines = [f"Searched: {', '.join(study.search.options)}."]
-    return [*lines, *(f"The arm {arm} has no {', '.join(options)} to search." for arm, options in missing.items())]
-
-
 def _search_text(results: Results) -> str:
     study = results.study
     search = study.search
@@ -226,6 +213,7 @@ def _search_text(results: Results) -> str:
     tries = {arm: sum(len(scores) for _, scores in results.tries(arm, next(iter(study.data)))) for arm in study.arms}
     extended = {arm: number for arm, number in tries.items() if number > min(tries.values())}
     more = "".join(f" {arm} has {number}, as its grid was extended." for arm, number in extended.items())
+    freedoms = [*freedoms_in_words(study, results.missing_freedoms), *gaps_in_words(study)]
     noise = results.search_noise()
     spread = (
         "With one search seed, the noise of the choice is not known."
@@ -234,28 +222,10 @@ def _search_text(results: Results) -> str:
     )
     return (
         f"Every arm had {min(tries.values())} runs, scored by {score_name(search.score)} on validation classes, which "
-        f"are neither training nor test classes.{more} {' '.join(freedoms_in_words(study, results.missing_freedoms))} "
+        f"are neither training nor test classes.{more} {' '.join(freedoms)} "
         f"The best try of each arm is in bold. It was then trained with every seed. {spread} "
         f"{' '.join(ends_in_words(results))}"
     ).strip()
-
-
-def ends_in_words(results: Results) -> list[str]:
-    """Name the arms whose best try lies at an end of the grid, and how to extend it; empty if there are none."""
-    study, several = results.study, len(results.study.data) > 1
-    found = {(arm, data): results.ends(arm, data) for data in study.data for arm in study.arms}
-    listed = [
-        f"{arm}{f' on {data}' if several else ''} ({', '.join(options)})"
-        for (arm, data), options in found.items()
-        if options
-    ]
-    if study.search is None or not listed:
-        return []
-    more = study.search.extend + 1
-    return [
-        f"The best try lies at an end of the grid: {'; '.join(listed)}. A better value may lie beyond it: with "
-        f"`extend: {more}` in `search`, the same command tries up to {more} more, and keeps the finished runs."
-    ]
 
 
 def summary(results: Results, judged: Sequence[JudgedClaim]) -> str:

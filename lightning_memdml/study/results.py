@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_memdml.study.budgets import Budget
 from lightning_memdml.study.overrides import Values
 from lightning_memdml.study.statistics import (
     Estimate,
@@ -281,8 +282,18 @@ class Results:
         best, _ = max(tries, key=lambda one: np.mean(one[1]))
         return self.study.search.ends(self.study.config(arm, data), best, [choice for choice, _ in tries])
 
+    def budgets(self, data: str) -> dict[str, Budget]:
+        """Return the budget that the runs of each arm have taken."""
+        found: dict[str, Budget] = {}
+        for record in self.records:
+            if record["data"] == data and "steps" in record and not record["diverged"]:
+                found[record["arm"]] = Budget(record["steps"], record["images_per_step"])
+        return found
+
     def search_noise(self) -> float | None:
         """Return the standard deviation of the search score between seeds in points, or `None` with one seed."""
+        if not self.searched:
+            return None
         deviations = [
             np.asarray(scores) - np.mean(scores)
             for data in self.study.data

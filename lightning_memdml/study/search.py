@@ -135,6 +135,14 @@ def _numbers_tried(places: dict[str, list[Any]], tried: Sequence[Values]) -> dic
     return {place: sorted(values) for place, values in found.items() if len(values) > 1}
 
 
+def unused_keys(search: Search, configs: Sequence[Config]) -> dict[str, list[str]]:
+    """Return, for each option, its keys that no configuration has."""
+    return {
+        option: [key for key in keys if all(find_key(config, key) is None for config in configs)]
+        for option, keys in search.options.items()
+    }
+
+
 def missing_freedoms(search: Search, configs: dict[str, Config]) -> dict[str, list[str]]:
     """Return, for each arm, the searched options that another arm has and this one lacks.
 

@@ -13,9 +13,16 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from lightning_memdml.study.agenda import Agenda
-from lightning_memdml.study.glance import control_in_words
+from lightning_memdml.study.notes import (
+    budgets_in_words,
+    control_in_words,
+    ends_in_words,
+    freedoms_in_words,
+    gaps_in_words,
+    power_in_words,
+)
 from lightning_memdml.study.plan import CLI, Plan, Stage
-from lightning_memdml.study.report import draw, ends_in_words, freedoms_in_words, power_in_words, write_report
+from lightning_memdml.study.report import draw, write_report
 from lightning_memdml.study.results import Results
 from lightning_memdml.study.run_folder import RunFolder
 from lightning_memdml.study.runner import FailedRunsError, estimate_seconds, run_all
@@ -205,8 +212,15 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
     searched = [
         one for one in agenda.records.values() if one["stage"] == "search" and (one["arm"], one["data"]) in chosen
     ]
-    lines = [*freedoms_in_words(study, plan.missing_freedoms()), power_in_words(study), control_in_words(study)]
-    for line in [*lines, *ends_in_words(Results(study, [], searched))]:
+    results = Results(study, [], searched)
+    for line in (
+        *freedoms_in_words(study, plan.missing_freedoms()),
+        *gaps_in_words(study),
+        *budgets_in_words(study, plan.budgets),
+        power_in_words(study, results.search_noise()),
+        control_in_words(study),
+        *ends_in_words(results),
+    ):
         print(line)
 
 

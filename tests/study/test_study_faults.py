@@ -11,7 +11,8 @@ import pytest
 from support.studies import CLAIM, MEMORY, Write, frozen, results
 
 from lightning_memdml.lightning_cli import MemdmlCLI
-from lightning_memdml.study.glance import control_in_words, untold
+from lightning_memdml.study.glance import untold
+from lightning_memdml.study.notes import budgets_in_words, control_in_words, gaps_in_words
 from lightning_memdml.study.plan import Plan
 from lightning_memdml.study.report import (
     Section,
@@ -51,6 +52,49 @@ def test_fewer_steps_for_larger_batches_are_refused(write: Write) -> None:
     for equal in ("budget", "steps"):
         with pytest.raises(ValueError, match=re.escape(f"(`equal: {equal}`)")):
             Plan(read_study(write(arms={"small": {}, "large": large}, claims={}, equal=equal)), MemdmlCLI)
+
+
+def test_unequal_numbers_of_steps_or_images_are_named(write: Write, tmp_path: Path) -> None:
+    """Where only images or only steps are equal, the plan and the report name the range of the other."""
+    large = {"data": {"init_args": {"batch_size": 16}}}
+    fewer = {"arms": {"small": {}, "large": {**large, "trainer": {"max_steps": 3}}}, "equal": "images", "claims": {}}
+    plan = Plan(read_study(write(**fewer)), MemdmlCLI)
+    assert budgets_in_words(plan.study, plan.budgets) == [
+        "The arms take 3 (large) to 6 (small) steps. One with few steps may end before it has learned anything: "
+        "`equal: steps` compares at equal steps."
+    ]
+    plan = Plan(read_study(write(arms={"small": {}, "large": large}, equal="steps", claims={})), MemdmlCLI)
+    assert budgets_in_words(plan.study, plan.budgets) == ["The arms see 48 (small) to 96 (large) images."]
+    found = results(tmp_path, {"birds": {"a": 15, "b": 10}})
+    for record in found.records:
+        record |= {
+            "steps": 64 if record["arm"] == "a" else 1000,
+            "images_per_step": 256 if record["arm"] == "a" else 16,
+        }
+    assert "The arms take 64 (a) to 1,000 (b) steps." in rule_in_words(found)
+    assert "The arms see 16,000 (b) to 16,384 (a) images." in rule_in_words(found)
+
+
+def test_a_memory_weight_that_is_not_searched_is_named(write: Write) -> None:
+    """The sum of the positives' weights decides how much the memory outweighs the batch."""
+    weighted = {**MARGINS, "weight": {"model.memory_weight": [0.3, 1.0]}}
+    arms = {"batch": {}, "memory": {**CONTRASTIVE, "model": {**CONTRASTIVE["model"], "memory_weight": 1.0}}}
+    without = read_study(write(arms=arms, claims={}, search={"options": MARGINS, "tries": 2}))
+    assert gaps_in_words(without) == ["The weight of the memory term is not searched (`model.memory_weight`): memory."]
+    assert gaps_in_words(read_study(write(arms=arms, claims={}, search={"options": weighted, "tries": 2}))) == []
+    assert gaps_in_words(read_study(write(arms=arms, claims={}))) == []
+
+
+def test_a_searched_option_that_no_arm_has_is_refused_and_a_key_named(write: Write) -> None:
+    """A misspelt key would search nothing in silence."""
+    misspelt = {"margin": {"model.loss.ContrastivLoss.margin": [0.5, 0.8]}}
+    expected = "search: margin: expected a key of at least one arm but no arm has model.loss.ContrastivLoss.margin."
+    with pytest.raises(ValueError, match=re.escape(f"{expected} Correct it, or leave the option out.")):
+        Plan(read_study(write(arms=ARMS, claims={}, search={"options": misspelt})), MemdmlCLI)
+    both = {"margin": {**misspelt["margin"], **MARGINS["batch_margin"]}}
+    study = read_study(write(arms={"batch": {}}, claims={}, search={"options": both}))
+    assert Plan(study, MemdmlCLI)
+    assert gaps_in_words(study) == ["No arm has model.loss.ContrastivLoss.margin of the option margin."]
 
 
 def test_heads_that_do_not_reach_the_features_decide_nothing(tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_the_report_names_the_difference_that_the_seeds_can_show(tmp_path: Path)
     )
 
 
+def test_after_a_search_the_detectable_difference_is_given_in_points(tmp_path: Path) -> None:
+    """1.36 standard deviations of a difference of two runs, each with the noise of the search."""
+    options = {"rate": {"model.rate": [0.1, 0.2]}}
+    study = results(tmp_path, {"birds": {"a": 15, "b": 10}}, search={"options": options}).study
+    assert power_in_words(study, noise=0.8).endswith(
+        f"If test scores vary between seeds as in the search, that is up to {1.36 * 2**0.5 * 0.8:.1f} points."
+    )
+    on_recall = results(
+        tmp_path, {"birds": {"a": 1, "b": 1}}, search={"options": options, "score": "recall_at_1"}
+    ).study
+    assert power_in_words(on_recall, noise=0.8) == power_in_words(study), "the noise of another score"
+
+
 def test_an_interval_of_few_seeds_stays_within_the_possible_scores(tmp_path: Path) -> None:
     """Student's t over two seeds reaches from -140 to 180 %."""
     found = results(tmp_path, {"birds": {"a": 20, "b": 10}}, seeds=[0, 1])

@@ -23,7 +23,7 @@ from lightning_memdml.data.paths import is_utf8, local_path, shown
 from lightning_memdml.data.pixel_batches import pixel_transform
 from lightning_memdml.data.read_images import ReadImages
 from lightning_memdml.data.records import Record, Role, first_rows
-from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows
+from lightning_memdml.data.roles import Count, Problem, Rows, count_roles, require_classes, split_rows, warn_of_classes
 from lightning_memdml.data.sampler import BATCH_SIZE, ClassBalancedSampler, check_batch, feasible_batch
 
 
@@ -213,14 +213,18 @@ class RetrievalDataModule(LightningDataModule):
     # The methods that Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the records and make the data sets; once, however often it is called."""
-        if hasattr(self, "classes"):
-            return
+        """Read the records and make the data sets, once; for `fit`, refuse batches of too many classes at once."""
+        if not hasattr(self, "classes"):
+            self._set_up()
+        if stage == "fit" and len(self.train_set):
+            self._require_batch()
+
+    def _set_up(self) -> None:
         self.read_images = read = self.read_images or self._read()
         self._all_images, self.counts = read.images, read.counts
         self._make_sets(read.rows, read.cached)
         self._shrink_batch()
-        self._warn_of_odd_classes()
+        warn_of_classes(self.train_set.labels, self.query_set.labels)
         self.classes = read.classes
 
     def _read(self) -> ReadImages:
@@ -295,25 +299,16 @@ class RetrievalDataModule(LightningDataModule):
         """The training images with the transform of the evaluation, after `setup()`."""
         return self.train_set.part(torch.arange(len(self.train_set)), self.query_set.transform)
 
-    def _warn_of_odd_classes(self) -> None:
-        """Warn of classes that may surprise in the results."""
-        classes, sizes = self.train_set.labels.unique(return_counts=True)
-        if single := int((sizes == 1).sum()):
-            rank_zero_warn(
-                f"Training classes with one image only: {single} of {len(classes)}. The image fills all places of its "
-                "class in a batch, and losses leave out pairs of an image with itself: no positive pair for these."
-            )
-        if shared := int(torch.isin(self.query_set.labels.unique(), classes).sum()):
-            rank_zero_warn(
-                f"Test classes that are training classes too: {shared}. The test is not on unseen classes only."
-            )
+    def _require_batch(self) -> None:
+        """Refuse a batch of more classes than there are to train on."""
+        tested = {"validate": self.val_set.labels, "test": self.query_set.labels}
+        require_classes(self.train_set.labels, tested, self.batch_size, self.images_per_class)
 
     def train_dataloader(self) -> ClassBalancedLoader:
         """Return the resumable loader of class-balanced training batches."""
         self.setup()
         self._require(self.train_set, "train")
-        tested = {"validate": self.val_set.labels, "test": self.query_set.labels}
-        require_classes(self.train_set.labels, tested, self.batch_size, self.images_per_class)
+        self._require_batch()
         sampler = ClassBalancedSampler(
             self.train_set.labels,
             self.batch_size,

@@ -134,3 +134,20 @@ def require_classes(train: Tensor, others: Mapping[str, Tensor], batch_size: int
         f"images_per_class={images_per_class} = {wanted}: of the classes {', '.join(parts[:-1])} and {parts[-1]}. Pass "
         f"batch_size={found * images_per_class} or less, or more images per class."
     )
+
+
+def warn_of_classes(train: Tensor, query: Tensor) -> None:
+    """Warn of classes that may surprise in the results.
+
+    Args:
+        train: Labels of the training images.
+        query: Labels of the test images.
+    """
+    classes, sizes = train.unique(return_counts=True)
+    if single := int((sizes == 1).sum()):
+        rank_zero_warn(
+            f"Training classes with one image only: {single} of {len(classes)}. The image fills all places of its "
+            "class in a batch, and losses leave out pairs of an image with itself: no positive pair for these."
+        )
+    if shared := int(torch.isin(query.unique(), classes).sum()):
+        rank_zero_warn(f"Test classes that are training classes too: {shared}. The test is not on unseen classes only.")

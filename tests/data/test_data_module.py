@@ -213,6 +213,9 @@ def test_the_default_batch_shrinks_to_the_classes_there_are_and_one_that_is_set_
     assert caplog.messages == ["Batches have 8 images rather than 64: there are no more classes."]
     with pytest.raises(ValueError, match=r"batch_size=64 / images_per_class=4 = 16: .* Pass batch_size=8 or less, or"):
         Listed(*few, batch_size=64, images_per_class=4).train_dataloader()
+    with pytest.raises(ValueError, match="Pass batch_size=8 or less"):  # before features are computed and heads fitted
+        Listed(*few, batch_size=64, images_per_class=4).setup("fit")
+    Listed(*few, batch_size=64, images_per_class=4).setup("test")
     many = [(label, "train") for label in range(40) for _ in range(2)]
     assert Listed(*many, batch_size=None).train_dataloader().sampler.batch_size == 64
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 WRITTEN = ("--output", "--html", "--png", "--picture", "--per_class", "--map")
-READ = ("--index", "--source", "--embeddings", "--gallery")
+READ = ("--index", "--source", "--embeddings", "--gallery", "--train")
 
 
 def with_local_paths(arguments: Sequence[str]) -> list[str]:

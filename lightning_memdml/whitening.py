@@ -143,4 +143,6 @@ class Whitening:
         rows = torch.from_numpy(np.load(path, allow_pickle=False))
         if rows.ndim != 2 or len(rows) < 2 or rows.dtype != torch.float64:
             raise ValueError(f"{path.name} holds {tuple(rows.shape)} {rows.dtype}")
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"{path.name} holds NaN or infinity")
         return cls(rows[0], rows[1:])

@@ -43,6 +43,7 @@ def test_paths_of_this_machine(given: list[str], expected: list[str], monkeypatc
         "data check --data FolderDataModule --data.root x --output hdfs://a/b",
         "weight-curves --loss ContrastiveLoss --output s3://a/b",
         "score --embeddings s3://a/b.parquet",
+        "score --embeddings e.parquet --whiten --train s3://a/b.parquet",
         "study x.yaml --output s3://a/b",
     ],
 )

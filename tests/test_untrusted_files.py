@@ -131,7 +131,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("command", ["test", "index", "export --formats [torch]", "weight-curves"])
+@pytest.mark.parametrize("command", ["test", "index", "score", "export --formats [torch]", "weight-curves"])
 @pytest.mark.parametrize(("key", "value"), HOSTILE.values(), ids=HOSTILE)
 def test_nothing_else_is_built(key: str, value: Any, command: str, forge: Forge) -> None:
     forge(key, value)
@@ -167,7 +167,7 @@ def test_the_refusal_names_what_it_refused(forge: Forge) -> None:
     assert "stranger" not in sys.modules, "nothing a refused file names is imported"
 
 
-@pytest.mark.parametrize("command", ["test", "index", "export --formats [torch]", "weight-curves"])
+@pytest.mark.parametrize("command", ["test", "index", "score", "export --formats [torch]", "weight-curves"])
 def test_the_user_may_trust_a_file_and_is_told_what_that_built(command: str, forge: Forge) -> None:
     forge("model.memory_loss", OBJECT)
     with pytest.warns(UserWarning, match=r"^Trusted forged.ckpt to build and run model.memory_loss = 'stranger.Call"):

@@ -61,9 +61,14 @@ def test_what_is_saved_is_read_again(rows: Tensor, tmp_path: Path) -> None:
     read = Whitening.load(tmp_path / "whitening.npy")
     assert torch.equal(read(rows), whitening(rows))
     assert read.digest() == whitening.digest() != Whitening.fit(rows, dim=3).digest()
-    np.save(tmp_path / "whitening.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"^whitening\.npy holds \(3,\) torch\.float64$"):
-        Whitening.load(tmp_path / "whitening.npy")
+    for wrong, message in (
+        (np.zeros(3), "whitening.npy holds (3,) torch.float64"),
+        (np.full((3, 5), np.nan), "whitening.npy holds NaN or infinity"),
+    ):
+        np.save(tmp_path / "whitening.npy", wrong)
+        with pytest.raises(ValueError, match="holds") as error:
+            Whitening.load(tmp_path / "whitening.npy")
+        assert str(error.value) == message
 
 
 def test_defaults_of_the_commands_are_those_of_the_class() -> None:

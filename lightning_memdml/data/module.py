@@ -213,17 +213,16 @@ class RetrievalDataModule(LightningDataModule):
     # The methods that Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the records and make the data sets, once; for `fit`, refuse batches of too many classes at once."""
+        """Read the records and make the data sets, once; for `fit`, settle the size of batches too."""
         if not hasattr(self, "classes"):
             self._set_up()
         if stage == "fit" and len(self.train_set):
-            self._require_batch()
+            self._fit_batch()
 
     def _set_up(self) -> None:
         self.read_images = read = self.read_images or self._read()
         self._all_images, self.counts = read.images, read.counts
         self._make_sets(read.rows, read.cached)
-        self._shrink_batch()
         warn_of_classes(self.train_set.labels, self.query_set.labels)
         self.classes = read.classes
 
@@ -287,28 +286,25 @@ class RetrievalDataModule(LightningDataModule):
         if not rows.query.equal(rows.gallery):
             self.gallery_set = images.part(rows.gallery, test_transform, identity[rows.gallery])
 
-    def _shrink_batch(self) -> None:
-        """Lower a batch size that may be changed to what the training classes fill."""
+    def _fit_batch(self) -> None:
+        """Lower a batch size that may be changed to what the training classes fill, and refuse one that may not."""
         most = len(self.train_set.labels.unique()) * self.images_per_class
-        if self._fits_batch and 0 < most < self.batch_size:
+        if self._fits_batch and most < self.batch_size:
             rank_zero_info(f"Batches have {most} images rather than {self.batch_size}: there are no more classes.")
             self.batch_size = most
+        tested = {"validate": self.val_set.labels, "test": self.query_set.labels}
+        require_classes(self.train_set.labels, tested, self.batch_size, self.images_per_class)
 
     @property
     def plain_train_set(self) -> ImageDataset:
         """The training images with the transform of the evaluation, after `setup()`."""
         return self.train_set.part(torch.arange(len(self.train_set)), self.query_set.transform)
 
-    def _require_batch(self) -> None:
-        """Refuse a batch of more classes than there are to train on."""
-        tested = {"validate": self.val_set.labels, "test": self.query_set.labels}
-        require_classes(self.train_set.labels, tested, self.batch_size, self.images_per_class)
-
     def train_dataloader(self) -> ClassBalancedLoader:
         """Return the resumable loader of class-balanced training batches."""
         self.setup()
         self._require(self.train_set, "train")
-        self._require_batch()
+        self._fit_batch()
         sampler = ClassBalancedSampler(
             self.train_set.labels,
             self.batch_size,

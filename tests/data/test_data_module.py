@@ -216,6 +216,10 @@ def test_the_default_batch_shrinks_to_the_classes_there_are_and_one_that_is_set_
     with pytest.raises(ValueError, match="Pass batch_size=8 or less"):  # before features are computed and heads fitted
         Listed(*few, batch_size=64, images_per_class=4).setup("fit")
     Listed(*few, batch_size=64, images_per_class=4).setup("test")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        Listed(*few, batch_size=None).setup("test")
+    assert caplog.messages == []  # of batches that are not drawn
     many = [(label, "train") for label in range(40) for _ in range(2)]
     assert Listed(*many, batch_size=None).train_dataloader().sampler.batch_size == 64
 

@@ -175,6 +175,14 @@ def test_all_values_of_all_channels_are_the_same_bits_by_two_operations() -> Non
     assert [name for name in counted.names if "clone" not in name] == ["aten.mul", "aten.add_"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_gives_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16).contiguous()
+    batch = PixelBatch(values, EvaluationTransform(16), dtype)
+    assert batch.pin_memory().to("cuda").cpu().equal(batch.to("cpu"))
+
+
 def images_of_rank(folder: str) -> list[bool]:
     """Whether each image of this rank is the same for both ways of loading."""
     found = []

@@ -45,6 +45,16 @@ def test_ranks_equal_those_of_the_host(data: st.DataObject) -> None:
     assert_equal(ranks(True, *arguments, most_hits=most_hits, **options), ranks(False, *arguments, **options))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_counts_the_ranks_of_the_cpu(kind: str) -> None:
+    embeddings, labels = embeddings_of(kind, 2000, 64), torch.arange(2000) // 5
+    on_gpu = rank_queries(embeddings.cuda(), labels.cuda(), mean_average_precision=True, tile_size=256)
+    on_host = ranks(False, embeddings, labels)
+    for name in ("relevant", "best_rank", "r_precision", "average_precision_at_r", "average_precision"):
+        torch.testing.assert_close(getattr(on_gpu, name).cpu(), getattr(on_host, name), rtol=0, atol=1e-12)
+
+
 def counter_and_tiles(kind: str, count: int) -> tuple[DeviceRankCounter, SimilarityTiles]:
     samples = ClassSortedEmbeddings(embeddings_of(kind, count, 16), torch.arange(count) // 12)
     return DeviceRankCounter(samples, samples, slice(0, count), depth=5), SimilarityTiles(samples, samples, count**2)

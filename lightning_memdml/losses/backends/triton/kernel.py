@@ -69,7 +69,7 @@ def _add_negatives(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Write the state of some anchors over one share of the references.
 
-    Shapes: anchors `(B, dim)`, references `(M, dim)`; columns `(B, num_columns)`; states
+    Shapes: anchors `(B, dim)` and references `(M, dim)` of one type; columns `(B, num_columns)`; states
     `(shares, B, 3 + dim + num_sums)`, without dim where there is no gradient, in the order of
     `NegativeAccumulator.state`. Not `gathered`, the references are all M, and those with a byte of `marked`, `(M,)`,
     are left out. `gathered`, they are those at `places_of_rows`, `(num_references,)`, and the bytes of `marked`,
@@ -79,7 +79,6 @@ def _add_negatives(  # type: ignore[no-untyped-def]
     d = tl.arange(0, padded_dim)
     is_anchor = i < num_anchors
     x = tl.load(anchors + i[:, None] * dim + d[None, :], mask=is_anchor[:, None] & (d < dim)[None, :], other=0.0)
-    x = x.to(references.dtype.element_ty)
     gradient = tl.zeros((anchors_per_program, padded_dim), tl.float32)
     total = tl.zeros((anchors_per_program,), tl.float32)
     shift = tl.full((anchors_per_program,), -3.4028234663852886e38, tl.float32)  # as in `NegativeAccumulator`
@@ -276,6 +275,7 @@ def _launch(
     groups = triton.cdiv(rows, tiles.anchors)
     values = [column.to(anchors).expand(rows, 1) for column in terms.columns]
     columns = torch.cat(values, dim=1) if values else anchors
+    rounded = anchors.to(references.dtype)  # in the kernel it would cost registers, of which it has none left
 
     def share_of(references: int) -> tuple[int, int]:
         """Return how many references a program takes, one program for every processor, and the number of shares."""
@@ -291,7 +291,7 @@ def _launch(
     states = anchors.new_empty(sum(shares), rows, width)
     for (number, marked, places, gathered), part in zip(runs, states.split(shares), strict=True):
         _add_negatives[(groups, len(part))](
-            anchors, references, marked.view(torch.uint8), places, columns, part,
+            rounded, references, marked.view(torch.uint8), places, columns, part,
             rows, number, share_of(number)[0], terms.constants or (0.0,), float(loss.fill_value),
             dim=dim, padded_dim=padded_dim, num_columns=len(values), terms=compile_terms(terms.text, len(values)),
             exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,

@@ -65,7 +65,10 @@ class EmbeddedImages(NamedTuple):
 
     def view(self, flip: bool) -> Tensor:
         """Return the embeddings, averaged or not."""
-        return self.averaged if flip and self.averaged is not None else self.rows
+        if not flip:
+            return self.rows
+        assert self.averaged is not None, "mirrored images are embedded where `flip` is asked for"
+        return self.averaged
 
 
 class ScoredSets(NamedTuple):

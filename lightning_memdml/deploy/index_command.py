@@ -129,7 +129,7 @@ def index_images(
         flip: Average the embedding of each image with that of its mirrored copy; a search then does the same.
         whiten: Whiten (PCA) the embeddings on the training images; a search then does the same.
         whiten_dim: Dimensions that whitening keeps; by default all.
-        shrinkage: Of the covariance towards the identity, in [0, 1), for `whiten`.
+        shrinkage: How far whitening moves the covariance towards the identity, in [0, 1).
 
     Raises:
         FileNotFoundError: If there is no such source.

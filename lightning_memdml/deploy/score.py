@@ -79,7 +79,7 @@ def score_files(
         whiten: Add scores of embeddings that are whitened (PCA) on the training images.
         train: File of the embeddings of the training images, to whiten those in files.
         whiten_dim: Dimensions that whitening keeps; by default all.
-        shrinkage: Of the covariance towards the identity, in [0, 1).
+        shrinkage: How far whitening moves the covariance towards the identity, in [0, 1).
         rerank: Add scores after re-ranking by k-reciprocal neighbours, of 10,000 images at most.
         k1: Neighbours among which re-ranking searches reciprocal ones.
         k2: Neighbours over which re-ranking averages.

@@ -127,6 +127,11 @@ class EmbeddingIndex:
         Raises:
             TypeError: As `search`.
             ValueError: As `search` and `rerank`; or if there are fewer candidates than neighbours.
+
+        Example:
+            >>> index = build_index(torch.eye(4))
+            >>> index.search_reranked(torch.tensor([[2.0, 0.5, 0.1, 0.0]]), k=2, candidates=3)[1].tolist()
+            [[0, 1]]
         """
         if candidates < k:
             raise ValueError(

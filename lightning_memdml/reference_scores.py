@@ -118,7 +118,7 @@ def reference_table(reference: ReferenceScores, trained: dict[str, float]) -> st
         f"{name} ({SCORES[score].removesuffix(' %')})"
         for name, row in reference.rows.items()
         for score in SCORES
-        if row[score] >= trained[score]
+        if row[score] >= trained[score] and trained[score] < 1  # nothing is better than all of them right
     ]
     if better:
         lines.append(

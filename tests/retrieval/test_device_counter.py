@@ -12,7 +12,7 @@ from support.gpu import Count
 from support.retrieval import KINDS, assert_equal, draw_sets, embeddings_of, oracle_ranks
 from torch import Tensor
 
-from lightning_memdml.retrieval import QueryRanks, device_counter, rank_queries
+from lightning_memdml.retrieval import QueryRanks, counting, device_counter, rank_queries
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.device_counter import DeviceRankCounter
 from lightning_memdml.retrieval.similarity_tiles import SimilarityTiles
@@ -22,7 +22,8 @@ from lightning_memdml.retrieval.tiles import row_slices
 def ranks(on_device: bool, *args: Tensor, most_hits: int = 2**18, **kwargs: Any) -> QueryRanks:
     with pytest.MonkeyPatch.context() as patch:
         if on_device:
-            patch.setattr(device_counter, "ASYNCHRONOUS_DEVICES", {"cpu"})
+            patch.setattr(counting, "RankCounter", None)  # only its subclass is to be made
+            patch.setattr(counting, "ASYNCHRONOUS_DEVICES", {"cpu"})
             patch.setattr(device_counter, "_MOST_HITS", most_hits)
         return rank_queries(*args, mean_average_precision=True, **kwargs)
 

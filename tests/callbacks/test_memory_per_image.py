@@ -1,4 +1,4 @@
-"""One row per training image: InstanceMemory through the real Trainer in one process."""
+"""InstanceMemory and RingMemory through the real Trainer in one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.memory.instance_memory import InstanceMemory
+from lightning_memdml.memory.ring_memory import RingMemory
 
 
 def test_instance_memory_holds_every_image_once_and_resumes_exactly(tmp_path: Path) -> None:
@@ -25,6 +26,17 @@ def test_instance_memory_holds_every_image_once_and_resumes_exactly(tmp_path: Pa
     fit(parts, resumed, ckpt=tmp_path / "epoch=0.ckpt", max_epochs=3)
     assert parts.losses == whole.losses[6:]
     assert same(through.state_dict(), resumed.state_dict())
+
+
+def test_a_ring_memory_resumes_exactly_and_trains_as_a_queue(tmp_path: Path) -> None:
+    whole, parts, queue = Learner(), Learner(), Learner()
+    through, resumed = (MemoryCallback(memory=RingMemory(20)) for _ in range(2))
+    fit(whole, through, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), max_epochs=3)
+    fit(parts, resumed, ckpt=tmp_path / "epoch=0.ckpt", max_epochs=3)
+    assert parts.losses == whole.losses[6:]
+    assert same(through.state_dict(), resumed.state_dict())
+    fit(queue, MemoryCallback(size=20), max_epochs=3)
+    assert queue.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
 def test_instance_memory_needs_indices_and_the_error_shows_the_line() -> None:

@@ -16,7 +16,7 @@ from lightning_memdml.training_images import BATCH_SIZE, find_train_set, load_im
 
 def fit_head_to_training_images(
     trainer: Trainer, model: Embedder, init: HeadInit, statistics: FeatureStatistics | None = None
-) -> None:
+) -> FeatureStatistics:
     """Fit a head in closed form to the features of all training images, which are computed once.
 
     Every rank computes the features of its share of the images. The sums over them are added up, so that all ranks get
@@ -28,13 +28,18 @@ def fit_head_to_training_images(
         init: `pca` or `whitening`.
         statistics: The sums over the features, if the first rank knows them already: no image is opened then.
 
+    Returns:
+        The sums over the features.
+
     Raises:
         ValueError: If there is no training set with an integer `labels` per image.
     """
     head = model.head
     assert isinstance(head, nn.Linear)
     known = trainer.strategy.broadcast(None if statistics is None else statistics.sums())
-    fit_head(head, _sum_features(trainer, model, init) if known is None else FeatureStatistics.from_sums(*known), init)
+    found = _sum_features(trainer, model, init) if known is None else FeatureStatistics.from_sums(*known)
+    fit_head(head, found, init)
+    return found
 
 
 def _sum_features(trainer: Trainer, model: Embedder, init: HeadInit) -> FeatureStatistics:

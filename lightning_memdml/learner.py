@@ -181,7 +181,8 @@ class MetricLearner(LightningModule):
             saving.remember_data(self)
         fits = stage == "fit" and self.head_init in FITTED and isinstance(self.model.head, nn.Linear)
         if fits and not self._is_trained and self.trainer.ckpt_path is None:
-            fit_head_to_training_images(self.trainer, self.model, self.head_init, self.head_statistics)
+            known = self.head_statistics
+            self.head_statistics = fit_head_to_training_images(self.trainer, self.model, self.head_init, known)
         self._is_trained |= stage == "fit"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 from support.studies import BASE, MEMORY, Write
 
+from lightning_memdml import head_fitting
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study import sharing
@@ -58,6 +59,27 @@ def test_images_are_read_once_and_of_two_data_sets_only(
         shared(run=False, args=run.config)
     assert read == [30, 31, 32, 30], "the first one had to make room"
     assert sharing.DATA_SETS == 2
+
+
+def test_features_are_computed_once_for_each_network_and_labels(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fitted heads, and with them all numbers, are those of runs that compute their own features."""
+    base = {**BASE, "model": {**BASE["model"], "head_init": "whitening"}}
+    study = read_study(write(base, claims={}, control={"compare": "batch"}))
+    runs = Plan(study, MemdmlCLI).test_runs([])
+    computed: list[int] = []
+    sum_features = head_fitting._sum_features
+    monkeypatch.setattr(
+        head_fitting,
+        "_sum_features",
+        lambda *given: computed.append(1) or sum_features(*given),  # type: ignore[func-returns-value]
+    )
+    shared = SharedCLI(MemdmlCLI)
+    together = [train(run, shared, tmp_path) for run in runs]
+    assert len(computed) == 2 * 2, "two seeds, whose networks differ, each with true and with shuffled labels"
+    for run, record in zip(runs, together, strict=True):
+        assert numbers(record) == numbers(train(run, MemdmlCLI, tmp_path))
 
 
 def test_data_modules_of_the_user_are_made_anew(write: Write, tmp_path: Path) -> None:

@@ -222,11 +222,10 @@ def total_negatives(
     reason, anchors = None, anchors.contiguous()
     for part, context in zip(parts, contexts, strict=True):
         with_gradient = part is parts[0]
-        try:
-            terms = generate_terms(part, context, anchors.shape[0])
-        except UnsupportedOpError as error:
+        terms = _terms_or_reason(part, context, anchors.shape[0])
+        if isinstance(terms, str):
             found.append(None)
-            reason = f"a loss whose weights need {error}"
+            reason = terms
             continue
         states = _launch(part, terms, anchors, references, is_shared, with_gradient, shared)
         found.append(merge(part, states, anchors, shared.number, terms.num_sums, with_gradient))
@@ -248,16 +247,22 @@ def add_plain_negatives(
     """
     left, reason = [], None
     for accumulator in accumulators:
-        try:
-            terms = generate_terms(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
-        except UnsupportedOpError as error:
+        terms = _terms_or_reason(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
+        if isinstance(terms, str):
             left.append(accumulator)
-            reason = f"a loss whose weights need {error}"
-            continue
-        if references.shape[0]:
+            reason = terms
+        elif references.shape[0]:
             anchors, with_gradient = accumulator.anchors.contiguous(), accumulator.gradient is not None
             accumulator.merge(_launch(accumulator.loss, terms, anchors, references, is_shared, with_gradient))
     return left, reason
+
+
+def _terms_or_reason(loss: LossDefinition, context: Context, rows: int) -> Terms | str:
+    """Return the lines of a loss of one part, or why there are none."""
+    try:
+        return generate_terms(loss, context, rows)
+    except UnsupportedOpError as error:
+        return f"a loss whose weights need {error}"
 
 
 def _launch(

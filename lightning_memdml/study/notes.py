@@ -79,7 +79,18 @@ def freedoms_in_words(study: Study, missing: dict[str, list[str]]) -> list[str]:
     if study.search is None:
         return []
     lines = [f"Searched: {', '.join(study.search.options)}."]
-    return [*lines, *(f"The arm {arm} has no {', '.join(options)} to search." for arm, options in missing.items())]
+    for options, arms in _by_value(missing).items():
+        subject = f"The arm {arms[0]} has" if len(arms) == 1 else f"The arms {', '.join(arms)} have"
+        lines.append(f"{subject} no {options} to search.")
+    return lines
+
+
+def _by_value(options_of: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Group names by their options: options in words -> names."""
+    found: dict[str, list[str]] = {}
+    for name, options in options_of.items():
+        found.setdefault(", ".join(options), []).append(name)
+    return found
 
 
 def gaps_in_words(study: Study) -> list[str]:
@@ -111,12 +122,13 @@ def _has_memory(config: Config) -> bool:
 def ends_in_words(results: Results) -> list[str]:
     """Name the arms whose best try lies at an end of the grid, and how to extend it; empty if there are none."""
     study, several = results.study, len(results.study.data) > 1
-    found = {(arm, data): results.ends(arm, data) for data in study.data for arm in study.arms}
-    listed = [
-        f"{arm}{f' on {data}' if several else ''} ({', '.join(options)})"
-        for (arm, data), options in found.items()
-        if options
-    ]
+    ends = {
+        f"{arm} on {data}" if several else arm: options
+        for data in study.data
+        for arm in study.arms
+        if (options := results.ends(arm, data))
+    }
+    listed = [f"{', '.join(arms)} ({options})" for options, arms in _by_value(ends).items()]
     if study.search is None or not listed:
         return []
     more = study.search.extend + 1

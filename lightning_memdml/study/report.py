@@ -211,8 +211,8 @@ def _search_text(results: Results) -> str:
     search = study.search
     assert search is not None  # the search was run
     tries = {arm: sum(len(scores) for _, scores in results.tries(arm, next(iter(study.data)))) for arm in study.arms}
-    extended = {arm: number for arm, number in tries.items() if number > min(tries.values())}
-    more = "".join(f" {arm} has {number}, as its grid was extended." for arm, number in extended.items())
+    extended = [f"{arm} {number}" for arm, number in tries.items() if number > min(tries.values())]
+    more = f" Where the grid was extended, there are more: {', '.join(extended)}." if extended else ""
     freedoms = [*freedoms_in_words(study, results.missing_freedoms), *gaps_in_words(study)]
     noise = results.search_noise()
     spread = (

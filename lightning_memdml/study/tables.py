@@ -16,6 +16,7 @@ from lightning_memdml.study.statistics import Judgement
 from lightning_memdml.study.study_file import Claim, Study
 
 MASS_FACTOR = 3  # between sums of weights, from which on arms differ in scale
+NAMED_ARMS = 6  # of a group, at most; the table of averages lists all
 SCORE_NAMES = {"map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "Recall@1"}
 
 
@@ -102,12 +103,16 @@ def masses_table(results: Results) -> Table:
 
 
 def group_in_words(arms: Sequence[str]) -> str:
-    """Name a group of arms.
+    """Name a group of arms; of a large one, the first two.
 
     Example:
         >>> group_in_words(["ms"]), group_in_words(["ms", "supcon"])
         ('ms', 'mean of ms, supcon')
+        >>> group_in_words([*"abcdefgh"])
+        'mean of a, b and 6 more arms'
     """
+    if len(arms) > NAMED_ARMS:
+        return f"mean of {', '.join(arms[:2])} and {len(arms) - 2} more arms"
     return arms[0] if len(arms) == 1 else f"mean of {', '.join(arms)}"
 
 

@@ -111,3 +111,5 @@ def test_arms_whose_best_try_is_at_an_end_are_named_with_the_way_on(
         "runs."
     )
     assert ends_in_words(found) == ([expected] if named else [])
+    found.searched += [{**record, "arm": "a"} for record in found.searched]
+    assert ends_in_words(found) == ([expected.replace("b (rate)", "a, b (rate)")] if named else [])

@@ -82,6 +82,16 @@ def test_an_arm_that_lacks_a_searched_option_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_arms_that_lack_the_same_options_are_named_together(tmp_path: Path) -> None:
+    named = {"batch_margin": BATCH_MARGIN, "memory_margin": MEMORY_MARGIN}
+    arms = {"small": {}, "memory": MEMORY, "triplet": TRIPLET}
+    content = study(tmp_path, arms=arms, search={"options": named, "tries": 3})
+    assert freedoms_in_words(content, Plan(content, MemdmlCLI).missing_freedoms()) == [
+        "Searched: batch_margin, memory_margin.",
+        "The arms small, triplet have no memory_margin to search.",
+    ]
+
+
 def test_arms_with_grids_of_different_size_need_a_number_of_tries(tmp_path: Path) -> None:
     options = {"batch_margin": BATCH_MARGIN, "memory_margin": MEMORY_MARGIN}
     with pytest.raises(ValueError, match=r"Expected the same number of search runs in every arm but .* memory 9"):

@@ -22,7 +22,7 @@ from lightning_memdml.study.study_file import read_study
 from lightning_memdml.study.training import train
 
 RATE = {"rate": {"model.optimizer.init_args.lr": [0.001, 0.01, 0.1]}}
-# A fixed time, hardware and so on differ from run to run.
+# What differs from run to run.
 TIMED = ("seconds", "ms_per_step", "finished", "made_by")
 
 

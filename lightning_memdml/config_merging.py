@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_memdml.cli_messages import find_class, parameters_of
 from lightning_memdml.packaged_configs import find_config, is_packaged
 
-BATCH_SIZE = ("--data.batch_size", "--data.init_args.batch_size")
+BATCH_OPTIONS = ("--data.batch_size", "--data.init_args.batch_size")
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,7 +106,7 @@ def merge_arguments(arguments: Sequence[str], defaults: dict[str, Any]) -> list[
             shrink = options.get("shrink_batch", shrink)
             config, taken = merge(config, source), True
         elif name.startswith("--"):
-            shrink = False if name in BATCH_SIZE else shrink
+            shrink = False if name in BATCH_OPTIONS else shrink
             config, taken = _with_class(config, name[2:], value)
         if not taken:
             others.append(arguments[place])

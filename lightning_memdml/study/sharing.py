@@ -52,7 +52,9 @@ class SharedCLI:
         options = deepcopy(config)
         for name in SAMPLING:
             options.get("init_args", {}).pop(name, None)
-        key = json.dumps(options, sort_keys=True, default=str)
+        # Options of images that are left open are those that the network of the arm expects.
+        settled = (data.image_size, data.mean, data.std, data.interpolation, data.crop_pct)
+        key = json.dumps([options, settled], sort_keys=True, default=str)
         data.read_images = self._read.pop(key, None)
         data.prepare_data()
         data.setup()

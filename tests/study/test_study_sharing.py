@@ -61,6 +61,18 @@ def test_images_are_read_once_and_of_two_data_sets_only(
     assert sharing.DATA_SETS == 2
 
 
+def test_a_network_that_expects_other_images_does_not_share_them(glyph_cache: str) -> None:
+    """The configuration leaves their size open; the network of an arm decides it."""
+    shared, config = SharedCLI(MemdmlCLI), {"class_path": "GlyphDataModule", "init_args": {"image_size": None}}
+    small, large, again = (
+        GlyphDataModule(num_classes=30, image_size=size, cache_dir=glyph_cache) for size in (28, 32, 28)
+    )
+    for data in (small, large, again):
+        shared._share_images(data, config)
+    assert [data.train_set[0][0].shape[-1] for data in (small, large, again)] == [28, 32, 28]
+    assert again.read_images is small.read_images
+
+
 def test_features_are_computed_once_for_each_network_and_labels(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

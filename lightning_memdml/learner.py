@@ -271,7 +271,6 @@ class MetricLearner(LightningModule):
         loss = loss_term(self.loss, embeddings, labels, indices=indices if self.batch_excludes_own_image else None)
         memory: Memory | None = getattr(self, "memory", None)  # attached by `MemoryCallback` for the time of the fit
         if memory is not None:
-            self._log_loss("train/batch_loss", loss)
             weight = self._scheduled(self.memory_weight) if callable(self.memory_weight) else self.memory_weight
             against = self.loss if self.memory_loss is None else self.memory_loss
             # Without indices, an image's own row is like any other of its class.
@@ -283,23 +282,21 @@ class MetricLearner(LightningModule):
                 # Without indices, numbers of the rows in the batch are enough to leave out each row's own entry.
                 known = torch.arange(len(labels), device=labels.device) if known is None else known
             memory_loss = weight * loss_term(against, embeddings, labels, rows, known)
-            self._log_loss("train/memory_loss", memory_loss)
+            if self.logs_losses:
+                self.log_dict({"train/batch_loss": loss, "train/memory_loss": memory_loss})
             loss = loss + memory_loss
         elif self.memory_loss is not None or self.memory_includes_batch:
             raise ValueError(
                 "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none. Pass "
                 "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
             )
-        self._log_loss("train/loss", loss, prog_bar=True)
+        if self.logs_losses:
+            self.log("train/loss", loss, prog_bar=True)
         given = {"embeddings": embeddings.detach(), "labels": labels}
         given = given if indices is None else {**given, "indices": indices}
         if memory is not None:
             memory.given = given  # sent to the other ranks during the backward pass
         return {"loss": loss, **given, "embeddings": embeddings}
-
-    def _log_loss(self, name: str, value: Tensor | float, **options: Any) -> None:
-        if self.logs_losses:
-            self.log(name, value, **options)
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         """Return the weight of the memory term in this step, and log it."""
@@ -309,7 +306,8 @@ class MetricLearner(LightningModule):
                 f"Expected `memory_weight` to return a finite weight of at least 0 but got {weight} at step "
                 f"{self.global_step}. Correct the function."
             )
-        self._log_loss("train/memory_weight", weight)
+        if self.logs_losses:
+            self.log("train/memory_weight", weight)
         return weight
 
     @property

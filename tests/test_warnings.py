@@ -29,6 +29,7 @@ for command in (
     f"search query.png {LAST}",
     "score --embeddings runs/memdml/version_4/embeddings.parquet",
     f"export {LAST}",
+    "export-index runs/index index.parquet",
     f"weight-curves {LAST}",
     "study study.yaml",
     "configs",

@@ -12,7 +12,7 @@ Two observations make this as fast as the two matrix products alone:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,43 +80,43 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     if by_triton and (reason := _reason_against_triton(pairs.anchors, pairs.references)) is not None:
         _warn_of_blocks(reason)
         by_triton = False
+    parts = loss.parts or (loss,)
     for block in shared_blocks(loss, pairs, by_triton):
-        found = finish(loss, block, *_total_negatives(loss, block, pairs.references, by_triton))
+        # Of each part: the totals of all negatives, and their gradient; `None` where Triton has no kernel for it.
+        found: list[tuple[NegativeTotals, Tensor | None] | None] = [None] * len(parts)
+        if by_triton:
+            found = _total_by_triton(parts, block, pairs.references)
+        left = [k for k, totals in enumerate(found) if totals is None]
+        if left:
+            made = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
+            accumulators = [made[k] for k in left]
+            for accumulator in accumulators:
+                accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
+            add_plain_negatives(accumulators, pairs.references, block.shared.mask, "blocks")
+            for k, accumulator in zip(left, accumulators, strict=True):
+                totals = accumulator.totals(block.number)  # which completes the gradient
+                found[k] = totals, accumulator.gradient
+        complete = [pair for pair in found if pair is not None]
+        of_negatives = complete[0][1]
+        assert of_negatives is not None
+        finished = finish(loss, block, [totals for totals, _ in complete], of_negatives)
         if isinstance(block.rows, slice):
-            return found
-        value[block.rows], gradient[block.rows] = found
+            return finished
+        value[block.rows], gradient[block.rows] = finished
     return value, gradient
 
 
-def _total_negatives(
-    loss: LossDefinition, block: SharedBlock, references: Tensor, by_triton: bool
-) -> tuple[list[NegativeTotals], Tensor]:
-    """Return the totals of all negatives for each part of a loss, and the gradient of the first part."""
-    parts = loss.parts or (loss,)
-    found: list[tuple[NegativeTotals, Tensor | None] | None] = [None] * len(parts)
-    if by_triton:
-        from lightning_memdml.losses.backends.triton import kernel
+def _total_by_triton(
+    parts: Sequence[LossDefinition], block: SharedBlock, references: Tensor
+) -> list[tuple[NegativeTotals, Tensor | None] | None]:
+    """Return the totals of all negatives and their gradient, for each part of a loss that has a kernel."""
+    from lightning_memdml.losses.backends.triton import kernel
 
-        shared = kernel.SharedNegatives(block.shared.columns, block.negative, block.number)
-        found, reason = kernel.total_negatives(
-            parts, block.contexts, block.anchors, references, block.shared.mask, shared
-        )
-        if reason is not None:
-            _warn_of_blocks(reason)
-    left = [k for k, totals in enumerate(found) if totals is None]
-    if left:
-        made = make_accumulators(loss, block.contexts, block.anchors, references)
-        accumulators = [made[k] for k in left]
-        for accumulator in accumulators:
-            accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
-        add_plain_negatives(accumulators, references, block.shared.mask, "blocks")
-        for k, accumulator in zip(left, accumulators, strict=True):
-            totals = accumulator.totals(block.number)  # which completes the gradient
-            found[k] = totals, accumulator.gradient
-    complete = [pair for pair in found if pair is not None]
-    gradient = complete[0][1]
-    assert gradient is not None
-    return [totals for totals, _ in complete], gradient
+    shared = kernel.SharedNegatives(block.shared.columns, block.negative, block.number)
+    found, reason = kernel.total_negatives(parts, block.contexts, block.anchors, references, block.shared.mask, shared)
+    if reason is not None:
+        _warn_of_blocks(reason)
+    return found
 
 
 def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -> Iterator[SharedBlock]:
@@ -138,7 +138,15 @@ def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -
 
         references, positive, negative, number = compare(pairs, shared.columns)
     else:
-        references, positive, negative, number = _compare(pairs, shared)
+        references = pairs.references.index_select(0, shared.columns).to(anchors.dtype)
+        indices, ref_indices = pairs.indices, pairs.ref_indices
+        if indices is not None and ref_indices is not None:
+            ref_indices = ref_indices[shared.columns]
+        positive, negative = pair_masks(labels, pairs.ref_labels[shared.columns], indices, ref_indices)
+        total: Tensor | int = len(shared.columns)
+        if shared.valid is not None:
+            positive, negative, total = positive & shared.valid, negative & shared.valid, shared.valid.sum()
+        number = negative.sum(dim=1) + (pairs.references.shape[0] - total)
     parts = loss.parts or (loss,)
     rows: Tensor | slice = slice(None)
     if any(part.wants_most_positives_first for part in parts):
@@ -147,19 +155,6 @@ def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -
     similarity = anchors @ references.T
     contexts = [part.context(similarity, positive) for part in parts]
     yield SharedBlock(rows, anchors, shared, references, similarity, positive, negative, number, contexts)
-
-
-def _compare(pairs: Pairs, shared: SharedReferences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the shared references, the masks of positives and negatives, and the number of all negatives."""
-    references = pairs.references.index_select(0, shared.columns).to(pairs.anchors.dtype)
-    indices, ref_indices = pairs.indices, pairs.ref_indices
-    if indices is not None and ref_indices is not None:
-        ref_indices = ref_indices[shared.columns]
-    positive, negative = pair_masks(pairs.labels, pairs.ref_labels[shared.columns], indices, ref_indices)
-    total: Tensor | int = len(shared.columns)
-    if shared.valid is not None:
-        positive, negative, total = positive & shared.valid, negative & shared.valid, shared.valid.sum()
-    return references, positive, negative, negative.sum(dim=1) + (pairs.references.shape[0] - total)
 
 
 def find_shared(pairs: Pairs, by_triton: bool = False) -> SharedReferences:
@@ -171,10 +166,14 @@ def find_shared(pairs: Pairs, by_triton: bool = False) -> SharedReferences:
         pairs: The anchors and the references.
         by_triton: Whether the kernels of the Triton backend find them. The padding is then -1.
     """
+    bound = None
+    if pairs.max_shared is not None:  # the bound for this number of anchors
+        level = min((len(pairs.labels) - 1).bit_length(), len(pairs.max_shared) - 1)
+        bound = min(pairs.max_shared[level], len(pairs.ref_labels))
     if by_triton:
         from lightning_memdml.losses.backends.triton import shared
 
-        is_shared, bound = shared.find_shared(pairs), _most_shared(pairs)
+        is_shared = shared.find_shared(pairs)
         if bound is None:
             return SharedReferences(is_shared, is_shared.nonzero().squeeze(1), None)
         columns = torch.nonzero_static(is_shared, size=bound + 1).squeeze(1)  # one more, to see whether there are more
@@ -200,18 +199,9 @@ def find_shared(pairs: Pairs, by_triton: bool = False) -> SharedReferences:
         found = found if may_be_negative else found & (ids >= 0)
         mask = found if mask is None else mask | found
     assert mask is not None
-    most = _most_shared(pairs)
-    if on_host or most is None:
+    if on_host or bound is None:
         return SharedReferences(mask, mask.nonzero().squeeze(1), None)
-    return _padded_columns(mask, most)
-
-
-def _most_shared(pairs: Pairs) -> int | None:
-    """Return the bound of the shared references for this number of anchors, if there is one."""
-    if pairs.max_shared is None:
-        return None
-    level = min((len(pairs.labels) - 1).bit_length(), len(pairs.max_shared) - 1)
-    return min(pairs.max_shared[level], len(pairs.ref_labels))
+    return _padded_columns(mask, bound)
 
 
 def _check_bound(holds: Tensor, most: int) -> None:

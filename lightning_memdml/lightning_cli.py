@@ -278,6 +278,8 @@ class MemdmlCLI(LightningCLI):
         folder = self.trainer.strategy.broadcast(run_folder(self.trainer))
         checkpoint = folder / "checkpoints" / "last.ckpt"
         self.trainer.save_checkpoint(checkpoint, weights_only=False)  # with the optimizer and the memory
+        if self._recorder.evaluation is None and self.trainer.limit_val_batches and self._has_validation_classes():
+            self.trainer.validate(self.model, self.datamodule, verbose=False)  # the run ended before the first one
         self._write_report(None if self._reference is None else self._reference.rows)
         trust = " --trust" if self._needs_trust() else ""
         done = (
@@ -286,6 +288,9 @@ class MemdmlCLI(LightningCLI):
             else "Saved without training."
         )
         rank_zero_info(f"{done} Next: memdml test --ckpt_path {checkpoint}{trust}")
+
+    def _has_validation_classes(self) -> bool:
+        return len(getattr(self.datamodule, "val_set", ())) > 0
 
     def before_predict(self) -> None:
         """Pass `--flip` on, and refuse names that the table of embeddings cannot hold, before images are embedded."""

@@ -122,8 +122,8 @@ def reference_table(reference: ReferenceScores, trained: dict[str, float]) -> st
     ]
     if better:
         lines.append(
-            f"Warning: the trained network does not beat {', '.join(better)}. Start from the features with "
-            "--model.head_init whitening, train for more steps, or lower --model.backbone_lr."
+            f"Warning: the trained network does not beat {', '.join(better)}. Train for more steps, or lower "
+            "--model.backbone_lr; --model.head_init whitening starts from the features."
         )
     return "\n".join(lines)
 

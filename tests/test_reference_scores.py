@@ -70,8 +70,8 @@ def test_a_training_that_does_not_beat_the_features_is_named_with_a_way_out() ->
     worse = reference_table(ReferenceScores("test", rows), {"recall_at_1": 0.36, "map_at_r": 0.04}).splitlines()
     assert worse[-1] == (
         "Warning: the trained network does not beat frozen features (MAP@R), frozen features, whitened (Recall@1), "
-        "frozen features, whitened (MAP@R). Start from the features with --model.head_init whitening, train for more "
-        "steps, or lower --model.backbone_lr."
+        "frozen features, whitened (MAP@R). Train for more steps, or lower "
+        "--model.backbone_lr; --model.head_init whitening starts from the features."
     )
 
 

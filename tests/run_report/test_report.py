@@ -129,6 +129,14 @@ def test_a_run_without_validation_classes_has_a_report_too(memdml: Command) -> N
     assert "There were no validation classes" in Path("runs/memdml/version_0/report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_that_ends_before_its_first_validation_is_scored_for_its_report(memdml: Command) -> None:
+    memdml(f"{TINY} --trainer.val_check_interval=100 --trainer.check_val_every_n_epoch=null")
+    report = Path("runs/memdml/version_0/report.html").read_text(encoding="utf-8")
+    assert "There were no validation classes" not in report
+    assert "<h2>Scores of the validation classes at step 3 of 3</h2>" in report
+    assert "<h2>Hardest queries first</h2>" in report
+
+
 def test_queries_and_gallery_may_be_two_sets(memdml: Command) -> None:
     for number in range(32):
         role = ("train", "query", "gallery", "gallery")[number % 4]

@@ -292,8 +292,11 @@ def test_damaged_images_are_listed_and_left_out_of_an_index(
     (tmp_path / "glyphs/1/1.png").write_bytes(b"no picture")
     shutil.copy(checkpoint, tmp_path / "last.ckpt")
     refused = message(memdml, "index --ckpt_path last.ckpt --source glyphs", capsys)
-    assert refused.startswith(f"Cannot read the image {HERE}/glyphs/1/1.png (")
-    assert refused.endswith("To index the others, pass --skip_damaged true.")
+    assert refused == (
+        f"Cannot read the image {HERE}/glyphs/1/1.png (Expected a picture (JPEG, PNG, WEBP, TIFF, BMP, DIB, GIF, PPM, "
+        "AVIF) but got a file that begins with b'no picture'. Replace it). "
+        "To index the others, pass --skip_damaged true."
+    )
     memdml("index --ckpt_path last.ckpt --source glyphs --skip_damaged true")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"skipped: {tmp_path}/glyphs/1/1.png: ")
@@ -304,7 +307,11 @@ def test_damaged_images_are_listed_and_left_out_of_an_index(
 
 
 def test_more_images_per_class_than_there_are_is_a_warning(memdml: Command) -> None:
-    with pytest.warns(UserWarning, match="of at least images_per_class=30 images but the largest has 12: every batch"):
+    whole = (
+        "^Expected training classes of at least images_per_class=30 images but the largest has 12: every batch repeats "
+        "images. Pass images_per_class=12 or less.$"
+    )
+    with pytest.warns(UserWarning, match=whole):
         memdml(typed("FIT") + " --data.images_per_class 30 --data.batch_size 60")
 
 

@@ -200,7 +200,7 @@ def help_text() -> str:
         "  memdml fit --config glyphs_memory",
         *(f"  memdml {name} {command.example}" for name, command in COMMANDS.items() if command.example),
         "",
-        "`memdml COMMAND --help` lists the options that people use, `--help_all` all of them.",
+        "`memdml COMMAND --help` lists the common options, `--help_all` all of them.",
         "To choose a class, give its name, then its options: `--data FolderDataModule --data.root DIR`.",
         "`--data.help FolderDataModule` after a command explains the options of one class.",
     ]

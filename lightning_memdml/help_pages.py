@@ -1,4 +1,4 @@
-"""`memdml COMMAND --help`: a page of the options that people use, without importing a training library.
+"""`memdml COMMAND --help`: a page of the common options, without importing a training library.
 
 Descriptions and defaults are read from the source of the functions and classes that take the options. `--help_all`
 lists all options, those of Lightning's Trainer too.

@@ -18,17 +18,17 @@ class FreezeBackbone(Callback):
     """Freezes the first blocks of a backbone, so that they keep the weights that they start with.
 
     Blocks are the stem and the stages of a convolutional network, or the patch embedding and the layers of a
-    transformer, of torchvision, timm or your own; what is frozen is printed. Frozen batch norms keep their statistics
-    too. With `until_step` the blocks are trained from this step on. A resumed run continues exactly.
+    transformer, of torchvision, timm, Hugging Face or your own. What is frozen is printed. Frozen batch norms keep
+    their statistics too. A resumed run continues exactly.
 
-    Blocks that stay frozen get no gradient and are no part of the optimiser. Blocks that are thawed later are part of
-    it from the start, and their gradients are left out until then. DDP has to know from the start which gradients it
-    averages, so with it these are computed all the same.
+    Blocks that stay frozen get no gradient and are not in the optimiser. Blocks that are thawed later are in it from
+    the start, and get no gradient until then. Under DDP their gradients are computed all the same and then dropped,
+    since DDP has to know from the start which gradients it averages.
 
     Args:
-        blocks: How many blocks are frozen, counted from the input. A negative number leaves so many of the last ones
-            out: -1 is all but the last block. None: all.
-        until_step: Optimiser step from which on the blocks are trained, at least 1; None: never.
+        blocks: How many blocks are frozen, counted from the input. A negative number leaves out that many of the last
+            blocks: -1 freezes all but the last block. None: all.
+        until_step: Optimiser step from which on the blocks are trained, at least 1. None: they stay frozen.
         backbone: Path of the backbone in the module; by default that of `MetricLearner`.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_memdml.curves.plot import LETTERS, LOSS_STYLES, SIDE_STYLES
 from lightning_memdml.curves.reading import SIDES
-from lightning_memdml.picture_style import as_label, new_figure, plain_axes
+from lightning_memdml.picture_style import INK, STYLES, as_label, new_figure, plain_axes
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
 from lightning_memdml.study.tables import score_name
@@ -149,9 +149,9 @@ def _draw_score(axes: Axes, found: Any, span: tuple[float, float], last: bool) -
         axes.spines["bottom"].set_visible(False)
     low, high = found.over_seeds
     if math.isfinite(low):
-        axes.plot([low, high], [0, 0], color="#1d2433", linewidth=5, alpha=0.25, solid_capstyle="butt")
+        axes.plot([low, high], [0, 0], color=INK, linewidth=5, alpha=0.25, solid_capstyle="butt")
     axes.plot(found.values, [0] * len(found.values), "o", color="#0072B2", markersize=4, alpha=0.55, markeredgewidth=0)
-    axes.plot([found.estimate.mean], [0], "|", color="#1d2433", markersize=16, markeredgewidth=2)
+    axes.plot([found.estimate.mean], [0], "|", color=INK, markersize=16, markeredgewidth=2)
     axes.annotate(
         f"{found.estimate.mean:.1f}", (found.estimate.mean, 0), (0, 9), textcoords="offset points", ha="center",
         fontsize="small",
@@ -194,6 +194,42 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
             axes.tick_params(labelbottom=False, length=0)
             axes.spines["bottom"].set_visible(False)
     panels[-1].set_xlabel("difference in points; shaded: the region of the claim")
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- trend
+def plot_trend(results: Results, data: str, score: str) -> Figure | None:
+    """Draw how far the arms of the trend are above its first one, over the number in which they differ.
+
+    Dots are seeds, the line joins the means, and bars are intervals of the mean. Numbers have equal distances.
+
+    Returns `None` without a trend, or while runs are missing.
+    """
+    trend = results.study.trend
+    if trend is None:
+        return None
+    first, *others = trend.arms.values()
+    gains = [gain for arm in others if (gain := results.gain(arm, first, data, score)) is not None]
+    if len(gains) < len(others):
+        return None
+    figure = new_figure(9, 3.6)
+    axes = figure.subplots()
+    axes.axhline(0, color="0.35", linewidth=1, linestyle="--")
+    means = [0.0]
+    for place, (values, found) in enumerate(gains, start=1):
+        low, high = found.interval(results.study.confidence)
+        if math.isfinite(low):
+            axes.plot([place, place], [low, high], color=INK, linewidth=6, alpha=0.25, solid_capstyle="butt")
+        axes.plot([place] * len(values), values, "o", color=STYLES[0].color, alpha=0.55, markeredgewidth=0)
+        top = max([*values, *_finite([high])])
+        axes.annotate(f"{found.mean:+.1f}", (place, top), (0, 7), textcoords="offset points", ha="center")
+        means.append(found.mean)
+    axes.plot(range(len(means)), means, color=INK, marker="_", markersize=16, markeredgewidth=2)
+    axes.set_xticks(range(len(means)), [f"{number:g}" for number in trend.arms])
+    axes.margins(y=0.15)
+    axes.set(xlim=(-0.3, len(means) - 0.7), xlabel=as_label(trend.over, 100))
+    axes.set_title(f"{score_name(score)}, points above {as_label(first, 40)}", fontsize="medium", loc="left")
+    plain_axes(axes)
     return figure
 
 

@@ -37,6 +37,7 @@ from lightning_memdml.study.tables import (
     score_name,
     scores_table,
     search_table,
+    trend_table,
 )
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def draw(results: Results, judged: Sequence[JudgedClaim]) -> dict[str, Figure]:
     figures: dict[str, Figure | None] = {"claims": pictures.plot_claims(judged)}
     for data in results.study.data:
         if any(results.of(arm, data) for arm in results.study.arms):
+            figures[f"{data}_trend"] = pictures.plot_trend(results, data, score)
             figures[f"{data}_scores"] = pictures.plot_scores(results, data, score)
             figures[f"{data}_training"] = pictures.plot_training(results, data, score)
             figures[f"{data}_similarities"] = pictures.plot_similarities(results, data)
@@ -131,6 +133,10 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
         if f"{data}_scores" not in drawn:
             yield Section(f"Scores{of_data}", "No run is finished.")
             continue
+        if study.trend is not None and f"{data}_trend" in drawn:
+            text = "Paired by seed. Dots are seeds, bars are intervals of their mean, which decide no claim."
+            picture = (f"{data}_trend", f"{score} over the {study.trend.over[:1].lower()}{study.trend.over[1:]}")
+            yield Section(f"{study.trend.over}{of_data}", text, picture, trend_table(results, data))
         picture = (f"{data}_scores", f"Weight curves and {score} of every arm")
         yield Section(
             f"Scores{of_data}", _SCORES_TEXT.format(level=_percent(study)), picture, scores_table(results, data)

@@ -119,6 +119,18 @@ class Results:
         over_seeds = Interval(max(low, 0.0), min(high, float(POINTS))) if math.isfinite(low) else Interval(low, high)
         return Score(values, found, over_seeds, over_classes)
 
+    def gain(self, arm: str, over: str, data: str, score: str) -> tuple[list[float], Estimate] | None:
+        """Return how far an arm is above another one in points, per seed and in the mean, or `None` without all runs.
+
+        Raises:
+            ValueError: If the runs do not have this score.
+        """
+        claim = Claim("gain", "", (arm,), (over,), "more", 0.0, score, (data,))
+        if self._missing(claim):
+            return None
+        values = self._differences(claim, data)
+        return values, estimate([values])
+
     def references(self, data: str) -> dict[str, dict[str, float]]:
         """Return the scores before the training on a data set in points: name -> score -> value.
 

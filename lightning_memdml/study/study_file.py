@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from lightning_memdml.study.statistics import EXPECTATIONS, Expectation
 # The key `parts` is not read: it holds YAML anchors.
 KEYS = (
     "title", "base", "parts", "arms", "data", "seeds", "search", "equal", "scores", "confidence", "control", "claims",
+    "trend",
 )  # fmt: skip
 SEARCH_KEYS = ("options", "seeds", "tries", "extend", "score")
 CONTROL_KEYS = ("compare", "with")
+TREND_KEYS = ("over", "arms")
 CLAIM_KEYS = ("says", "compare", "with", "expects", "by", "score", "data")
 SCORES = ("map_at_r", "recall_at_1", "r_precision")
 SHUFFLED = {"class_path": "lightning_memdml.callbacks.ShuffleLabels"}
@@ -53,6 +56,18 @@ class Claim(NamedTuple):
     data: tuple[str, ...]
 
 
+class Trend(NamedTuple):
+    """Arms that differ in one number, such as the size of the memory. The report draws their scores over it.
+
+    Attributes:
+        over: What the number is, in words.
+        arms: Number -> arm, in increasing order. The others are compared with the first.
+    """
+
+    over: str
+    arms: dict[float, str]
+
+
 @dataclass(frozen=True)
 class Study:
     """The content of a study file.
@@ -72,6 +87,7 @@ class Study:
         control: A planted difference that every data set must detect, or `None`.
         shuffled: The arm that is another one with shuffled training labels, if the control is one.
         claims: The claims.
+        trend: Arms that differ in one number, or `None`.
         rule: The part of the file that decides the verdicts.
     """
 
@@ -88,6 +104,7 @@ class Study:
     control: Claim | None
     shuffled: str | None
     claims: tuple[Claim, ...]
+    trend: Trend | None
     rule: dict[str, Any]
 
     @property
@@ -143,6 +160,7 @@ def read_study(path: Path | str) -> Study:
         control=_control(control, arms, data, scores) if control else None,
         shuffled=shuffled,
         claims=tuple(_claim(name, claim, arms, data, scores) for name, claim in named_claims.items()),
+        trend=_trend(content["trend"], arms) if content.get("trend") else None,
         rule={name: content[name] for name in ("claims", "control") if content.get(name)} | {"confidence": confidence},
     )
 
@@ -258,6 +276,36 @@ def _control(content: Any, arms: Iterable[str], data: Iterable[str], scores: tup
     return _claim("control", content, arms, data, scores)
 
 
+def _trend(content: Any, known: Iterable[str]) -> Trend:
+    if not isinstance(content, dict):
+        raise ValueError(f"trend: expected a mapping with {', '.join(TREND_KEYS)} but got {content!r}.")
+    _check_keys(content, TREND_KEYS, "trend")
+    over, arms = content.get("over"), content.get("arms")
+    if not isinstance(over, str) or not over.strip():
+        raise ValueError(f"trend: expected `over` to say in words what the number is but got {over!r}.")
+    if not isinstance(arms, dict) or len(arms) < 2 or not all(map(_is_number, arms)):
+        raise ValueError(
+            "trend: expected `arms` to be a mapping from at least two numbers to arms, such as "
+            f"{{0: batch, 512: memory}}, but got {arms!r}."
+        )
+    _check_members(arms.values(), known, "arm", "trend")
+    return Trend(over, dict(sorted(arms.items())))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _check_members(members: Iterable[Any], known: Iterable[str], kind: str, where: str) -> None:
+    known = list(known)
+    for member in members:
+        if member not in known:
+            raise ValueError(
+                f"{where}: expected one of the {kind}s {', '.join(known)} but got {member!r}."
+                f"{nearest(str(member), known)}"
+            )
+
+
 def _claim(name: str, content: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
     where = name if name == "control" else f"claims: {name}"
     if not isinstance(content, dict):
@@ -268,13 +316,8 @@ def _claim(name: str, content: Any, arms: Iterable[str], data: Iterable[str], sc
             raise ValueError(f"{where}: expected the key `{key}`, fixed before the runs, but it is missing.")
     compare, with_ = tuple(_as_list(content["compare"])), tuple(_as_list(content["with"]))
     chosen = tuple(_as_list(content.get("data", list(data))))
-    for group, known, kind in ((compare + with_, list(arms), "arm"), (chosen, list(data), "data set")):
-        for member in group:
-            if member not in known:
-                raise ValueError(
-                    f"{where}: expected one of the {kind}s {', '.join(known)} but got {member!r}."
-                    f"{nearest(str(member), known)}"
-                )
+    _check_members(compare + with_, arms, "arm", where)
+    _check_members(chosen, data, "data set", where)
     if content["expects"] not in EXPECTATIONS:
         raise ValueError(
             f"{where}: expected `expects` to be one of {', '.join(EXPECTATIONS)} but got {content['expects']!r}."

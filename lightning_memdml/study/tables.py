@@ -166,6 +166,25 @@ def scores_table(results: Results, data: str) -> Table:
     return Table(head, rows)
 
 
+def trend_table(results: Results, data: str) -> Table:
+    """Return the table of a trend: per number, how far its arm is above the first one in every score."""
+    study = results.study
+    assert study.trend is not None  # it was drawn
+    first, *_ = study.trend.arms.values()
+    rows = []
+    for number, arm in study.trend.arms.items():
+        cells = []
+        for score in study.scores:
+            gain = results.gain(arm, first, data, score)
+            assert gain is not None  # it was drawn
+            interval = interval_in_words(gain[1].interval(study.confidence), signed=True)
+            cells.append("0" if arm == first else f"{gain[1].mean:+.1f} {interval}")
+        rows.append([f"{number:g}", arm, *cells])
+    return Table(
+        [study.trend.over, "arm", *(f"{score_name(score)}, points above {first}" for score in study.scores)], rows
+    )
+
+
 def _choice(choice: dict[str, Any]) -> str:
     return ", ".join(
         f"{key.removesuffix('.init_args').replace('.init_args', '')}={value}" for key, value in choice.items()

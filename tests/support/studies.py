@@ -78,7 +78,8 @@ def results(
     records = [
         {
             "stage": "test", "arm": arm, "data": data, "seed": seed, "choice": {}, "ms_per_step": 1.0,
-            "diverged": False,
+            "diverged": False, "steps": 1, "images_per_step": 1, "seconds": 1.0, "finished": "", "key": "",
+            "made_by": {"commit": None, "versions": {"torch": "2"}, "hardware": "x", "threads": 1},
             "scores": {
                 "map_at_r": (mean + draws.normal(0, 0.5)) / 100, "recall_at_1": (mean + 20) / 100, "r_precision": 0.0
             },

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
+Step = Callable[[], object]
 CLOCKS = ("cpu", "elapsed", "wall", "device", "graph")
 FLUSHED_BYTES = 1 << 28  # more than the L2 cache of any GPU
 FLUSHES = 20  # which keep a GPU busy for about 2 ms, while the host enqueues the step
 
 
-def time_step(run: Callable[[], object], clock: str) -> float:
+def time_step(run: Step, clock: str) -> float:
     """Return the seconds of one call.
 
     Args:
@@ -54,7 +56,42 @@ def time_step(run: Callable[[], object], clock: str) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def capture(run: Callable[[], object]) -> Callable[[], object]:
+def least_seconds(
+    steps: dict[str, Step], clock: str, rounds: int, slow: Collection[str] = (), threads: Sequence[int] = (1,)
+) -> dict[int, dict[str, float]]:
+    """Return the least seconds of each step over some rounds, for each number of threads.
+
+    In a round every step runs once with each number of threads. What cannot be captured as a CUDA graph is left out.
+
+    Args:
+        steps: The steps by name.
+        clock: As of `time_step`.
+        rounds: Rounds that count, after one to warm up.
+        slow: Steps of which one round counts.
+        threads: Numbers of threads of torch; the last one stays set.
+    """
+    best = {number: dict.fromkeys(steps, float("inf")) for number in threads}
+    for k in range(rounds + 1):
+        for number, of_number in best.items():
+            torch.set_num_threads(number)
+            next(iter(steps.values()))()  # starts the threads
+            for name in list(of_number):
+                if k > 1 and name in slow:
+                    continue
+                try:
+                    taken = time_step(steps[name], clock)
+                except RuntimeError as error:
+                    if clock != "graph":
+                        raise
+                    print(f"{name} cannot be captured: {str(error).splitlines()[0]}", file=sys.stderr)
+                    del of_number[name]
+                    continue
+                if k:
+                    of_number[name] = min(of_number[name], taken)
+    return best
+
+
+def capture(run: Step) -> Step:
     """Return a function that replays a step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -68,7 +105,7 @@ def capture(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def profile(run: Callable[[], object], device: str) -> str:
+def profile(run: Step, device: str) -> str:
     """Return what one call runs, operation by operation, as a table."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
@@ -78,7 +115,7 @@ def profile(run: Callable[[], object], device: str) -> str:
     return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
 
 
-def peak_on_gpu(run: Callable[[], object]) -> float:
+def peak_on_gpu(run: Step) -> float:
     """Return by how many megabytes a step raises what is allocated."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

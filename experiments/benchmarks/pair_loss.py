@@ -3,7 +3,8 @@ r"""Measures the memory term of one training step, forward and backward, against
 All methods run on the same inputs in one process, interleaved. The time is CPU time of one thread, or on a GPU that of
 `--clock`, and the least of the rounds counts. `ratio` is relative to the floor: the similarities `S = X M^T` and the
 gradient `G = W M`, the faster of the whole products and of products in blocks. On a GPU `ratio_16` is relative to the
-floor in 16 bits, whatever the type of the references is.
+floor in 16 bits, whatever the type of the references is. `--threads 1 2` measures every method with one thread and with
+two, in turns, by the time that passes; `gain` is how many times as fast it is as with the first number of threads.
 
 In `trained` inputs about 1 of 2,000 pairs is a hard negative. In `untrained` inputs all embeddings share a direction,
 so nearly all negatives are above the margin. In `crowded` inputs 6 % of the negatives are, and as many are mined, as
@@ -33,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clocks import CLOCKS, peak_on_gpu, profile, read_status, time_step
+from clocks import CLOCKS, Step, least_seconds, peak_on_gpu, profile, read_status
 from torch import Tensor
 
 import lightning_memdml as ml
@@ -60,7 +61,6 @@ OURS: dict[str, ml.PairLoss] = {
     "NCA": ml.NCALoss(),
 }
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-Step = Callable[[], object]
 
 
 def make_inputs(regime: str, batch: int, memory: int, dim: int, device: str = "cpu") -> Inputs:
@@ -219,26 +219,6 @@ def peers(inputs: Inputs) -> dict[str, Step]:
     return steps
 
 
-def measure(steps: dict[str, Step], rounds: int, slow: int, clock: str) -> dict[str, float]:
-    """Return the least seconds of each step; the slow peers run `slow` rounds, and what cannot be captured none."""
-    best = dict.fromkeys(steps, float("inf"))
-    for k in range(rounds + 1):
-        for name in list(best):
-            if k > slow and "(pytorch-metric-learning)" in name:
-                continue
-            try:
-                taken = time_step(steps[name], clock)
-            except RuntimeError as error:
-                if clock != "graph":
-                    raise
-                print(f"{name} cannot be captured: {str(error).splitlines()[0]}", file=sys.stderr)
-                del best[name]
-                continue
-            if k:  # the first round warms up
-                best[name] = min(best[name], taken)
-    return best
-
-
 def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[dict]:
     """Measure one size, and return a row per method."""
     inputs = to_device(inputs, options.device, options.dtype)
@@ -257,11 +237,31 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
             if options.compiled:
                 steps[f"{name} (masked torch, compiled)"] = step(torch.compile(function, dynamic=False), inputs)
         steps |= peers(inputs)
-    best = measure(steps, options.rounds, slow=1, clock=options.clock)
+    slow = [name for name in steps if "(pytorch-metric-learning)" in name]
+    found = least_seconds(steps, options.clock, options.rounds, slow, options.threads)
+    size = {"device": options.device, "clock": options.clock, "dtype": options.dtype, "regime": regime, "batch": batch}
+    size |= {"memory": memory, "dim": dim}
+    rows = [row for threads, best in found.items() for row in as_rows({**size, "threads": threads}, best)]
+    for row in rows if len(found) > 1 else ():
+        first = next(other for other in rows if other["method"] == row["method"])
+        for name in ("floor_", ""):
+            row[f"{name}gain"] = round(first[f"{name}ms"] / row[f"{name}ms"], 2)
+    if options.peak:
+        for row in rows if regime != "network" else ():
+            row["peak_mb"] = peak_megabytes(row) if options.device == "cpu" else peak_on_gpu(steps[row["method"]])
+    if options.profile:
+        with options.profile.open("a") as file:
+            for name in steps:
+                print(f"{name}, {regime}, B={batch}, M={memory}, D={dim}", file=file)
+                print(profile(steps[name], options.device), file=file)
+    return rows
+
+
+def as_rows(size: dict, best: dict[str, float]) -> list[dict]:
+    """Return a row per method."""
     halves = [best[name] for name in best if name.startswith("floor in 16 bits")]
     floor, floor_16 = min(best["floor 0"], best["floor 1"]), min(halves, default=None)
-    size = {"device": options.device, "clock": options.clock, "dtype": options.dtype, "regime": regime, "batch": batch}
-    size |= {"memory": memory, "dim": dim, "floor_ms": round(1e3 * floor, 3)}
+    size = {**size, "floor_ms": round(1e3 * floor, 3)}
     rows = []
     for name, value in best.items():
         if name.startswith("floor"):
@@ -269,14 +269,6 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
         rows.append({**size, "method": name, "ms": round(1e3 * value, 3), "ratio": round(value / floor, 2)})
         if floor_16 is not None:
             rows[-1] |= {"floor_16_ms": round(1e3 * floor_16, 3), "ratio_16": round(value / floor_16, 2)}
-    if options.peak:
-        for row in rows if regime != "network" else ():
-            row["peak_mb"] = peak_megabytes(row) if options.device == "cpu" else peak_on_gpu(steps[row["method"]])
-    if options.profile:
-        with options.profile.open("a") as file:
-            for name in best:
-                print(f"{name}, {regime}, B={batch}, M={memory}, D={dim}", file=file)
-                print(profile(steps[name], options.device), file=file)
     return rows
 
 
@@ -324,13 +316,16 @@ def print_peak(row: dict) -> None:
 def table(rows: list[dict]) -> str:
     """Return a Markdown table per regime: a row per method, a column per size, in it the ratio to the floor."""
     parts = []
+    several = len({row["threads"] for row in rows}) > 1
     for regime in dict.fromkeys(row["regime"] for row in rows):
         cells: dict[str, dict[str, str]] = {"floor, ms": {}}
         for row in (row for row in rows if row["regime"] == regime):
             size = f"B {row['batch']}, M {row['memory']:,}, D {row['dim']}"
-            cells["floor, ms"][size] = str(row["floor_ms"])
+            size += f", {row['threads']} threads" if several else ""
+            cells["floor, ms"][size] = f"{row['floor_ms']}" + (f", gain {row['floor_gain']}" if several else "")
             peak = f" ({row['peak_mb']:.1f} MB)" if "peak_mb" in row else ""
-            cells.setdefault(row["method"], {})[size] = f"{row['ratio']}{peak}"
+            gain = f", gain {row['gain']}" if several else ""
+            cells.setdefault(row["method"], {})[size] = f"{row['ratio']}{gain}{peak}"
         sizes = list(cells["floor, ms"])
         lines = [f"| {regime} | {' | '.join(sizes)} |", f"|---|{'---|' * len(sizes)}"]
         lines += [f"| {name} | {' | '.join(row.get(size, '-') for size in sizes)} |" for name, row in cells.items()]
@@ -364,19 +359,24 @@ def main() -> None:
     )
     parser.add_argument("--profile", type=Path, help="append what each method runs, operation by operation")
     parser.add_argument("--no-bfloat16", action="store_true", help="on a CPU, as if it had no bfloat16 instructions")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU; with several, the time that passes counts")
+    threads = "of a CPU; with more than one, or several numbers to compare, the time that passes counts"
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help=threads)
     parser.add_argument("--peak", action="store_true", help="also measure the peak extra memory (Linux)")
     parser.add_argument("--json", type=Path, help="append a line per row to this file")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads[0])
     if options.device == "cpu":
-        options.clock = "cpu" if options.threads == 1 else "elapsed"
+        options.clock = "cpu" if options.threads == [1] else "elapsed"
     set_engine(options)
     if options.peak_of:
         print_peak(json.loads(options.peak_of))
         return
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{' and '.join(map(str, options.threads))} threads"
+    )
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, references in {options.dtype}\n")
     rows = []
     for regime, batch, memory, dim in product(options.regime, options.batch, options.memory, options.dim):

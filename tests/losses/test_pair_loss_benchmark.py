@@ -33,3 +33,19 @@ def test_it_runs_without_the_command_line_and_writes_a_row_per_method(tmp_path: 
     assert [row["method"] for row in found] == ["contrastive", *masked]
     assert all(row["clock"] == "cpu" and row["ratio"] > 0 for row in found)
     assert "aten::mm" in profiles.read_text()
+
+
+def test_it_compares_numbers_of_threads_in_one_run(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    options = (
+        "--batch 8 --memory 512 --dim 16 --rounds 1 --regime trained --losses contrastive --ours-only "
+        f"--threads 1 2 --json {rows}"
+    )
+    done = run_python("-c", RUN, SCRIPT, *options.split())
+    one, two = (json.loads(line) for line in rows.read_text().splitlines())
+    assert (one["threads"], two["threads"]) == (1, 2)
+    assert one["clock"] == two["clock"] == "elapsed"
+    assert one["gain"] == one["floor_gain"] == 1
+    assert two["gain"] == round(one["ms"] / two["ms"], 2)
+    assert two["floor_gain"] == round(one["floor_ms"] / two["floor_ms"], 2)
+    assert f"{two['ratio']}, gain {two['gain']}" in done.stdout

@@ -65,15 +65,15 @@ class MetricLearner(LightningModule):
         batch_excludes_own_image: Leave out pairs of two views of one image in the batch. Otherwise they are positives.
         embedding_dim: Width D of the embedding.
         weights: Weights of the backbone to start from: a file with a state dict, the name of a torchvision enum such
-            as `IMAGENET1K_V2`, or `DEFAULT` for those that torchvision or timm publishes.
+            as `IMAGENET1K_V2`, or `DEFAULT` for the published ones of torchvision, timm or Hugging Face.
         num_features: Width of the backbone's features, for a module without the attribute `num_features`.
         freeze_batch_norm: Keep the backbone's batch norms in evaluation mode while training.
-        optimizer: Called with the parameters.
+        optimizer: An optimizer of torch by its name, such as `AdamW`; in Python a function of the parameters.
         backbone_lr: Learning rate of the backbone; by default that of all parameters.
         layer_decay: Learning rate of each block of the backbone, divided by that of the next one, in (0, 1]. Blocks are
             the stages of a convolutional network, or the layers of a transformer. The last one has the backbone's rate.
         loss_lr: Learning rate of the parameters of `loss` and `memory_loss`, such as proxies; by default that of all.
-        lr_scheduler: Called with the optimizer: `WarmupCosine`, or any scheduler of torch.
+        lr_scheduler: `WarmupCosine`, or a scheduler of torch, by its name; in Python a function of the optimizer.
         lr_scheduler_interval: Whether the scheduler steps after every optimizer step or after every epoch.
         k: Recall levels; by default those of the data set (`recall_levels` of its data module), or 1, 10, 100, 1000.
         pooling: How the last feature map, or the tokens of a transformer of timm, become one row: `average`, `maximum`,

@@ -23,11 +23,11 @@ Stage = Literal["val", "test"]
 class GalleryLogger(Callback):
     """Draws what validation and test retrieve: the hardest queries with right and wrong neighbours, and a map.
 
-    It uses the embeddings of the validation, from the `RetrievalMetrics` of the module. So it costs a second count of
-    ranks and the pictures, a few seconds. The training is not changed.
+    It uses the embeddings that the `RetrievalMetrics` of the module has collected. So it costs a second count of ranks
+    and the pictures, a few seconds. The training is not changed.
 
     **Files.** `gallery/val_0000500.png`, `.html` (one page with its pictures) and `gallery/val_map_0000500.png` in the
-    run's folder; `test_` after a test. If W&B logs the run, it receives all three.
+    run's folder; `test_` after a test. W&B receives all three and TensorBoard the pictures, if they log the run.
 
     A picture is `picture(position)` of the loader's data set, as the data sets of this package have it; otherwise the
     image of `dataset[position]`, its values stretched to [0, 1]. For features (`FeatureDataModule`) only the map is
@@ -63,7 +63,7 @@ class GalleryLogger(Callback):
     ) -> None:
         for name, value in (("every_n_validations", every_n_validations), ("count", count), ("neighbours", neighbours)):
             if value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1 but got {value}.")
+                raise ValueError(f"Expected `{name}` of at least 1 but got {value}. Pass 1 or more.")
         self.every_n_validations = every_n_validations
         self.count = count
         self.neighbours = neighbours

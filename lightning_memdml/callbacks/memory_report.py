@@ -69,7 +69,7 @@ class MemoryReport(Callback):
     share without a `PairLoss` as `loss` (and `memory_loss`) of the module.
 
     **Files.** `memory/report.csv` and `memory/report.png` in the run's folder, with all reports so far, also those
-    before the run was resumed. If W&B logs the run, it receives the picture.
+    before the run was resumed. W&B and TensorBoard receive the picture, if they log the run.
 
     Args:
         every_n_steps: Optimiser steps from one report to the next, at least 1. A report costs a forward of `sample`
@@ -95,9 +95,11 @@ class MemoryReport(Callback):
         self, every_n_steps: int = 500, sample: int = 256, dirpath: str | None = None, loss: PairLoss | None = None
     ) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}.")
+            raise ValueError(
+                f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}. Pass 500, for example."
+            )
         if sample != 0 and sample < 4:
-            raise ValueError(f"Expected `sample` of at least 4 rows, or 0 for no drift, but got {sample}.")
+            raise ValueError(f"Expected `sample` of at least 4 rows, or 0 for no drift, but got {sample}. Pass 256.")
         self.every_n_steps = every_n_steps
         self.sample = sample
         self.dirpath = dirpath

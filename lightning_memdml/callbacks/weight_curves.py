@@ -26,7 +26,8 @@ class WeightCurveLogger(Callback):
     before the mean over the batch. The training is not changed.
 
     **Files.** `weights/batch_0000500.png` and `weights/memory_0000500.png` in the run's folder, each with a `.csv` of
-    curves and sampled pairs and a `_histogram.csv` of all pairs. If W&B logs the run, it receives the pictures.
+    curves and sampled pairs and a `_histogram.csv` of all pairs. W&B and TensorBoard receive the pictures, if they log
+    the run.
 
     **Numbers.** `weights/batch_positives`, `weights/batch_negatives`: pairs whose weight is not 0, per anchor.
     `weights/batch_positive_mass`, `weights/batch_negative_mass`: the sum of weights, per anchor. The same with
@@ -55,7 +56,9 @@ class WeightCurveLogger(Callback):
 
     def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None, loss: PairLoss | None = None) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}.")
+            raise ValueError(
+                f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}. Pass 1000."
+            )
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
         self.loss = loss
@@ -72,7 +75,10 @@ class WeightCurveLogger(Callback):
         memory = getattr(pl_module, "memory", None)
         self._references = None
         if memory is not None and len(memory) and self._due(trainer.global_step + len(trainer.optimizers)):
-            embeddings, labels, indices = memory.read()
+            rows = getattr(memory, "share", memory)  # those that this rank holds
+            was_read = rows.was_read
+            embeddings, labels, indices = rows.read()
+            rows.was_read = was_read  # whether the training itself read it
             self._references = embeddings.clone(), labels.clone(), indices.clone()
 
     def on_train_batch_end(

@@ -31,7 +31,7 @@ class FolderDataModule(RetrievalDataModule):
     are ignored. Other files that are no images are counted in a warning.
 
     Args:
-        root: The folder.
+        root: Folder that holds one folder per class, or the folders of the roles.
         split_by: Which classes train if `root` has no folder for each role: the first of two `halves`, or every second
             class (`alternate`).
 

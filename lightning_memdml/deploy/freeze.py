@@ -47,10 +47,10 @@ def freeze_images(
         images: A folder with one folder per class, as `FolderDataModule` reads it, or a table or archive, as
             `TableDataModule` reads it.
         output: The `.npz` file to write.
-        backbone: A classifier of torchvision, or `timm:` and the name of a network of timm.
-        weights: A file, or the name of published weights, such as `DEFAULT`; random weights without it.
-        image_size: Side of the network's input in pixels; by default that of a network of timm, otherwise 97.
-        views: Of each image, at least 1: the first as for a test, the others augmented as for training.
+        backbone: A classifier of torchvision, `timm:NAME`, or `hf:NAME`.
+        weights: A file, or the name of published weights, such as `DEFAULT`. Without it they are random.
+        image_size: Side of the network's input in pixels; by default that of a `timm:` or `hf:` network, otherwise 97.
+        views: Number of views of each image, at least 1. The first is as for a test, the others are augmented.
 
     Raises:
         ValueError: If `views` or `output` cannot be used, or queries and gallery are different images, which
@@ -58,9 +58,9 @@ def freeze_images(
         OSError: If the images are missing.
     """
     if views < 1:
-        raise ValueError(f"Expected --views of at least 1 but got {views}.")
+        raise ValueError(f"Expected --views of at least 1 but got {views}. Pass 1 or more.")
     if Path(output).suffix != ".npz":
-        raise ValueError(f"Expected a file that ends in .npz as output but got {output}.")
+        raise ValueError(f"Expected a file that ends in .npz as output but got {output}. Pass features.npz.")
     preparation = {"image_size": SIDE, **preprocessing_of(backbone)}
     if image_size is not None:
         preparation["image_size"] = image_size

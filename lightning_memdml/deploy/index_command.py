@@ -119,11 +119,11 @@ def index_images(
         ckpt_path: A checkpoint of `memdml fit`, or of a learner trained or saved in Python.
         source: A folder of images, or a table or archive as `TableDataModule` reads it, instead of the checkpoint's
             data. The images are prepared as the test images are.
-        images: Which images of the data module, if there is no `source`.
+        images: Which images of the data module, if there is no `source`: gallery, query, val or train.
         data: Class path and arguments of another data module.
         output: Folder of the index; an index there is replaced when the new one is finished.
         device: Where the network runs, `cpu` or `cuda`; on `cuda`, faiss trains the index there too.
-        kind: Kind of index; by default flat.
+        kind: Kind of index: `flat` (exact, the default), `ivf`, `hnsw` or `pq`. `--help_all` lists their options.
         trust: Let the checkpoint build whatever it names, also what is not on the closed list.
         skip_damaged: Leave out images that are missing or damaged, and list them. All images are opened once more.
         flip: Average the embedding of each image with that of its mirrored copy; a search then does the same.

@@ -29,9 +29,9 @@ Find the images of an index that are nearest to image files.
   memdml search *.jpg --index runs/index --k 20 --html found.html
   memdml search bird.jpg --rerank --candidates 500
 
-The image files are prepared and embedded as those of the index were, averaged and whitened if those were. Re-ranking
-orders the candidates of each image anew, by what they have in common among their nearest ones. It costs about 10 ms of
-one core for each image with 200 candidates and 0.1 s with 1,000, whatever the size of the index."""
+The image files are prepared and embedded as those of the index were, with its `--flip` and `--whiten`. `--rerank`
+orders the candidates of each image again, by the neighbours that they share. It costs about 10 ms of one core for each
+image with 200 candidates and 0.1 s with 1,000, whatever the size of the index."""
 # What `memdml index` keeps with an index, and the types of it.
 _ABOUT: dict[str, tuple[type, ...]] = {
     "sha256": (str,),
@@ -80,7 +80,7 @@ def search_images(
         png: Also write the result to this picture.
         device: Where the network runs, `cpu` or `cuda`.
         trust: Let the index and its checkpoint build whatever they name, also what is not on the closed list.
-        rerank: Order the candidates by k-reciprocal neighbours; the place before stands in brackets.
+        rerank: Order the candidates by k-reciprocal neighbours, and print the earlier place in brackets.
         candidates: Images that are re-ranked for each image file, at least `k`.
         k1: Neighbours among which re-ranking searches reciprocal ones.
         k2: Neighbours over which re-ranking averages.

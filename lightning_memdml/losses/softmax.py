@@ -69,7 +69,7 @@ class InfoNCELoss(_SoftmaxLoss):
 
 
 class SupConLoss(_SoftmaxLoss):
-    r"""Asks for a softmax over all references that is spread evenly over the positives.
+    r"""Spreads a softmax over all references evenly over the positives.
 
     $$
     l_i = -\frac{1}{|P_i|} \sum_{p \in P_i} \log \pi_p, \qquad

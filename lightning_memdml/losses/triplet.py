@@ -18,7 +18,7 @@ SIGMOID = DifferencePolynomial(lambda difference: 1 / (1 + np.exp(-difference)))
 
 
 class TripletLoss(PairLoss):
-    r"""Asks each positive to be more similar than each negative, over all triplets of an anchor.
+    r"""Requires each positive to be more similar than each negative, over all triplets of an anchor.
 
     $$
     l_i = \sum_{p \in P_i} \sum_{n \in N_i} [s_{in} - s_{ip} + m]_+ \quad\text{(hinge)}, \qquad

@@ -1,7 +1,7 @@
-r"""How much weight the positives and the negatives of an anchor have in total.
+r"""The sum of the weights of an anchor's positives, and of its negatives.
 
-Losses with the same curve of weights can differ by a factor of 10 in the sum of their weights, which decides how much
-one side outweighs the other. For a comparison at equal mass, the weights of a side are divided by their sum or by the
+Losses with similar weight curves can differ by a factor of 10 in the sum of their weights, which decides how much one
+side outweighs the other. For a comparison at equal sums, the weights of a side are divided by their sum or by the
 number of pairs, and multiplied by a scale that is chosen on validation classes.
 """
 

@@ -108,10 +108,9 @@ class EmbeddingIndex:
     ) -> tuple[Tensor, Tensor]:
         """Find candidates, and order them by their k-reciprocal neighbours, see `rerank`.
 
-        Neighbours are searched among a query and its own candidates, other queries play no part. With as many
-        candidates as images, this is the order of `rerank` for a single query. The cost grows with the square of
-        `candidates`: 200 take about 10 ms of one core for each query and
-        1,000 about 0.1 s, whatever the size of the index.
+        Neighbours are searched among a query and its own candidates, without other queries. With as many candidates
+        as images, this is the order of `rerank` for a single query. The cost grows with the square of `candidates`:
+        200 take about 10 ms of one core for each query and 1,000 about 0.1 s, whatever the size of the index.
 
         Args:
             queries: As for `search`.

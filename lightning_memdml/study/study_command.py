@@ -47,8 +47,8 @@ A study file is YAML. It can name functions of modules beside it, such as your w
     mine_helps: {compare: mine, with: threshold, expects: more, by: 0.5}
 
 Further keys: `data` (name -> overrides), `search` (options, seeds, tries, extend, score), `equal` (budget, steps or
-images), `control` (compare, with: a difference that every data set must detect; without `with`, the same arm with
-shuffled training labels), `scores`, `confidence`, `title`, `parts` (a place for YAML anchors).
+images), `control` (compare, with: a difference that has to be detected on every data set; without `with`, the same arm
+with shuffled training labels), `scores`, `confidence`, `title`, `parts` (a place for YAML anchors).
 
 Every finished run is one JSON file. A finished run is repeated only if its configuration, the options of its data, or a
 module beside the study file that it names has changed. Other options are passed to all runs, as to `memdml fit`."""
@@ -91,7 +91,7 @@ def study(arguments: list[str], cli: CLI) -> None:
         "--time_limit",
         type=float,
         metavar="MINUTES",
-        help="start no further run after this time; the same command continues later",
+        help="start no further run after so many minutes; the same command continues later",
     )
     given, options = parser.parse_known_args(arguments)
     if given.processes < 1:

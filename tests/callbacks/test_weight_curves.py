@@ -189,6 +189,12 @@ def test_rows_without_a_direction_are_left_out(tmp_path: Path) -> None:
     assert histogram.pairs.sum() == 3 * 2, "of four rows of one class, three are left"
 
 
+def test_a_memory_that_the_training_does_not_read_is_still_warned_about(tmp_path: Path) -> None:
+    callbacks = [WeightCurveLogger(1, str(tmp_path), ContrastiveLoss()), MemoryCallback(size=8)]
+    with pytest.warns(UserWarning, match="does not read them"):
+        fit(Foreign(), vectors(), *callbacks, max_steps=3)
+
+
 def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
     trainer = fit(Foreign(), vectors(), WeightCurveLogger(1, str(tmp_path), ContrastiveLoss()), max_steps=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.pages import PAGES, REPOSITORY, read_blocks, run_page
+from support.pages import PAGES, REPOSITORY, broken_links, read_blocks, run_page
 
 import lightning_memdml
 
@@ -16,6 +16,22 @@ def test_code_on_the_page_works(page: Path, tmp_path: Path, glyph_cache: str, mo
     monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
     monkeypatch.syspath_prepend(str(tmp_path))  # a page may write a module and import it
     run_page(page, tmp_path)
+
+
+LINKED = sorted({*PAGES, REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "experiments").rglob("*.md")})
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `word`, or two\n[a](#a-word-or-two) [b](#other) [c](page.md#a-word-or-two) [d](no.md) [e](https://f.g)"
+    )
+    assert broken_links(page) == ["#other", "no.md"]
 
 
 def test_the_first_screen_holds_the_commands_the_table_and_the_drop_in_diff() -> None:

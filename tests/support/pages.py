@@ -46,6 +46,9 @@ BLOCK = re.compile(
 )
 NOT_RUN = re.compile(r"<!-- not run: .{10,}-->\s*\Z")
 PRINTED = re.compile(r"# -> ?(.*)$", re.MULTILINE)
+FENCED = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 @dataclass
@@ -119,6 +122,22 @@ def expect_printed(wanted: str, printed: str, where: str) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     if not doctest.OutputChecker().check_output(wanted.strip() + "\n", printed.strip() + "\n", flags):
         raise AssertionError(f"{where}: expected the code to print\n{wanted}\nbut got\n{printed}")
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the links of a page to files that do not exist, or to headings that their page does not have."""
+    broken = []
+    for file, heading in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        target = page.parent / file if file else page
+        if not target.exists() or (heading and target.suffix == ".md" and heading not in anchors(target)):
+            broken.append(f"{file}#{heading}" if heading else file)
+    return broken
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as MkDocs and GitHub name them."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
 def commands_in(block: Block) -> Iterator[list[str]]:

@@ -45,6 +45,9 @@ class SmallConvNet(nn.Module):
         width: Channels of the first layer; the others have twice as many.
         pool: Side of the grid of features that is kept.
 
+    Raises:
+        ValueError: When called, if images have another number of channels.
+
     Example:
         >>> SmallConvNet()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 1024])

@@ -114,6 +114,14 @@ def against_memory(
 
     Raises:
         ValueError: If the module has no memory.
+
+    Example:
+        >>> from lightning_memdml.losses import ContrastiveLoss
+        >>> from lightning_memdml.memory import EmbeddingMemory
+        >>> module = LightningModule()
+        >>> module.__dict__["memory"] = EmbeddingMemory(4)  # as `MemoryCallback` does for the time of the fit
+        >>> against_memory(module, ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]))  # no rows yet
+        tensor(0.)
     """
     memory = getattr(module, "memory", None)
     if not isinstance(memory, Memory):

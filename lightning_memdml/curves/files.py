@@ -16,7 +16,16 @@ HISTOGRAM_COLUMNS = ("loss", "side", "low", "high", "pairs", "weight")
 
 
 def save_readings(readings: Sequence[Reading], folder: Path | str, name: str) -> list[Path]:
-    """Write `name.png`, `name.csv` and, if pairs were measured, `name_histogram.csv`; return their paths."""
+    """Write `name.png`, `name.csv` and, if pairs were measured, `name_histogram.csv`; return their paths.
+
+    Args:
+        readings: What `read_weights` returned, for one to six losses.
+        folder: Where the files go; it is made if it does not exist.
+        name: The beginning of their names.
+
+    Raises:
+        ValueError: If there are none, or more than six readings.
+    """
     folder = Path(folder)
     paths = [folder / f"{name}.png", folder / f"{name}.csv"]
     with atomic_write(paths[0]) as temporary:
@@ -35,6 +44,15 @@ def weight_rows(readings: Sequence[Reading]) -> Iterator[tuple[Any, ...]]:
     `kind` is `measured` for the weight of a pair, `curve` for a weight as a function of the similarity, and
     `curve / |P|` or `curve / |N|` if a pair's weight is that of the row divided by the number of positives, or
     negatives, of its anchor.
+
+    Args:
+        readings: What `read_weights` returned.
+
+    Example:
+        >>> from lightning_memdml import ContrastiveLoss
+        >>> from lightning_memdml.curves import read_weights
+        >>> next(weight_rows([read_weights(ContrastiveLoss())]))
+        ('ContrastiveLoss(margin=0.5)', 'positive', 'curve', -1.0, 1.0)
     """
     for reading in readings:
         for side in SIDES:
@@ -52,6 +70,9 @@ def histogram_rows(readings: Sequence[Reading]) -> Iterator[tuple[Any, ...]]:
     """Yield all measured pairs as rows `(loss, side, low, high, pairs, weight)`.
 
     `pairs` is the number of pairs with `low <= similarity < high`, `weight` the sum of their weights.
+
+    Args:
+        readings: What `read_weights` returned for pairs; curves alone give no rows.
     """
     for reading in readings:
         for side in SIDES:

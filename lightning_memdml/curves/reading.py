@@ -181,6 +181,10 @@ def exact_curve(loss: PairLoss, side: Side) -> Curve | None:
     and in a row of 500 positives and 500 negatives. There is a curve if the weight is the same in all rows, or, for a
     loss that takes means, if the weight times the number of pairs of that side is.
 
+    Args:
+        loss: The loss.
+        side: `positive` or `negative`.
+
     Example:
         >>> from lightning_memdml import BinomialDevianceLoss, MultiSimilarityLoss
         >>> exact_curve(BinomialDevianceLoss(), "positive").divided
@@ -294,6 +298,9 @@ NEUTRAL = {"dropped_positives", "positive_scale", "negative_scale"}
 
 def format_loss(part: Any) -> str:
     """Return a loss or a weight function as text, without options that change nothing by default.
+
+    Args:
+        part: A loss, a weight function, or any option of them.
 
     Example:
         >>> from lightning_memdml import DirectWeightLoss, Power

@@ -42,6 +42,9 @@ class Cars196(PublishedDataModule):
     Raises:
         FileNotFoundError: If an annotation file is missing.
         ValueError: If an annotation file is damaged, or points out of its folder.
+
+    Example:
+        >>> data = Cars196("data/stanford_cars")
     """
 
     source = (

@@ -40,6 +40,9 @@ class CUB200(PublishedDataModule):
     Raises:
         FileNotFoundError: If a list file is missing.
         ValueError: If a list file is damaged, or points out of its folder.
+
+    Example:
+        >>> data = CUB200("data/CUB_200_2011", batch_size=32)
     """
 
     archives = (

@@ -39,6 +39,9 @@ class DeepFashion2(PublishedDataModule):
     Raises:
         FileNotFoundError: If a folder is missing.
         ValueError: If an annotation is damaged; the message names it.
+
+    Example:
+        >>> data = DeepFashion2("data/DeepFashion2")
     """
 
     source = (

@@ -38,6 +38,9 @@ class FolderDataModule(RetrievalDataModule):
     Raises:
         FileNotFoundError: If there is no such folder, or no class folder in it.
         ValueError: If a class folder holds no image, or the folders of the roles are not all understood.
+
+    Example:
+        >>> data = FolderDataModule("my/images", batch_size=32, image_size=128)
     """
 
     def __init__(self, root: str, split_by: ClassSplit = "halves", **kwargs: Any) -> None:

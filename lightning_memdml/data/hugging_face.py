@@ -59,6 +59,9 @@ class HuggingFaceDataModule(RetrievalDataModule):
         ImportError: If datasets is not installed.
         FileNotFoundError: If there is no such folder.
         ValueError: If a column is missing, or `own_splits` is set and there is no `train`.
+
+    Example:
+        >>> data = HuggingFaceDataModule("my/dataset", label_column="category")
     """
 
     def __init__(

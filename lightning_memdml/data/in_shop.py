@@ -41,6 +41,9 @@ class InShop(PublishedDataModule):
         FileNotFoundError: If a list file is missing.
         ValueError: If a list file is damaged, or points out of its folder; if `crop` and `high_resolution` are both
             asked for, as boxes are given in pixels of the small images.
+
+    Example:
+        >>> data = InShop("data/Inshop_Clothes")
     """
 
     source = (

@@ -39,6 +39,9 @@ class INaturalist2018(PublishedDataModule):
     Raises:
         FileNotFoundError: If a list file is missing.
         ValueError: If a list file is damaged, or points out of its folder.
+
+    Example:
+        >>> data = INaturalist2018("data/Inaturalist")
     """
 
     source = (

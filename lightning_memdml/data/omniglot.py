@@ -41,6 +41,9 @@ class Omniglot(PublishedDataModule):
 
     Raises:
         FileNotFoundError: If a folder is missing, or holds no images.
+
+    Example:
+        >>> data = Omniglot("data/omniglot")
     """
 
     archives = (

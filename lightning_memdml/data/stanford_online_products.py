@@ -39,6 +39,9 @@ class StanfordOnlineProducts(PublishedDataModule):
     Raises:
         FileNotFoundError: If a list file is missing.
         ValueError: If a list file is damaged, or points out of its folder.
+
+    Example:
+        >>> data = StanfordOnlineProducts("data/Stanford_Online_Products", pixel_cache="cache")
     """
 
     archives = (

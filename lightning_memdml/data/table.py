@@ -51,6 +51,9 @@ class TableDataModule(RetrievalDataModule):
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, lacks a column or array, or points out of `root`; the message names the row.
+
+    Example:
+        >>> data = TableDataModule("my/table.csv", columns={"path": "image", "label": "category"})
     """
 
     def __init__(

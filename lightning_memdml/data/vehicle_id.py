@@ -46,6 +46,9 @@ class VehicleID(PublishedDataModule):
     Raises:
         FileNotFoundError: If a list file is missing.
         ValueError: If an option is none of those above, or a list file is damaged.
+
+    Example:
+        >>> data = VehicleID("data/VehicleID_V1.0", test_size="small")
     """
 
     source = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import re
 import shlex
 import sys
@@ -11,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from support.pictures import draw_archive
 
 from lightning_memdml import data
 from lightning_memdml.cli import main
@@ -30,17 +29,6 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 SMALL = "--data.batch_size=8 --data.images_per_class=2 --data.num_workers=0 --data.val_fraction=0.2"
 SHORT = "--trainer.accelerator=cpu --trainer.max_steps=2 --trainer.val_check_interval=2 --trainer.log_every_n_steps=1"
-
-
-def image_archive(path: Path, classes: int = 14, images: int = 3) -> None:
-    """A table of tiny JPEG files, as `TableDataModule` reads it."""
-    files = []
-    for index in range(classes * images):
-        buffer = io.BytesIO()
-        Image.new("RGB", (40, 36), (17 * (index // images), 80, 5 * index)).save(buffer, "JPEG")
-        files.append(np.frombuffer(buffer.getvalue(), dtype=np.uint8))
-    offset = np.cumsum([0, *(len(file) for file in files)])
-    np.savez(path, jpeg=np.concatenate(files), offset=offset, label=np.repeat(np.arange(classes), images))
 
 
 def image_folder(path: Path, classes: int = 14, images: int = 3) -> None:
@@ -134,7 +122,7 @@ def test_configuration_trains(
     if name == "GlyphDataModule":
         own = f"--data.num_classes=20 --data.cache_dir={glyph_cache}"
     elif name == "TableDataModule":
-        image_archive(tmp_path / "tiny.npz")
+        draw_archive(tmp_path / "tiny.npz")
         own = f"--data.path={tmp_path / 'tiny.npz'} --data.image_size=33"
     elif name == "FolderDataModule":
         image_folder(tmp_path / "tiny")

@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from support.pictures import draw_archive
 
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.study.plan import Plan
-from lightning_memdml.study.study_file import read_study
+from lightning_memdml.study.study_command import read_study_beside
 from lightning_memdml.study.training import train
 
 FOLDER = Path(__file__).parents[2] / "experiments/study"
 STUDIES = [file for file in sorted(FOLDER.glob("*.yaml")) if "arms" in yaml.safe_load(file.read_text())]
 FIELDS = ("Command", "Hardware", "Cost", "Expected")
 TINY = ("--data.batch_size=8", "--data.images_per_class=2", "--data.val_fraction=0", "--trainer.max_steps=4")
-# Of the photographs, which are not part of the repository, two steps are trained in tests/test_experiments.py.
-OWN = {"glyphs": ("--data.num_classes=30", "--model.backbone.width=4"), "features": ()}
+# The options of each kind of study that make its runs small. The characters of `cjk` need fonts and take long to draw.
+OWN = {"glyphs": ("--data.num_classes=30", "--model.backbone.width=4"), "features": (), "images": ()}
 
 
 def header(config: Path) -> dict[str, str]:
@@ -57,7 +60,7 @@ def test_header_tells_command_hardware_cost_and_expected_result(config: Path) ->
 @pytest.mark.parametrize("config", STUDIES, ids=lambda file: file.stem)
 def test_study_plans_the_runs_it_says(config: Path) -> None:
     """All arms are parsed to the last option, their budgets compared, and the runs of the header counted."""
-    study = read_study(config)
+    study = read_study_beside(config)
     plan = Plan(study, MemdmlCLI)
     searching = plan.search_runs()
     stand_in = searched(plan)
@@ -79,7 +82,11 @@ def test_arms_train(config: Path, tmp_path: Path, glyph_cache: str, monkeypatch:
     for name in ("birds", "grocery"):
         feature = np.random.default_rng(0).normal(size=(80, 2, 1280)).astype(np.float16)
         np.savez(f"data/{name}_features.npz", feature=feature, **rows)
-    study = read_study(config)
+        draw_archive(Path(f"data/{name}.npz"))
+    study = read_study_beside(config)
+    if config.stem.startswith("images"):
+        network = import_module("mobilenet_v1").MobileNetV1()
+        torch.save(network.state_dict(), "data/mobilenet_v1_025.pth")
     plan = Plan(study, MemdmlCLI, (*TINY, *OWN[config.stem.split("_")[0]]))
     runs = plan.test_runs(searched(plan))
     for run in (runs[1], runs[len(study.arms) - 1]):

@@ -184,6 +184,27 @@ def test_an_extended_search_stays_inside_the_range_of_an_option(tmp_path: Path) 
     assert len(plan.search_runs(searched)) == 3
 
 
+def test_an_option_at_the_end_of_its_range_leaves_the_extension_to_the_next_one(tmp_path: Path) -> None:
+    options = {
+        "margin": {"model.loss.ContrastiveLoss.margin": [0.5, 0.8]},  # 1.1 is refused
+        "rate": {"model.optimizer.AdamW.lr": [0.001, 0.002]},
+    }
+    plan = Plan(study(tmp_path, arms={"batch": {}}, search={"options": options, "extend": 1}), MemdmlCLI)
+    margin, rate = "model.loss.init_args.margin", "model.optimizer.init_args.lr"
+    searched = [record(run, run.choice[margin] + run.choice[rate]) for run in plan.search_runs()]
+    assert [run.choice for run in plan.search_runs(searched)][4:] == [{margin: 0.8, rate: 0.004}]
+
+
+def test_an_extended_search_prints_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether a value beyond the grid can be used is found by building the run, of which Lightning tells much."""
+    plan = Plan(study(tmp_path, arms={"batch": {}}, search={"options": {"m": BATCH_MARGIN}, "extend": 1}), MemdmlCLI)
+    searched = [record(run, 1.0) for run in plan.search_runs()]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert len(plan.search_runs(searched)) > len(searched)
+    assert caplog.messages == []
+
+
 def test_keys_of_one_option_have_equally_many_values(tmp_path: Path) -> None:
     uneven = {"model.loss.ContrastiveLoss.margin": [0.4], "model.loss.TripletLoss.margin": [0.1, 0.2]}
     with pytest.raises(ValueError, match="expected the same number of values for every key"):

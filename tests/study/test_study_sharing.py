@@ -9,14 +9,16 @@ from typing import Any, Literal
 
 import pytest
 from support.studies import BASE, MEMORY, Write
+from tqdm import tqdm
 
 from lightning_memdml import head_fitting
 from lightning_memdml.data import GlyphDataModule
 from lightning_memdml.lightning_cli import MemdmlCLI
-from lightning_memdml.study import sharing
+from lightning_memdml.study import runner, sharing
 from lightning_memdml.study.agenda import Agenda
 from lightning_memdml.study.plan import KnownRuns, Plan, Run
 from lightning_memdml.study.run_folder import RunFolder
+from lightning_memdml.study.runner import run_all
 from lightning_memdml.study.sharing import SharedCLI
 from lightning_memdml.study.study_file import read_study
 from lightning_memdml.study.training import train
@@ -186,3 +188,25 @@ def test_an_arm_does_not_wait_for_the_search_of_another(write: Write) -> None:
     assert [run.stage for run in started][-2:] == ["test", "test"]
     assert not agenda.is_complete
     assert isinstance(plan.known_runs([]), KnownRuns)
+
+
+def test_the_bar_of_a_study_that_continues_begins_at_the_finished_runs(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a bar that counts them as made now shows a rate that is far too high."""
+    plan = Plan(read_study(write(claims={})), MemdmlCLI)
+    folder = RunFolder("out")
+    first, *_ = plan.test_runs([])
+    finish(folder, first, 1.0)
+    bars: list[tqdm[Any]] = []
+
+    def kept(**options: Any) -> tqdm[Any]:
+        bars.append(tqdm(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(runner, "tqdm", kept)
+    run_all(plan.known_runs, MemdmlCLI, folder, deadline=0.0)
+    (bar,) = bars
+    assert bar.initial == bar.n == first.images > 0
+    assert bar.total > bar.n
+    assert bar.desc == "1 of 5 runs: "

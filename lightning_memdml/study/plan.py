@@ -6,10 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -18,6 +16,7 @@ import yaml
 
 from lightning_memdml.data.sampler import BATCH_SIZE
 from lightning_memdml.study.budgets import Budget, budget_of, check_budgets
+from lightning_memdml.study.isolation import isolated, quiet
 from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
 from lightning_memdml.study.search import missing_freedoms, unused_keys
 from lightning_memdml.study.study_file import Study
@@ -192,21 +191,26 @@ class Plan:
         search, config = self.study.search, self.study.config(arm, data)
         assert search is not None
         runs = [self._run("search", arm, data, seed or 0, choice) for choice, seed in self.schedule(arm, data)]
-        for _ in range(search.extend):
+        further = 0
+        refused: list[Values] = []  # beyond the range of an option; another one may be extended
+        while further < search.extend:
             scores = mean_scores(runs, searched, search.score)
-            choice = search.extension(config, best_of(scores), [one for one, _ in scores]) if scores else None
+            tried = [*(one for one, _ in scores), *refused]
+            choice = search.extension(config, best_of(scores), tried) if scores else None
             if choice is None:
                 break
-            further = [self._run("search", arm, data, seed, choice) for seed in search.seeds]
-            if not self._can_be_built(further[0]):  # the value is outside the range of the option
-                break
-            runs += further
+            more = [self._run("search", arm, data, seed, choice) for seed in search.seeds]
+            if self._can_be_built(more[0]):
+                runs += more
+                further += 1
+            else:
+                refused.append(choice)
         return runs
 
     def _can_be_built(self, run: Run) -> bool:
         if run.key not in self._buildable:
             try:
-                with contextlib.redirect_stderr(io.StringIO()), isolated():
+                with contextlib.redirect_stderr(io.StringIO()), isolated(), quiet():
                     self._cli(run=False, args=["--config", yaml.safe_dump(run.config)])
                 self._buildable[run.key] = True
             except (SystemExit, ValueError, TypeError):
@@ -366,17 +370,3 @@ def _parser(cli: CLI, options: Sequence[str]) -> Callable[[str, str], Config]:
             raise ValueError(f"{owner}: {printed.getvalue().rpartition('error: ')[2].strip()}") from error
 
     return parse
-
-
-@contextlib.contextmanager
-def isolated() -> Iterator[None]:
-    """Hide the command line from Lightning, which would warn about it, and restore the environment afterwards."""
-    arguments, environment = sys.argv, dict(os.environ)
-    sys.argv = arguments[:1]
-    try:
-        yield
-    finally:
-        sys.argv = arguments
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)

@@ -17,8 +17,9 @@ from lightning.pytorch import seed_everything
 
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.reference_scores import score_after_training, score_before_training
-from lightning_memdml.study.plan import CLI, Record, Run, isolated
-from lightning_memdml.study.training import made_by, quiet
+from lightning_memdml.study.isolation import isolated, quiet
+from lightning_memdml.study.plan import CLI, Record, Run
+from lightning_memdml.study.training import made_by
 
 
 def score_references(run: Run, cli: CLI) -> Record:

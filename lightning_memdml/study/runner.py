@@ -59,14 +59,15 @@ def run_all(
     agenda = Agenda(known, folder)
     failed: list[str] = []
     ended = len(agenda.records)
-    with tqdm(unit=" images", unit_scale=True, disable=agenda.is_complete) as bar:
+    before = sum(run.images for run in agenda.runs if run.key in agenda.records)  # of a study that continues
+    with tqdm(unit=" images", unit_scale=True, initial=before, disable=agenda.is_complete) as bar:
 
         def show(images: int) -> None:
             bar.total = sum(run.images for run in agenda.planned)
             bar.set_description(f"{ended} of {len(agenda.planned)} runs")
             bar.update(images)
 
-        show(sum(run.images for run in agenda.runs if run.key in agenda.records))
+        show(0)
         for run, reason in _trained(agenda, cli, folder, processes, rule, deadline):
             ended += 1
             agenda.finish(run)

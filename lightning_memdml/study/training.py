@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import platform
 import subprocess
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +18,9 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_memdml.study.budgets import budget_of
+from lightning_memdml.study.isolation import isolated, quiet
 from lightning_memdml.study.overrides import Config
-from lightning_memdml.study.plan import CLI, Record, Run, isolated
+from lightning_memdml.study.plan import CLI, Record, Run
 from lightning_memdml.study.recording import DivergedError, RunRecorder, has_diverged
 
 PACKAGE = Path(__file__).parents[1]
@@ -146,21 +145,3 @@ def commit() -> str | None:
     except OSError:  # no git
         return None
     return described.stdout.strip() or None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Lightning's notices, which it repeats for every run."""
-    loggers = [
-        logging.getLogger(f"lightning.{name}") for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # warnings of this package are kept
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

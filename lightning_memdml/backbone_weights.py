@@ -22,7 +22,10 @@ def weights_file(weights: str | None) -> Path | None:
     if path.is_file():
         return path
     if path.suffix in WEIGHT_SUFFIXES or len(path.parts) > 1:
-        raise FileNotFoundError(f"Expected the backbone's weights in the file {weights} but it does not exist.")
+        raise FileNotFoundError(
+            f"Expected the backbone's weights in the file {weights} but it does not exist. Check the path, "
+            "or pass DEFAULT."
+        )
     return None
 
 

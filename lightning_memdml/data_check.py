@@ -28,7 +28,8 @@ def data_command(arguments: list[str]) -> None:
     if arguments in (["--help"], ["-h"]):
         arguments = ["check", "--help"]
     if arguments[:1] != ["check"]:
-        raise ValueError("Expected `memdml data check --data CLASS`; `memdml data check --help` tells more.")
+        given = " ".join(["memdml data", *arguments[:1]])
+        raise ValueError(f"Expected `memdml data check` but got `{given}`. `memdml data check --help` describes it.")
     auto_cli(
         check_data,
         args=arguments[1:],

@@ -42,14 +42,16 @@ def read_checkpoint(path: Path | str | IO[bytes], map_location: Any = "cpu") -> 
         raise ValueError(f"Expected a checkpoint on this machine but got {path}. Download the file, and pass its path.")
     file: Any = Path(path).expanduser() if isinstance(path, Path | str) else path
     if isinstance(file, Path) and file.exists() and not file.is_file():
-        raise ValueError(f"Expected a checkpoint that can be read but got {path}, which is no file.")
+        raise ValueError(f"Expected a checkpoint that can be read but got {path}, which is no file. Pass a file.")
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=is_path or None)
     except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is damaged, or holds code"
-        raise ValueError(f"Expected a checkpoint that can be read but got {path}: {reason}.") from error
+        reason = "it is damaged, or holds code, which is never run. Pass another one."
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file. Check the path."
+        raise ValueError(f"Expected a checkpoint that can be read but got {path}: {reason}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"Expected a checkpoint but {path} holds a {type(checkpoint).__name__}.")
+        raise ValueError(f"Expected a checkpoint but {path} holds a {type(checkpoint).__name__}. Pass another file.")
     if any(not _is_stored(tensor) for tensor in tensors_in(checkpoint)):
         raise ValueError(
             f"Expected a checkpoint that holds all numbers of its tensors but {path} has a tensor that is sparse, or "

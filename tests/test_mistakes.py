@@ -60,7 +60,7 @@ MISTAKES = {
         "Expected `--embeddings` or `--ckpt_path` but got neither. Pass a file of embeddings, such as `memdml predict` "
         "writes, or a checkpoint."
     ),
-    "data chek": "Expected `memdml data check --data CLASS`; `memdml data check --help` tells more.",
+    "data chek": "Expected `memdml data check` but got `memdml data chek`. `memdml data check --help` describes it.",
     "data check": "Expected --data, on the command line or in a file given with --config.",
     "weight-curves": "Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`.",
     # configurations
@@ -83,7 +83,9 @@ MISTAKES = {
         "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 but got '8'."
     ),
     "FIT --trainer.logger WandbLoger": "trainer.logger: There is no class 'WandbLoger'. Did you mean 'WandbLogger'?",
-    "FIT --data.val_fraction 1.5": "Expected `val_fraction`, a share of the training classes, in [0, 1) but got 1.5.",
+    "FIT --data.val_fraction 1.5": (
+        "Expected `val_fraction`, a share of the training classes, in [0, 1) but got 1.5. Pass 0.1, for example."
+    ),
     "FIT --model.optimizer.lr -1": (
         "Expected a learning rate of at least 0 but got -1.0. Pass --model.optimizer.lr 0.001, for example."
     ),
@@ -163,13 +165,14 @@ MISTAKES = {
         "Expected at most 10 classes per batch but got batch_size=64 / images_per_class=2 = 32: of the classes "
         "10 train, 2 validate and 8 test. Pass batch_size=20 or less, or more images per class."
     ),
-    "freeze pictures out.txt": "Expected a file that ends in .npz as output but got out.txt.",
+    "freeze pictures out.txt": "Expected a file that ends in .npz as output but got out.txt. Pass features.npz.",
     # checkpoints and files
     "test --ckpt_path nowhere.ckpt": (
-        "Expected a checkpoint that can be read but got nowhere.ckpt: there is no such file."
+        "Expected a checkpoint that can be read but got nowhere.ckpt: there is no such file. Check the path."
     ),
     "test --ckpt_path damaged.ckpt": (
-        "Expected a checkpoint that can be read but got damaged.ckpt: it is damaged, or holds code."
+        "Expected a checkpoint that can be read but got damaged.ckpt: it is damaged, or holds code, which is never "
+        "run. Pass another one."
     ),
     "test --ckpt_path pictures": (
         "Expected a checkpoint of `memdml fit` but pictures is a folder. Pass the file in it, such as "

@@ -131,7 +131,8 @@ class RetrievalDataModule(LightningDataModule):
         check_batch(size, images_per_class, seed, batches_per_epoch)
         if not 0 <= val_fraction < 1:
             raise ValueError(
-                f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}."
+                f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}. Pass "
+                "0.1, for example."
             )
         self.batch_size = size
         self.images_per_class = images_per_class

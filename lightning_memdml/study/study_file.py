@@ -244,6 +244,8 @@ def _as_list(content: Any) -> list[Any]:
 
 
 def _search(content: Any) -> Search:
+    if not isinstance(content, dict):
+        raise ValueError(f"search: expected a mapping with `options` but got {content!r}. Indent its keys below it.")
     _check_keys(content, SEARCH_KEYS, "search")
     options = {}
     for option, keys in _named(content.get("options", {}), "options").items():

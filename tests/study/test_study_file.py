@@ -102,6 +102,7 @@ def test_another_class_forgets_the_options_of_the_first(base: Any, over: Any, ex
         ({"equal": "epochs"}, "budget, steps or images"),
         ({"confidence": 95}, "in \\(0.5, 1\\)"),
         ({"base": "nowhere.yaml"}, "there is no file .*nowhere.yaml"),
+        ({"search": 3}, "search: expected a mapping with `options` but got 3"),
         ({"search": {"options": {}}}, "expected `options`"),
         ({"search": {"option": {}}}, "but got 'option'. Did you mean 'options'?"),
     ],

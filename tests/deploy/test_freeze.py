@@ -73,8 +73,11 @@ def test_an_installed_package_freezes_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["features.npz", "--views=0"], "error: Expected --views of at least 1 but got 0."),
-        (["features.zip"], "error: Expected a file that ends in .npz as output but got features.zip."),
+        (["features.npz", "--views=0"], "error: Expected --views of at least 1 but got 0. Pass 1 or more."),
+        (
+            ["features.zip"],
+            "error: Expected a file that ends in .npz as output but got features.zip. Pass features.npz.",
+        ),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(

@@ -72,7 +72,7 @@ def _joined(parts: list[tuple[str, nn.Module]], loose: list[nn.Parameter]) -> li
         else:
             blocks.append(Block(name, [module], own))
     if not seen:
-        raise ValueError("Expected a network with parameters but got one without. It has no blocks to tell apart.")
+        raise ValueError("Expected a network with parameters but got one without. Pass a network that has layers.")
     return blocks
 
 

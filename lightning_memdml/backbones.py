@@ -239,7 +239,7 @@ def build_backbone(
 
 
 def preprocessing_of(backbone: nn.Module | str) -> dict[str, Any]:
-    """Return how a network of timm or Hugging Face wants its images, as options of a data module; else nothing.
+    """Return how images are prepared for a network of timm or Hugging Face, as options of a data module; else nothing.
 
     Args:
         backbone: Its name, or the network.

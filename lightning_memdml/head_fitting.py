@@ -26,7 +26,7 @@ def fit_head_to_training_images(
         trainer: The Trainer, whose data and process group are set up.
         model: The embedder, whose linear head is fitted in place.
         init: `pca` or `whitening`.
-        statistics: The sums over the features, if the first rank knows them already: no image is opened then.
+        statistics: The sums over the features, if the first rank has them already: no image is opened then.
 
     Returns:
         The sums over the features.

@@ -1,7 +1,8 @@
 """Heads and pooling: how the features of a backbone become embeddings, and how a linear head is initialised.
 
-A linear head with random weights destroys what a pretrained backbone knows, and a short training cannot repair it. A
-head that is fitted in closed form to the features of the training images starts at or above the features themselves.
+A linear head with random weights loses much of what a pretrained backbone has learnt, and a short training cannot
+repair it. A head that is fitted in closed form to the features of the training images starts at or above the features
+themselves.
 """
 
 from __future__ import annotations

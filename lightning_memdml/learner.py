@@ -249,7 +249,7 @@ class MetricLearner(LightningModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How a network of timm or Hugging Face wants its images, else empty.
+        """How images are prepared for a network of timm or Hugging Face, as options of a data module; else empty.
 
         `FolderDataModule(root, **learner.preprocessing)` prepares them so.
         """

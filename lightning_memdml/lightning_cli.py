@@ -90,7 +90,7 @@ class MemdmlCLI(LightningCLI):
     Args:
         made: Gets the folders that are made for the run.
         source: The checkpoint whose configuration is built, unless the user trusts it.
-        **options: Of `LightningCLI`: with `args=[...], run=False` it builds what the arguments say, and runs nothing.
+        **options: Of `LightningCLI`: with `args=[...], run=False` it builds what the arguments name, and runs nothing.
     """
 
     def __init__(self, made: list[Path] | None = None, source: str | None = None, **options: Any) -> None:
@@ -104,7 +104,7 @@ class MemdmlCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,  # a number, so that two runs of one command are the same
-            auto_configure_optimizers=False,  # `--model.optimizer` instead, which knows the backbone's rate
+            auto_configure_optimizers=False,  # `--model.optimizer` instead, with the rates of the parts
             parser_class=ArgumentParser,
             parser_kwargs={
                 name: {
@@ -141,7 +141,7 @@ class MemdmlCLI(LightningCLI):
             self._ckpt_path, section["ckpt_path"] = section.get("ckpt_path"), None
 
     def before_instantiate_classes(self) -> None:
-        """Prepare what is built: images as the backbone wants them, folders of this machine, weights of a checkpoint.
+        """Prepare what is built: images as the backbone needs them, folders of this machine, weights of a checkpoint.
 
         Raises:
             ValueError: If a folder for output is a URL of another machine.
@@ -368,7 +368,7 @@ def _self_contained(config: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _take_over_preprocessing(section: Any) -> None:
-    """Set what the user left open about the size and statistics of images to what a `timm:` or `hf:` backbone wants.
+    """Set options of the images that the user left out to the preprocessing of a `timm:` or `hf:` backbone.
 
     It becomes part of the configuration, and so of the checkpoint and of all that is made from it.
     """

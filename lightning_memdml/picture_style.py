@@ -12,7 +12,7 @@ INK, FAINT = "#1d2433", "#6b7486"
 
 
 class LineStyle(NamedTuple):
-    """Colour, line and mark: each alone tells two lines apart, in grey and for every form of colour vision."""
+    """Colour, line and mark: each alone distinguishes two lines, in grey and for every form of colour vision."""
 
     color: str
     line: Any

@@ -27,7 +27,7 @@ SCORES = {"recall_at_1": "Recall@1 %", "map_at_r": "MAP@R %"}
 
 
 class ReferenceScores(NamedTuple):
-    """What the features of a network are worth before it is trained.
+    """The scores of the features of a network before it is trained.
 
     Attributes:
         classes: The classes that are scored: `validation` or `test`.

@@ -1,4 +1,4 @@
-"""Networks of timm by name, and how each of them wants its images prepared."""
+"""Networks of timm by name, and how images are prepared for each."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def build_timm_network(backbone: str, pretrained: bool = False) -> tuple[Any, in
 
 
 def preprocessing_of_timm(backbone: nn.Module | str) -> dict[str, Any]:
-    """Return how a network of timm wants its images, as options of a data module; empty for other networks.
+    """Return how images are prepared for a network of timm, as options of a data module; empty for other networks.
 
     Args:
         backbone: `timm:` and a name, or a network that timm has made.

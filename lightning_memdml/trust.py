@@ -2,7 +2,7 @@
 
 A checkpoint and an index hold a configuration that names classes and their options. It is read as data and compared
 with the closed list in `lightning_memdml.trust_table`. A file that names anything else is refused before anything in it
-is imported or built. What is on the list goes on to the parser, with every class spelled in full. The list does not
+is imported or built. What is on the list is passed to the parser, with every class spelled in full. The list does not
 restrict what users name themselves, in their own `--config` or options.
 """
 
@@ -222,7 +222,7 @@ class _Walk:
         return found
 
     def value(self, rule: Rule, value: Any, where: str, owner: str = "") -> Any:
-        """Return the value that goes on, and note if there is none or if it is another than that of the file."""
+        """Return the value that is passed on, and note if there is none, or if it differs from that of the file."""
         if isinstance(rule, Fixed):
             if rule.notice and value not in (rule.value, None, False):
                 self.replaced.append(where)

@@ -19,7 +19,7 @@ class Plain:
     """Numbers, truth values, nothing, and lists and mappings of these; and the words of the parameter's `Literal`.
 
     Attributes:
-        most: Largest magnitude of a number. It bounds what is allocated; no honest use meets it.
+        most: Largest magnitude of a number. It bounds what is allocated, far above normal use.
     """
 
     most: float = 1e7
@@ -127,7 +127,7 @@ class Classes:
     aliases: tuple[str, ...] = ()
 
 
-# Sizes: the largest that a file may ask for. All of them are far above honest use, and fit into memory together.
+# Sizes: the largest that a file may ask for. All of them are far above normal use, and fit into memory together.
 SIDE = Plain(4096)  # pixels
 METRIC = Text(r"[A-Za-z0-9_][A-Za-z0-9_/@.-]{0,99}")
 SEED = Plain(2**64)

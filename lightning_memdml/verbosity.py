@@ -9,7 +9,7 @@ VARIABLE = "LIGHTNING_MEMDML_VERBOSE"  # in the environment, so that the process
 
 
 def take_verbose(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments without `--verbose`, and remember whether it was among them.
+    """Return the arguments without `--verbose`, and store in the environment whether it was among them.
 
     Example:
         >>> take_verbose(["fit", "--config", "photos"]), is_verbose()

@@ -37,7 +37,7 @@ class FolderDataModule(RetrievalDataModule):
 
     Raises:
         FileNotFoundError: If there is no such folder, or no class folder in it.
-        ValueError: If a class folder holds no image, or the folders of the roles are not all understood.
+        ValueError: If a class folder holds no image, or a folder beside those of the roles has an unknown name.
 
     Example:
         >>> data = FolderDataModule("my/images", batch_size=32, image_size=128)

@@ -209,7 +209,7 @@ def image_records(root: Path) -> list[Record]:
     """Return a record per image below `root`, all with the role `test`; their classes as `FolderReader` gives them.
 
     Raises:
-        ValueError: If the folders of the roles are not all understood.
+        ValueError: If a folder beside those of the roles has an unknown name.
     """
     top, splits = find_splits(root)
     reader = FolderReader(top)

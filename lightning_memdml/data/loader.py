@@ -28,7 +28,7 @@ class ClassBalancedLoader:
 
     The augmentation of every draw has its own seed (`seeded`), so a batch is a function of the sampler's seed, the
     epoch and its number: equal for any number of workers or ranks, and equal after a resume. Saved in the middle of an
-    epoch (Lightning puts the state into its checkpoints), it goes on with the batch after the last one handed out. A
+    epoch (Lightning puts the state into its checkpoints), it continues with the batch after the last one. A
     checkpoint written after a fit that `max_steps` ended is an exception: Lightning then asks for the next epoch.
 
     It is not a `torch.utils.data.DataLoader`: under DDP, Lightning 2.6 would replace the sampler of a `DataLoader`, and
@@ -103,9 +103,9 @@ class ClassBalancedLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the last batch of a saved loader.
+        """Continue after the last batch of a saved loader.
 
-        With another global batch size the batches are others, so the new run goes on at the same share of the epoch.
+        With another global batch size the batches differ, so the new run continues at the same share of the epoch.
         """
         batch, saved, now = state["batch"], state["global_batch_size"], self.sampler.global_batch_size
         if saved != now:

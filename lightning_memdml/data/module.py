@@ -264,7 +264,7 @@ class RetrievalDataModule(LightningDataModule):
         return once
 
     def _cached(self, images: ImageDataset, records: Sequence[Record]) -> ImageDataset:
-        """Return all images, through the pixel cache if there is one; `verify` goes on reading the files."""
+        """Return all images, through the pixel cache if there is one; `verify` still reads the files."""
         shrink = self.shrink()
         if self.pixel_cache is None or shrink is None or isinstance(images, TensorImageDataset):
             return images

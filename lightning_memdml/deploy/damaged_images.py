@@ -80,7 +80,7 @@ def offer_to_skip(purpose: str) -> Iterator[None]:
         purpose: What the command does with the images, such as `index`.
 
     Raises:
-        OSError: If the block meets such an image.
+        OSError: If the block opens such an image.
     """
     try:
         yield

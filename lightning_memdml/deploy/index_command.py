@@ -93,7 +93,7 @@ def _add_kind_arguments(parser: ArgumentParser) -> list[str]:
 
 
 def _description(kind: type[IndexKind], option: str) -> str:
-    """Return what the docstring of a kind says about an option."""
+    """Return the description of an option in the docstring of a kind."""
     found = re.search(rf"^ +{option}: (.+?)(?=^ +\w+: |^\s*$|\Z)", str(kind.__doc__), re.MULTILINE | re.DOTALL)
     return "" if found is None else " ".join(found[1].split())
 

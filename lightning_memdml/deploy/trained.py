@@ -77,7 +77,7 @@ def data_config_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str, A
 
 
 def call(function: Callable[..., Any], arguments: list[str], **kwargs: Any) -> Any:
-    """Call a function with what a command line says."""
+    """Call a function with the arguments of a command line."""
     return auto_cli(function, args=arguments, as_positional=False, parser_class=ArgumentParser, **kwargs)
 
 

@@ -39,7 +39,7 @@ def embed(
     """Return the embeddings of images.
 
     Images are prepared as those that the learner was validated on: by the test transform of its data module, which the
-    checkpoint holds, or as a network of timm or Hugging Face wants them.
+    checkpoint holds, or by the preprocessing of a network of timm or Hugging Face.
 
     Args:
         learner: The learner; it runs where it is, in evaluation mode, and has its modes back afterwards.

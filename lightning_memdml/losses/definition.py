@@ -5,7 +5,7 @@ positives of an anchor. A loss is the mean over anchors of $l_i$. To the network
 $w^+_{ij} = -\partial l_i / \partial s_{ij}$ and $w^-_{ij} = \partial l_i / \partial s_{ij}$ (Zhang et al. 2021, arXiv
 2103.14003). It defines, on rows of similarities:
 
-1. `context`: what the negatives need to know of the positives (nothing, for most losses);
+1. `context`: statistics of the positives on which the negatives depend (none, for most losses);
 2. `negative_terms`: the weight of each negative, up to a factor per anchor;
 3. `combine`: from totals over the negatives, the value, the positives' weights, and that factor.
 
@@ -170,7 +170,7 @@ class LossDefinition(ABC):
 
     # ---------------------------------------------------------------- what a loss defines
     def context(self, similarity: Tensor, mask: Tensor) -> Context:
-        """Return what the negatives need to know of the positives, as tensors of shape `(B, ...)`.
+        """Return the statistics of the positives on which the negatives depend, as tensors of shape `(B, ...)`.
 
         Args:
             similarity: Similarities of the anchors to candidate positives, `(B, P)`.

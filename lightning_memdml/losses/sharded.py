@@ -1,9 +1,9 @@
 """Evaluates a pair loss against references of which every rank keeps a share.
 
-The anchors travel, the references stay. Each rank adds up the negatives of its share for the anchors of all ranks, and
-sends each rank the totals of its anchors. They combine exactly, because they are sums, maxima and log-sum-exps. Only
-the references that share a class or an image with an anchor are sent to all ranks. Among them each rank finds the
-positives of its own anchors, and what the negatives need to know of these it sends to all ranks.
+The anchors are sent to all ranks, the references stay. Each rank adds up the negatives of its share for the anchors of
+all ranks, and sends each rank the totals of its anchors. They combine exactly, because they are sums, maxima and
+log-sum-exps. Only the references that share a class or an image with an anchor are sent to all ranks. Among them each
+rank finds the positives of its own anchors, and it sends the statistics on which the negatives depend to all ranks.
 
 So every pair is computed once, on the rank that keeps the reference, and those of one class twice: the arithmetic of a
 rank does not grow with the number of ranks.

@@ -59,7 +59,7 @@ class SharedBlock(NamedTuple):
         positive: Mask of the positive pairs, `(B, Q)`.
         negative: Mask of the negative pairs, `(B, Q)`.
         number: How many negatives each anchor has among all references, `(B,)`.
-        contexts: What the parts of the loss know of the positives.
+        contexts: The statistics of the positives, one entry for each part of the loss.
     """
 
     rows: Tensor | slice

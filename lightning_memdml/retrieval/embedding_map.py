@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Method = Literal["pca", "umap"]
 _OTHERS = "#b9bfca"
-# Classes with a colour and a mark of their own; more cannot be told apart.
+# Classes with a colour and a mark of their own; more could not be distinguished.
 _CLASSES = [*STYLES, *(style._replace(mark=mark) for style, mark in zip(STYLES, "*<>", strict=False))]
 
 

@@ -48,7 +48,7 @@ class ScoreLines(Callback):
         self.has_trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the size of the network and of the data, and where a resumed run goes on."""
+        """Print the size of the network and of the data, and the step from which a resumed run continues."""
         self.has_trained = True
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, wanted in sizes if wanted)

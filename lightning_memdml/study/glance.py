@@ -1,4 +1,4 @@
-"""The top of a report: one sentence for each claim with its differences, and what could not be told."""
+"""The top of a report: one sentence for each claim with its differences, and what could not be decided."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _find(judged: JudgedClaim) -> Finding:
         words = f"Over all data sets, {_in_words(claim, judged.joint, full=False)}: {judged.joint.verdict}."
         differences.append(Difference(words, judged.joint, judged.joint.verdict))
     reasons = [
-        f"{'Nothing' if not several else f'On {data} nothing'} can be told: {reason}."
+        f"{'Nothing' if not several else f'On {data} nothing'} is decided: {reason}."
         for data, reason in judged.unable.items()
     ]
     if judged.missing:
@@ -87,7 +87,7 @@ def _in_words(claim: Claim, judgement: Judgement, full: bool) -> str:
 
 
 def untold(results: Results, findings: Sequence[Finding]) -> list[str]:
-    """Describe in sentences what the study could not tell."""
+    """Describe in sentences what the study could not decide."""
     undecided = sum(one.verdict == "undecided" and bool(one.differences) for one in findings)
     lines = []
     if undecided:
@@ -123,7 +123,7 @@ def to_html(findings: Sequence[Finding], lines: Sequence[str]) -> str:
     )
     told = "".join(f"<li>{code_in_html(escape(line))}</li>" for line in lines)
     return f'<ol class="glance">{items}</ol>{axis}' + (
-        f"<h3>What could not be told</h3><ul>{told}</ul>" if told else ""
+        f"<h3>What could not be decided</h3><ul>{told}</ul>" if told else ""
     )
 
 

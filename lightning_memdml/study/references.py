@@ -1,4 +1,4 @@
-"""The reference arms of a study: what the network and its features are worth before any training.
+"""The reference arms of a study: the scores of the network and its features before any training.
 
 They belong to no arm, and are measured once for all arms that share network and data: the untrained network, the
 features as they are, and the features whitened on the training images (`lightning_memdml.reference_scores`).

@@ -55,7 +55,7 @@ class Section(NamedTuple):
         picture: Name and description of the picture.
         table: The table.
         findings: What was found about each claim. In HTML it takes the place of the picture, which it draws itself.
-        untold: What could not be told, with the findings.
+        untold: What could not be decided, with the findings.
     """
 
     title: str

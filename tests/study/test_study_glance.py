@@ -1,4 +1,4 @@
-"""The top of a report: one sentence for each claim, on each data set, and what could not be told."""
+"""The top of a report: one sentence for each claim, on each data set, and what could not be decided."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_could_not_be_told_is_named(tmp_path: Path) -> None:
     """A data set that shows nothing, a claim without all its runs, an undecided claim, and a missing control."""
     means = {"birds": {"a": 15, "b": 10}, "groceries": {"a": 25, "b": 20}}
     found = results(tmp_path, means, (frozen("birds", 16, 30), frozen("groceries", 18, 50)), claims={"claim": SAYS})
-    assert sentences(found)[1:] == ["On birds nothing can be told: no arm beats the frozen features."]
+    assert sentences(found)[1:] == ["On birds nothing is decided: no arm beats the frozen features."]
     lines = untold(found, find(found.claims()))
     assert lines[0] == "Not able to tell: birds."
     assert lines[1].startswith("There is no control")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_memdml.checks import check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
-from lightning_memdml.losses.row_ops import softplus
+from lightning_memdml.losses.row_ops import softplus, sum_negative_logs
 
 
 class BinomialDevianceLoss(PairLoss):
@@ -45,6 +45,7 @@ class BinomialDevianceLoss(PairLoss):
     """
 
     needs_negatives = False
+    fill_value = -torch.inf  # adds 0 to the sums
 
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
@@ -52,12 +53,13 @@ class BinomialDevianceLoss(PairLoss):
         self.base = base
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Return logistic weights and the values they are derivatives of."""
+        """Return logistic weights, and as sums the two parts of the values that they are derivatives of."""
         logits = similarity.sub_(self.base).mul_(self.beta)
-        share = torch.sigmoid(logits)
-        # log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), exact to rounding of numbers near 1
-        values = logits.clamp_min_(0).sub_(torch.maximum(share, 1 - share).log_())
-        return NegativeTerms(share.mul_(self.beta), values)
+        weights = torch.sigmoid(logits)
+        # The values: log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)), where sigmoid(|x|) = 1/2 + |sigmoid(x) - 1/2|.
+        above = logits.clamp_min_(0).sum(dim=1)
+        rest = sum_negative_logs((weights - 0.5).abs_().add_(0.5))
+        return NegativeTerms(weights, sums=torch.stack([above, rest], dim=1))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives, and divide each side by its number of pairs."""
@@ -66,4 +68,4 @@ class BinomialDevianceLoss(PairLoss):
         per_negative = 1 / negatives.number.clamp_min(1).to(similarity.dtype)
         positives = torch.where(mask, softplus(logits), 0.0).sum(dim=1) * per_positive[:, 0]
         weights = self.alpha * torch.sigmoid(logits) * per_positive
-        return AnchorTerms(positives + per_negative * negatives.total, weights, per_negative)
+        return AnchorTerms(positives + per_negative * negatives.sums.sum(dim=1), weights, per_negative * self.beta)

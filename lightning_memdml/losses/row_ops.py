@@ -1,4 +1,4 @@
-"""Reductions over the rows of a masked block, also of empty rows, and two functions that are faster than torch's."""
+"""Reductions over the rows of a masked block, also of empty rows, and functions that are faster than torch's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 LOG2_E = math.log2(math.e)
+FACTORS = 64  # numbers in [1/2, 1] whose product float32 can hold
 #: Types of devices from which the host reads a number at no cost. From others it would have to wait for it.
 HOST_DEVICES = {"cpu"}
 #: Types of devices on which torch multiplies 16-bit numbers with sums in float32, `torch.mm(out_dtype=)`. Elsewhere
@@ -51,3 +53,17 @@ def softplus(x: Tensor) -> Tensor:
 def exp_(x: Tensor) -> Tensor:
     """Overwrite `x` with its exponential, through base 2: half the time, and `1e-7 |x|` from the exact one."""
     return x.mul_(LOG2_E).exp2_()
+
+
+def sum_negative_logs(block: Tensor) -> Tensor:
+    """Return each row's sum of `-log` of its entries, which must lie in [1/2, 1].
+
+    The logarithm of a product takes the place of the logarithms of its 64 factors, each of which costs as much as seven
+    additions. A product of 64 such entries is at least 2^-64, and as exact as the sum.
+    """
+    if has_torch_function_unary(block):  # a loss that is translated for a GPU
+        return handle_torch_function(sum_negative_logs, (block,), block)
+    whole = block.shape[1] // FACTORS * FACTORS
+    products = block[:, :whole].unflatten(1, (whole // FACTORS, FACTORS)).prod(dim=2)
+    rest = block[:, whole:].prod(dim=1, keepdim=True)
+    return torch.cat([products, rest], dim=1).log_().sum(dim=1).neg_()

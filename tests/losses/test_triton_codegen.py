@@ -41,12 +41,13 @@ LOSSES: dict[str, ml.PairLoss] = {
 }
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "arithmetic": lambda s: 2 / (3 - s) + (1 - s) ** 2 * s - -s / 4,
+    "arithmetic": lambda s: 2 / (3 - s) + (1 - s) ** 2 * s - -s / 4 + torch.rsub(s, 1.0, alpha=0.7),
     "in place": lambda s: s.clone().add_(1).mul_(s).clamp_(0.1, 1.5).sqrt_(),
     "masks": lambda s: (s > -0.5) * (s <= 0.5) + ((s > 0.6) & ~(s >= 0.9) | (s < -0.7)).float(),
     "where": lambda s: torch.where(torch.logical_or(s < -0.3, s > 0.3), s.abs(), 0.25),
     "out": lambda s: torch.lt(s, 0.1, out=torch.empty_like(s)).add(torch.full_like(s, 0.5)),
     "functions": lambda s: torch.relu(s) + torch.sigmoid(s) + s.exp() + (s + 2).log() + torch.square(s) + s.exp2(),
+    "roots": lambda s: (s + 2).sqrt() + torch.rsqrt(s + 2),
     "bounds": lambda s: s.clip(max=0.5) + torch.clamp(s, min=-0.2) + torch.maximum(s, s.neg()) + s.clamp_min(0),
     "fills": lambda s: s.masked_fill(s < 0, 0.1) + torch.threshold(s, 0.2, 0.0).type_as(s) + torch.ones_like(s),
 }
@@ -57,7 +58,7 @@ class Triton:
 
     PropagateNan = SimpleNamespace(ALL=None)
     abs, exp, exp2, log, log2 = torch.abs, torch.exp, torch.exp2, torch.log, torch.log2
-    sigmoid, sqrt, where, zeros_like = torch.sigmoid, torch.sqrt, torch.where, torch.zeros_like
+    rsqrt, sigmoid, sqrt, where, zeros_like = torch.rsqrt, torch.sigmoid, torch.sqrt, torch.where, torch.zeros_like
     arange, sum = torch.arange, torch.sum
 
     @staticmethod

@@ -125,7 +125,8 @@ def check(loss: ml.PairLoss, given: Pairs, tolerance: float, least: float = 1e-1
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_kernel_computes_what_the_blocks_compute(name: str, launches: list) -> None:
     check(LOSSES[name], pairs(20, 700, 24, DTYPE), TOLERANCE)
-    widths = {"hybrid": [27, 3], "soft triplet": [35], "hybrid with sums": [27, 11]}.get(name, [27])
+    others = {"binomial deviance": [29], "hybrid": [27, 3], "soft triplet": [35], "hybrid with sums": [27, 11]}
+    widths = others.get(name, [27])
     assert [shape[2] for shape in launches] == widths
     assert launches[0][0] > 1, "several shares are merged"
 

@@ -6,18 +6,18 @@ arguments of the kernel, so a margin that changes during training compiles nothi
 column of a small table. A sum over a row (`sum(dim=1)`) may be one of the further sums that a loss returns. Any other
 operation that is not element-wise raises `UnsupportedOpError`, and the caller takes another backend.
 
->>> from lightning_memdml import BinomialDevianceLoss
->>> print(generate_terms(BinomialDevianceLoss(), (), rows=64).text)
-v0 = similarity - constants[0]
-v1 = v0 * constants[1]
-v2 = tl.sigmoid(v1)
-v3 = tl.maximum(v1, constants[2], propagate_nan=tl.PropagateNan.ALL)
-v4 = constants[3] - v2
-v5 = tl.maximum(v2, v4, propagate_nan=tl.PropagateNan.ALL)
-v6 = tl.log(v5)
-v7 = v3 - v6
-v8 = v2 * constants[1]
-return v8, v7, v8
+>>> from lightning_memdml import MarginLoss
+>>> print(generate_terms(MarginLoss(), (), rows=64).text)
+v0 = similarity * constants[0]
+v1 = constants[0] - v0
+v2 = tl.maximum(v1, constants[1], propagate_nan=tl.PropagateNan.ALL)
+v3 = tl.rsqrt(v2)
+v4 = v2 * v3
+v5 = constants[2] - v4
+v6 = tl.maximum(v5, constants[3], propagate_nan=tl.PropagateNan.ALL)
+v7 = v3 > constants[4]
+v8 = tl.where(v7, v3, constants[3])
+return v8, v6, v8
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ARITHMETIC = {
     "minimum": f"tl.minimum({{}}, {{}}, {_NAN})",
     "mul": "{} * {}",
     "neg": "-{}",
-    "rsub": "{1} - {0}",
+    "rsqrt": "tl.rsqrt({})",
     "rtruediv": "{1} / {0}",
     "sigmoid": "tl.sigmoid({})",
     "sqrt": "tl.sqrt({})",
@@ -193,10 +193,18 @@ def _power(recorder: _Recorder, base: object, exponent: object) -> Symbol:
     return recorder.write(f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})")
 
 
+def _reversed_difference(recorder: _Recorder, block: object, other: object, alpha: float = 1) -> Symbol:
+    return recorder.do("sub", other, block if alpha == 1 else recorder.do("mul", block, alpha))
+
+
 def _sum(_: _Recorder, block: Symbol, dim: object = None) -> RowSums:
     if dim != 1:
         raise UnsupportedOpError("a sum that is not over the rows")
     return RowSums([block.as_float().name])
+
+
+def _sum_negative_logs(recorder: _Recorder, block: Symbol) -> RowSums:
+    return RowSums([recorder.do("neg", recorder.do("log", block)).name])
 
 
 def _to(recorder: _Recorder, block: Symbol, like: object = torch.float32) -> Symbol:
@@ -224,7 +232,9 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "ones_like": partial(_full, value=1.0),
     "pow": _power,
     "relu": lambda recorder, block: recorder.do("maximum", block, 0.0),
+    "rsub": _reversed_difference,
     "sum": _sum,
+    "sum_negative_logs": _sum_negative_logs,
     "square": lambda recorder, block: recorder.do("mul", block, block),
     "threshold": lambda recorder, block, edge, value: _where(recorder, recorder.do("gt", block, edge), block, value),
     "to": _to,

@@ -135,7 +135,8 @@ def search(
         images: As for `embed`.
         index: The index, or its folder.
         k: Number of neighbours.
-        rerank: Order them by k-reciprocal neighbours, with the defaults of `EmbeddingIndex.search_reranked`.
+        rerank: Order the nearest 200 images, or `k` if these are more, by k-reciprocal neighbours, with the defaults of
+            `EmbeddingIndex.search_reranked`.
         transform: As for `embed`.
         progress: Show a progress bar.
 
@@ -146,12 +147,12 @@ def search(
     Raises:
         ValueError: As for `embed`; or if the index is of another dimension.
     """
-    from lightning_memdml.retrieval.index import EmbeddingIndex, load_index
+    from lightning_memdml.retrieval.index import CANDIDATES, EmbeddingIndex, load_index
 
     opened = index if isinstance(index, EmbeddingIndex) else load_index(index)
     flip = bool(opened.about.get("flip", False))
     queries = embed(learner, images, flip=flip, transform=transform, progress=progress)
-    return opened.search_reranked(queries, k) if rerank else opened.search(queries, k)
+    return opened.search_reranked(queries, k, max(k, CANDIDATES)) if rerank else opened.search(queries, k)
 
 
 def export(

@@ -97,6 +97,8 @@ def test_a_learner_re_ranks(learner: MetricLearner) -> None:
     expected = index.search_reranked(learner.embed(pixels[:3] / 255, progress=False), 9)
     assert torch.equal(found[1], expected[1])
     assert not torch.equal(found[1], learner.search(pixels[:3], index, 9, **options)[1])
+    everything = learner.search(pixels[:3], index, 300, rerank=True, **options)  # more than the candidates of a search
+    assert torch.equal(everything[1][:, :9], expected[1])
 
 
 def test_an_index_without_its_whitening_is_damaged(learner: MetricLearner, images: Tensor, tmp_path: Path) -> None:

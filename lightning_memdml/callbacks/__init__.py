@@ -1,4 +1,4 @@
-"""When it is remembered: Trainer hooks around the plain objects, for any LightningModule."""
+"""Callbacks that keep a memory, report on it and draw what is retrieved, for any LightningModule."""
 
 from lightning_memdml.lazy import lazy_exports
 

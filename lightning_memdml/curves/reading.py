@@ -88,7 +88,12 @@ class MeasuredWeights:
 
 
 class SideReading(NamedTuple):
-    """One side of a loss: its curve, if it has one, and its measured weights, if pairs were given."""
+    """One side of a loss.
+
+    Attributes:
+        curve: Its curve, or None if the weight also depends on other pairs.
+        measured: The weights of the given pairs, or None if none were given.
+    """
 
     curve: Curve | None
     measured: MeasuredWeights | None

@@ -1,1 +1,1 @@
-"""Using what was trained: commands that index, search, export and score."""
+"""Commands that use a trained network: index, search, export and score."""

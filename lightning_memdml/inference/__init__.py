@@ -1,1 +1,1 @@
-"""Using a network on images: what the methods of a learner and the commands share."""
+"""A network applied to images: code that the methods of a learner and the commands share."""

@@ -1,4 +1,4 @@
-"""What is remembered: plain objects over tensors, without losses and without a Trainer."""
+"""Memories of embeddings: plain objects over tensors, without losses and without a Trainer."""
 
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory, TableMemory
 from lightning_memdml.memory.instance_memory import InstanceMemory

@@ -1,4 +1,4 @@
-"""How good retrieval is, and looking at it."""
+"""Exact retrieval scores, indexes, and pictures of what is retrieved."""
 
 from lightning_memdml.lazy import lazy_exports
 

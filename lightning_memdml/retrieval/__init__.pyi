@@ -1,4 +1,4 @@
-"""How good retrieval is, and looking at it."""
+"""Exact retrieval scores, indexes, and pictures of what is retrieved."""
 
 from lightning_memdml.retrieval.clustering import normalized_mutual_information as normalized_mutual_information
 from lightning_memdml.retrieval.embedding_map import map_points as map_points

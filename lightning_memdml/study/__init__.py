@@ -1,1 +1,1 @@
-"""What weighting does: the weights of losses and of trained checkpoints, and studies that compare arms."""
+"""The commands that draw pair weights, and studies that compare arms."""

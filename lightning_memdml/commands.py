@@ -161,7 +161,7 @@ def run(name: str, arguments: list[str]) -> None:
         sys.exit(2)
     function = COMMANDS[name].function
     module, _, attribute = function.partition(":")
-    # A flag; jsonargparse would want a value.
+    # A switch: jsonargparse needs a value.
     arguments = ["--trust=true" if argument == "--trust" else argument for argument in arguments]
     sys.argv[1:], arguments = switched_on(sys.argv[1:]), switched_on(arguments)
     getattr(import_module(module), attribute)(arguments)

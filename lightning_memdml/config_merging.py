@@ -174,7 +174,7 @@ def _kept(old: dict[str, Any], path: str, where: str) -> dict[str, Any]:
     was, made = find_class(old["class_path"]), find_class(path)
     options = {**old.get("init_args", {}), **old.get("dict_kwargs", {})}
     defaults = {} if was is None else {name: item.default for name, item in parameters_of(was).items()}
-    # A saved configuration names defaults too, and nobody chose those.
+    # A saved configuration names defaults too, which the user did not choose.
     chosen = {
         name: value for name, value in options.items() if name not in defaults or not _equal(value, defaults[name])
     }

@@ -14,7 +14,7 @@ from lightning_memdml.data.paths import shown
 from lightning_memdml.data.pictures import open_picture
 from lightning_memdml.data.records import Record
 
-FREE_BYTES, MAX_EXPANSION = 1 << 28, 100  # an archive may unpack to this many bytes, and 100 times its own size
+FREE_BYTES, MAX_EXPANSION = 1 << 28, 100  # an archive may unpack to this many bytes plus 100 times its own size
 
 
 def npz_arrays(path: Path, needed: Sequence[str], further: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -26,8 +26,8 @@ def npz_arrays(path: Path, needed: Sequence[str], further: Sequence[str] = ()) -
         further: Names of arrays that are read if they are there.
 
     Raises:
-        ValueError: If the file is damaged or no archive, lacks an array, or would unpack to more than 256 MB and 100
-            times its own size.
+        ValueError: If the file is damaged or no archive, lacks an array, or would unpack to more than 256 MB plus
+            100 times its own size.
     """
     _check_expansion(path)
     try:

@@ -32,7 +32,7 @@ Find the images of an index that are nearest to image files.
 The image files are prepared and embedded as those of the index were, with its `--flip` and `--whiten`. `--rerank`
 orders the candidates of each image again, by the neighbours that they share. It costs about 10 ms of one core for each
 image with 200 candidates and 0.1 s with 1,000, whatever the size of the index."""
-# What `memdml index` keeps with an index, and the types of it.
+# What `memdml index` stores with an index: name -> its types.
 _ABOUT: dict[str, tuple[type, ...]] = {
     "sha256": (str,),
     "ckpt_path": (str,),

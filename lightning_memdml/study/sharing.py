@@ -52,7 +52,7 @@ class SharedCLI:
         options = deepcopy(config)
         for name in SAMPLING:
             options.get("init_args", {}).pop(name, None)
-        # Options of images that are left open are those that the network of the arm expects.
+        # Options of the images that are left out come from the preprocessing of the network of the arm.
         settled = (data.image_size, data.mean, data.std, data.interpolation, data.crop_pct)
         key = json.dumps([options, settled], sort_keys=True, default=str)
         data.read_images = self._read.pop(key, None)

@@ -52,6 +52,15 @@ def has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def in_place_changes(tensor: Tensor) -> int | None:
+    """Return how often a tensor, and what shares its numbers as a view, was changed in place; None if not counted.
+
+    autograd uses this count to refuse a backward pass after a change. torch has no public name for it. A tensor that
+    was made in inference mode has no count. Tested with torch 2.10 and 2.14.
+    """
+    return None if tensor.is_inference() else tensor._version
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise a `RuntimeError` if a condition on a device is false, without waiting for the device.
 

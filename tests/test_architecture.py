@@ -30,10 +30,11 @@ OPTIONAL = {
 MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "bfloat16": {"compat"},
+    "bfloat16_copy": {"compat"},
     "checks": set(),
     "lazy": set(),
-    "losses": {"bfloat16", "checks", "compat", "readable_repr"},
-    "memory": {"checks", "compat"},
+    "losses": {"bfloat16", "bfloat16_copy", "checks", "compat", "readable_repr"},
+    "memory": {"bfloat16_copy", "checks", "compat"},
     "atomic_write": set(),
     "data": {"atomic_write", "compat"},
     "picture_style": set(),

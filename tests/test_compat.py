@@ -166,3 +166,22 @@ def test_a_loader_keeps_its_workers_in_its_iterator():
     iterator._shutdown_workers()
     compat.set_loader_iterator(loader, None)
     assert compat.loader_iterator(loader) is None
+
+
+def test_in_place_changes_are_counted_through_every_view():
+    table = torch.zeros(4, 3)
+    before = compat.in_place_changes(table)
+    for change in (
+        lambda: table[1:3].fill_(1.0),
+        lambda: table.detach().mul_(2.0),
+        lambda: table[torch.tensor([0, 2])].mul_(2.0),  # a copy: nothing in the table has changed
+        lambda: table.view(-1).copy_(torch.arange(12.0)),
+        lambda: table.__setitem__(torch.tensor([0, 2]), 0.0),
+    ):
+        old, values = compat.in_place_changes(table), table.clone()
+        change()
+        assert (compat.in_place_changes(table) > old) == (not table.equal(values))
+    with torch.inference_mode():
+        table.add_(1.0)
+        assert compat.in_place_changes(torch.zeros(2)) is None
+    assert compat.in_place_changes(table) == before + 5

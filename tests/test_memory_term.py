@@ -73,10 +73,13 @@ def test_a_pair_loss_is_given_all_that_the_rows_carry() -> None:
     loss, rows, (z, y, indices) = Recorded(), memory_of(8).read(), batch(4)
     expected = ContrastiveLoss()(z, y, rows.embeddings, rows.labels, indices=indices, ref_indices=rows.indices)
     assert torch.equal(loss_term(loss, z, y, rows, indices), expected)
-    assert set(loss.options) == {"indices", "ref_indices"}
+    assert set(loss.options) == {"indices", "ref_indices", "ref_rounded"}
     rows.bounds = (4, 16)
     assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
-    assert loss.options == {"max_shared": (4, 16)}
+    assert loss.options == {"max_shared": (4, 16), "ref_rounded": rows.rounded}
+    rows = MemoryRows(*rows)  # of a memory that has nothing beside them
+    assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
+    assert loss.options == {}
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -4,7 +4,8 @@ All methods run on the same inputs in one process, interleaved. The time is CPU 
 `--clock`, and the least of the rounds counts. `ratio` is relative to the floor: the similarities `S = X M^T` and the
 gradient `G = W M`, the faster of the whole products and of products in blocks. On a GPU `ratio_16` is relative to the
 floor in 16 bits, whatever the type of the references is. `--threads 1 2` measures every method with one thread and with
-two, in turns, by the time that passes; `gain` is how many times as fast it is as with the first number of threads.
+two, in turns, by the time that passes; `gain` is how many times as fast it is as with the first number of threads. The
+losses of this package get the references in bfloat16 too, as a memory keeps them, unless `--no-copy` is given.
 
 In `trained` inputs about 1 of 2,000 pairs is a hard negative. In `untrained` inputs all embeddings share a direction,
 so nearly all negatives are above the margin. In `crowded` inputs 6 % of the negatives are, and as many are mined, as
@@ -39,6 +40,7 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml import compat
+from lightning_memdml.bfloat16_copy import BFloat16Copy
 from lightning_memdml.losses import streaming
 from lightning_memdml.memory.shared_rows import SharedRowCounts
 
@@ -149,7 +151,7 @@ def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step
     return run
 
 
-def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact") -> dict[str, Step]:
+def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact", with_copy: bool = True) -> dict[str, Step]:
     """Return this package's losses. On a GPU with references in 16 bits, return them with the Triton kernel too.
 
     Args:
@@ -157,6 +159,7 @@ def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact") -> dict[
         names: Which losses; None for all.
         bound: Of the references that share a class with the batch: their `exact` number, or what a `memory` gives,
             which does not know the batch.
+        with_copy: Whether the references are in bfloat16 too, as a memory keeps them. It is made in the first round.
     """
     _, labels, references, ref_labels = inputs
     max_shared: int | tuple[int, ...] = int(torch.isin(ref_labels, labels).sum())
@@ -170,7 +173,8 @@ def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact") -> dict[
             by_triton = copy.deepcopy(loss)
             by_triton.backend = "triton"
             chosen[f"{name} (Triton)"] = by_triton
-    return {name: step(loss, inputs, max_shared=max_shared) for name, loss in chosen.items()}
+    rounded = functools.partial(BFloat16Copy(references).read, slice(0, len(references))) if with_copy else None
+    return {name: step(loss, inputs, max_shared=max_shared, ref_rounded=rounded) for name, loss in chosen.items()}
 
 
 def masked_contrastive(x: Tensor, y: Tensor, m: Tensor, my: Tensor) -> Tensor:
@@ -229,7 +233,7 @@ def benchmark(inputs: Inputs, regime: str, options: argparse.Namespace) -> list[
     if on_gpu:
         half = torch.float16 if dtype == torch.float32 else dtype
         steps |= {f"floor in 16 bits {k}": run for k, run in enumerate(floors(inputs, half))}
-    steps |= ours(inputs, options.losses, options.max_shared)
+    steps |= ours(inputs, options.losses, options.max_shared, not options.no_copy)
     if not options.ours_only and batch * memory <= options.most_pairs:
         masked = {"contrastive": masked_contrastive, "multi-similarity, mined": masked_multi_similarity}
         for name, function in masked.items():
@@ -302,7 +306,7 @@ def peak_megabytes(row: dict) -> float:
 def print_peak(row: dict) -> None:
     """Run one method twice and print by how many megabytes the second call raised the peak (Linux)."""
     inputs = make_inputs(row["regime"], row["batch"], row["memory"], row["dim"])
-    steps = ours(inputs, None) | peers(inputs)
+    steps = ours(inputs, None, with_copy=False) | peers(inputs)
     steps["contrastive (masked torch)"] = step(masked_contrastive, inputs)
     steps["multi-similarity, mined (masked torch)"] = step(masked_multi_similarity, inputs)
     small = make_inputs(row["regime"], row["batch"], 512, row["dim"])
@@ -358,6 +362,7 @@ def main() -> None:
         "--tiles", type=int, nargs=4, metavar=("ANCHORS", "REFERENCES", "WARPS", "STAGES"), help="of the Triton kernel"
     )
     parser.add_argument("--profile", type=Path, help="append what each method runs, operation by operation")
+    parser.add_argument("--no-copy", action="store_true", help="of the references in bfloat16, which a memory keeps")
     parser.add_argument("--no-bfloat16", action="store_true", help="on a CPU, as if it had no bfloat16 instructions")
     threads = "of a CPU; with more than one, or several numbers to compare, the time that passes counts"
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help=threads)

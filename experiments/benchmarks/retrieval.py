@@ -14,7 +14,8 @@ is the growth of the peak resident set of a process of its own, which has made t
 `--part` is for sets too large to run: the floor and our method, too, run on `--queries` queries only. Ours then
 compares two sets, which costs twice as much per query as self-retrieval. `--self` runs our method alone, once, on all
 images against each other, with a progress bar; the floor runs on 4,096 queries, unless `--queries` gives another
-number. With several `--threads` times are elapsed seconds.
+number. With more than one thread times are elapsed seconds. `--threads 1 2` measures with one thread, then with two,
+and prints how many times as fast each method is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -338,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=0, help="queries the peers run; 0 for all")
     parser.add_argument("--part", action="store_true", help="the floor and our method run --queries queries, too")
     parser.add_argument("--self", action="store_true", help="our method alone, all against all, with a progress bar")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; with several, elapsed time")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of torch; one after the other")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=0, help="queries compared with a float64 sort")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
@@ -347,18 +349,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def gains(first: list[dict], last: list[dict]) -> str:
+    """Return how many times as fast the methods are as with the first number of threads."""
+    times = [
+        (TITLES[a["method"]], a["full_s"] / b["full_s"]) for a, b in zip(first, last, strict=True) if "full_s" in b
+    ]
+    return "gain: " + ", ".join(f"{title} {gain:.2f}" for title, gain in times)
+
+
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
+    all_threads, first = arguments.threads, {}
     if arguments.memory_of:
+        torch.set_num_threads(all_threads[0])
         measure_memory(arguments.memory_of, arguments, arguments.dims[0])
         return
-    print(environment(arguments.threads))
     records = []
-    for dim in arguments.dims:
+    for dim, threads in product(arguments.dims, all_threads):
+        arguments.threads = threads
+        torch.set_num_threads(threads)
+        print(environment(threads))
         measured, ranks = measure_self(dim, arguments) if arguments.self else (measure(dim, arguments), None)
         print(f"\n{arguments.samples:,} x {arguments.samples:,}, {arguments.classes:,} classes, D = {dim}\n")
         print(as_table(measured), flush=True)
+        if first.setdefault(dim, measured) is not measured:
+            print(f"\n{gains(first[dim], measured)}")
         records += measured
         if arguments.check:
             records.append(check_against_float64(dim, arguments, ranks))

@@ -16,12 +16,13 @@ time and memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_memdml.bfloat16_copy import RoundedRows
 from lightning_memdml.checks import refuse_renamed
 from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.row_ops import hardest, row_max
@@ -90,6 +91,7 @@ class Pairs(NamedTuple):
         ref_indices: The image of each reference, `(M,)`.
         max_shared: Upper bounds of the number of references that share a class or an image with 1, 2, 4, ... anchors;
             the last one holds for any number.
+        read_rounded: Returns the references in bfloat16, if a memory keeps them.
     """
 
     anchors: Tensor
@@ -99,6 +101,7 @@ class Pairs(NamedTuple):
     indices: Tensor | None = None
     ref_indices: Tensor | None = None
     max_shared: Sequence[int] | None = None
+    read_rounded: Callable[[], RoundedRows] | None = None
 
     def select(self, rows: Tensor) -> Pairs:
         """Return the pairs of some of the anchors."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_memdml.bfloat16_copy import RoundedRows
 from lightning_memdml.checks import check_pairs
 from lightning_memdml.losses.backends import Backend, check_backend
 from lightning_memdml.losses.definition import (
@@ -99,6 +100,7 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         indices: Tensor | None = None,
         ref_indices: Tensor | None = None,
         max_shared: int | Sequence[int] | None = None,
+        ref_rounded: Callable[[], RoundedRows] | None = None,
         ranks: Ranks | None = None,
     ) -> Tensor:
         """Return the scalar loss of a batch against itself or against references.
@@ -115,6 +117,9 @@ class PairLoss(nn.Module, LossDefinition, ABC):
                 the bounds for any 1, 2, 4, ... anchors, the last one for any number (`MemoryRows.bounds`). With it
                 the host never waits for a GPU here, except for the hinge form of `TripletLoss`; without it, it waits
                 once, for this number. A CPU does not need it.
+            ref_rounded: Returns the references in bfloat16 (`MemoryRows.rounded`). On CPUs with bfloat16 instructions a
+                loss with a threshold then need not round them in every step. It changes no result, and is not used in
+                a compiled step.
             ranks: How to reach the other ranks, if these references are only this rank's share of all, as in a
                 `ShardedMemory`. Every rank then has to call the loss in the same step, also a rank without rows.
 
@@ -131,7 +136,7 @@ class PairLoss(nn.Module, LossDefinition, ABC):
         if ref_embeddings is None or ref_labels is None:
             ref_embeddings, ref_labels, ref_indices = anchors, labels, indices
         bounds = [max_shared] if isinstance(max_shared, int) else max_shared
-        pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, bounds)
+        pairs = Pairs(anchors, labels, ref_embeddings, ref_labels, indices, ref_indices, bounds, ref_rounded)
         with torch.autocast(embeddings.device.type, enabled=False):
             if ranks is not None and not in_batch:
                 return self._sharded(pairs, ranks)
@@ -140,7 +145,7 @@ class PairLoss(nn.Module, LossDefinition, ABC):
             if not in_batch and not ref_embeddings.requires_grad:
                 constants = pairs._replace(anchors=anchors.detach(), references=ref_embeddings.detach())
                 if torch.compiler.is_compiling():
-                    values, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants)
+                    values, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants[:-1])
                 else:
                     with torch.no_grad():
                         values, gradient = evaluate(self, constants)

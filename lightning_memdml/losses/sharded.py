@@ -59,7 +59,7 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
         pairs: This rank's anchors, and its share of the references.
         ranks: How to reach the other ranks.
     """
-    anchors, labels, references, ref_labels, indices, ref_indices, _ = pairs
+    anchors, labels, references, ref_labels, indices, ref_indices, *_ = pairs
     if indices is None or ref_indices is None:
         indices, ref_indices = torch.full_like(labels, -1), torch.full_like(ref_labels, -1)  # unknown, equal to none
     if references.shape[0] == 0:
@@ -76,7 +76,7 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
     # The negatives of this share, for the anchors of all ranks.
     shares = make_accumulators(loss, contexts, all_anchors, references)
     number = (~shared.mask).sum().expand(all_anchors.shape[0])
-    add_plain_negatives(shares, references, shared.mask, loss.backend)
+    add_plain_negatives(shares, references, shared.mask, loss.backend, pairs.read_rounded)
     pairs_per_block = BLOCK_ELEMENTS if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
     # One empty block, which gives further sums their shape, where there are no such references.
     for columns in shared.columns.split(max(256, pairs_per_block // all_anchors.shape[0])):

@@ -12,13 +12,14 @@ Two observations make this as fast as the two matrix products alone:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_memdml import bfloat16, compat
+from lightning_memdml.bfloat16_copy import RoundedRows
 from lightning_memdml.losses.accumulators import SAMPLE, NegativeAccumulator, add_block, make_accumulators
 from lightning_memdml.losses.backends import AUTO, Backend
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
@@ -92,7 +93,7 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
             accumulators = [made[k] for k in left]
             for accumulator in accumulators:
                 accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
-            add_plain_negatives(accumulators, pairs.references, block.shared.mask, "blocks")
+            add_plain_negatives(accumulators, pairs.references, block.shared.mask, "blocks", pairs.read_rounded)
             for k, accumulator in zip(left, accumulators, strict=True):
                 totals = accumulator.totals(block.number)  # which completes the gradient
                 found[k] = totals, accumulator.gradient
@@ -223,7 +224,11 @@ def _padded_columns(mask: Tensor, most: int) -> SharedReferences:
 
 
 def add_plain_negatives(
-    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, backend: Backend
+    accumulators: list[NegativeAccumulator],
+    references: Tensor,
+    is_shared: Tensor,
+    backend: Backend,
+    read_rounded: Callable[[], RoundedRows] | None = None,
 ) -> None:
     """Add every reference that is not shared, by the chosen backend, and block by block where it does not apply.
 
@@ -235,6 +240,7 @@ def add_plain_negatives(
         references: `(M, D)`.
         is_shared: True for the references to leave out, `(M,)`.
         backend: That of the loss.
+        read_rounded: Returns the references in bfloat16, if a memory keeps them.
     """
     anchors = accumulators[0].anchors
     if (AUTO if backend == "auto" else backend) == "triton":
@@ -244,14 +250,17 @@ def add_plain_negatives(
     prefilter = active = None
     in_float32 = anchors.dtype == references.dtype == torch.float32
     if in_float32 and anchors.shape[1] >= bfloat16.SMALLEST_DIM and bfloat16.has_fast_bf16_matmul(anchors.device):
-        prefilter = BFloat16Prefilter(anchors)
+        prefilter = BFloat16Prefilter(anchors, read_rounded)
     on_host = anchors.device.type in HOST_DEVICES
     # Torch gives a thread 32,768 elements at least, so a block for one thread would leave others without work.
     on_threads = BLOCK_ELEMENTS * min(torch.get_num_threads(), MOST_THREADS)
     most = on_threads // max(anchors.shape) if on_host else GPU_BLOCK_ELEMENTS // anchors.shape[0]
     width = max(256, most)
-    # What the prefilter keeps of a reference is half as long, so it takes two blocks at once.
-    first, largest = (width, width) if prefilter is None else (SAMPLE, 2 * width)
+    first = largest = width
+    if prefilter is not None:
+        # A block of the prefilter has 16 bits for a number, so it may be twice as long. What a memory has rounded is
+        # read once only, so just the similarities have to stay in the cache.
+        first, largest = SAMPLE, 2 * (width if read_rounded is None else max(256, on_threads // anchors.shape[0]))
     # All blocks share this memory: new memory for each would cost time.
     scratch = anchors.new_empty(anchors.shape[0] * min(largest, references.shape[0]))
     columns = slice(0, first)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_memdml.bfloat16_copy import BFloat16Copy, RoundedRows
 from lightning_memdml.checks import check_rows
 from lightning_memdml.compat import mark_dynamic
 
@@ -52,6 +55,8 @@ class MemoryRows(_Rows):
             the number of rows on all ranks. Otherwise None.
         bounds: How many rows share a class or an image with any batch at most: for 1, 2, 4, ... anchors, the last one
             for any number of anchors. None if not counted.
+        rounded: Returns the embeddings in bfloat16, with a bound of their lengths, which the memory keeps up to date
+            from the first call on. None if no memory keeps them.
 
     Example:
         >>> rows = MemoryRows(torch.eye(2), torch.tensor([4, 4]), torch.tensor([0, 1]))
@@ -63,11 +68,12 @@ class MemoryRows(_Rows):
 
     ranks: Any
     bounds: tuple[int, ...] | None
+    rounded: Callable[[], RoundedRows] | None
 
     def __new__(cls, embeddings: Tensor, labels: Tensor, indices: Tensor) -> MemoryRows:
         """Make the tuple, and set the attributes: torch 2.10 does not trace those of the class."""
         rows = super().__new__(cls, embeddings, labels, indices)
-        rows.ranks = rows.bounds = None
+        rows.ranks = rows.bounds = rows.rounded = None
         return rows
 
     def max_shared(self, anchors: int) -> int | None:
@@ -215,7 +221,7 @@ class RowTable:
         for first in range(start, stop, start):
             source = slice(first, min(first + start, stop))
             target = slice(source.start - start, source.stop - start)
-            self.embeddings[target] = self.embeddings[source]
+            self.put(target, self.embeddings[source])
             self.metadata[:, target] = self.metadata[:, source]
             if not self._on_host:
                 self.ids[:, target] = self.ids[:, source]
@@ -225,8 +231,16 @@ class RowTable:
         if not self._on_host:
             self.ids[:, slots] = new.ids
         places = slots if isinstance(slots, slice) else self.on_device(slots)
-        self.embeddings[places], self.metadata[:, places] = new.embeddings.to(self.embeddings.dtype), new.metadata
+        self.put(places, new.embeddings)
+        self.metadata[:, places] = new.metadata
         self.valid, self.rows = valid, self.view(valid)
+
+    def put(self, places: slice | Tensor, embeddings: Tensor) -> None:
+        """Write embeddings into slots, and into the bfloat16 copy where there is one."""
+        is_current = self._rounded.is_current
+        self.embeddings[places] = embeddings.to(self.embeddings.dtype)
+        if is_current:
+            self._rounded.update(places)
 
     def on_device(self, slots: np.ndarray) -> Tensor:
         """Return the numbers of slots where the table is, without waiting for it."""
@@ -243,7 +257,7 @@ class RowTable:
         length, and no Python numbers, for each of which it would compile again.
         """
         rows = MemoryRows(self.embeddings[slots], self.metadata[LABEL, slots], self.metadata[INDEX, slots])
-        rows.bounds = self.bounds
+        rows.bounds, rows.rounded = self.bounds, functools.partial(self._rounded.read, slots)
         for tensor in rows:
             mark_dynamic(tensor, 0)
         return rows
@@ -258,7 +272,13 @@ class RowTable:
         """Keep labels and indices on the host after the whole table changed, and show the valid rows."""
         self._on_host = self.metadata.device.type in HOST_DEVICES
         self.ids = self.metadata[:2].numpy() if self._on_host else ids
+        self._rounded = BFloat16Copy(self.embeddings)
         self.show(valid)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, unused slots included."""
+        return self.embeddings.nbytes + self.metadata.nbytes + self._rounded.nbytes
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the valid rows, on the CPU."""

@@ -112,8 +112,9 @@ class ShardedMemory(Memory):
     def read(self) -> MemoryRows:
         """Return this rank's share, oldest first, with `ranks`: `(m, D)`, `(m,)`, `(m,)`; no copy."""
         self._read_without_ranks = self.world_size > 1
-        rows = MemoryRows(*self.share.read())
-        rows.ranks = self
+        share = self.share.read()
+        rows = MemoryRows(*share)
+        rows.ranks, rows.rounded = self, share.rounded
         return rows
 
     def __len__(self) -> int:

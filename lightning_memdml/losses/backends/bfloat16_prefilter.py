@@ -7,12 +7,14 @@ which references cannot be above a threshold for any anchor. The others are comp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml import bfloat16
+from lightning_memdml.bfloat16_copy import RoundedRows, round_rows
 from lightning_memdml.losses.accumulators import DENSE_SHARE, NegativeAccumulator
 
 
@@ -21,12 +23,15 @@ class BFloat16Prefilter:
 
     Args:
         anchors: `(B, D)`, float32.
+        read_rounded: Returns all references in bfloat16, as a memory keeps them. It is called at the first block. None:
+            they are rounded block by block.
     """
 
-    def __init__(self, anchors: Tensor) -> None:
-        self._anchors = anchors.bfloat16()
-        self._longest = _longest(anchors)
+    def __init__(self, anchors: Tensor, read_rounded: Callable[[], RoundedRows] | None = None) -> None:
+        self._anchors, self._longest = round_rows(anchors)
         self._zeros = anchors.new_zeros(anchors.shape[0])
+        self._read_rounded = read_rounded
+        self._rounded: RoundedRows | None = None
 
     def add_block(
         self, accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, columns: slice
@@ -40,7 +45,8 @@ class BFloat16Prefilter:
             columns: The references of the block.
         """
         block = references[columns]
-        may_be_above = self.may_be_above(block, [accumulator.threshold for accumulator in accumulators])
+        rounded = round_rows(block) if self._read_rounded is None else self._from_memory(references, columns)
+        may_be_above = self.may_be_above(rounded, [accumulator.threshold for accumulator in accumulators])
         kept = (may_be_above & ~is_shared[columns]).nonzero().squeeze(1)
         if kept.shape[0] > DENSE_SHARE * block.shape[0]:
             return False
@@ -50,7 +56,18 @@ class BFloat16Prefilter:
             accumulator.add(similarity.clone(), rows, kept + columns.start)
         return True
 
-    def may_be_above(self, block: Tensor, thresholds: list[Tensor | float]) -> Tensor:
+    def _from_memory(self, references: Tensor, columns: slice) -> RoundedRows:
+        if self._rounded is None:
+            assert self._read_rounded is not None
+            self._rounded = self._read_rounded()
+            if self._rounded.rows.shape != references.shape:
+                raise ValueError(
+                    f"Expected `ref_rounded` to return the references in bfloat16, {tuple(references.shape)}, but got "
+                    f"{tuple(self._rounded.rows.shape)}. Pass that of the same `memory.read()`, or leave it out."
+                )
+        return self._rounded._replace(rows=self._rounded.rows[columns])
+
+    def may_be_above(self, block: RoundedRows, thresholds: list[Tensor | float]) -> Tensor:
         r"""Return which references may have a similarity above a threshold of its anchor.
 
         Near 0, a similarity minus its threshold has an error of at most
@@ -64,20 +81,17 @@ class BFloat16Prefilter:
         bound if a row is not finite; then all references are returned.
 
         Args:
-            block: References, `(n, D)`, float32.
+            block: References, `(n, D)`.
             thresholds: Of each part of the loss, one number or one per anchor `(B,)`.
 
         Returns:
             True for the references to keep, `(n,)`.
         """
-        error = 1.02 * (3 * bfloat16.ROUNDOFF + block.shape[1] * 2.0**-23) * self._longest * _longest(block)
+        rows, longest = block
+        error = 1.02 * (3 * bfloat16.ROUNDOFF + rows.shape[1] * 2.0**-23) * self._longest * longest
         if not math.isfinite(error):
-            return torch.ones_like(block[:, 0], dtype=torch.bool)
+            return torch.ones_like(rows[:, 0], dtype=torch.bool)
         lowest = torch.stack([self._zeros + threshold for threshold in thresholds]).amin(dim=0)
-        above = F.linear(block.bfloat16(), self._anchors, (error - lowest).bfloat16())  # (n, B)
+        above = F.linear(rows, self._anchors, (error - lowest).bfloat16())  # (n, B)
         # The bits of a bfloat16, read as an integer, have the same sign; the maxima of floats take 6 times as long.
         return above.view(torch.int16).amax(dim=1) > 0
-
-
-def _longest(rows: Tensor) -> float:
-    return torch.linalg.vector_norm(rows, dim=1).max().item()

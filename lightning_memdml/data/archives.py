@@ -78,20 +78,32 @@ class JpegArchive:
         """Raise a `ValueError` unless the arrays fit together."""
         for name, array in (("offset", self.offset), ("label", self.labels)):
             if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-                raise ValueError(f"{self.path}: expected `{name}` of integers but got {array.shape} of {array.dtype}.")
+                raise ValueError(
+                    f"{self.path}: expected `{name}` of integers but got {array.shape} of {array.dtype}. "
+                    "Create the archive again."
+                )
         if len(self.offset) != len(self.labels) + 1:
-            raise ValueError(f"{self.path}: expected {len(self.labels) + 1} offsets but got {len(self.offset)}.")
+            raise ValueError(
+                f"{self.path}: expected {len(self.labels) + 1} offsets but got {len(self.offset)}. "
+                "Create the archive again."
+            )
         if self.jpeg.ndim != 1 or self.jpeg.dtype != np.uint8:
-            raise ValueError(f"{self.path}: expected `jpeg` of bytes but got {self.jpeg.shape} of {self.jpeg.dtype}.")
+            raise ValueError(
+                f"{self.path}: expected `jpeg` of bytes but got {self.jpeg.shape} of {self.jpeg.dtype}. "
+                "Create the archive again."
+            )
         if self.offset[0] < 0 or self.offset[-1] > len(self.jpeg) or (self.offset[1:] < self.offset[:-1]).any():
-            raise ValueError(f"{self.path}: expected `offset` to rise from 0 to at most {len(self.jpeg)}.")
+            raise ValueError(
+                f"{self.path}: expected `offset` to rise from 0 to at most {len(self.jpeg)}. Create the archive again."
+            )
         if self._names is None:
             return
         if self._names.ndim != 1 or len(set(self._names.tolist())) != len(self._names):
-            raise ValueError(f"{self.path}: expected `classes` of distinct names.")
+            raise ValueError(f"{self.path}: expected `classes` of distinct names. Create the archive again.")
         if self.labels.min() < 0 or self.labels.max() >= len(self._names):
             raise ValueError(
-                f"{self.path}: expected labels in [0, {len(self._names)}), one for each name in `classes`."
+                f"{self.path}: expected labels in [0, {len(self._names)}), one for each name in `classes`. "
+                "Create the archive again."
             )
 
     @property

@@ -72,12 +72,17 @@ class CUB200(PublishedDataModule):
         boxes = self._columns(folder, "bounding_boxes.txt", "x", "y", "width", "height") if self.crop else None
         for where, (image_id, path) in read_list(folder / "images.txt", ("image_id", "path")):
             if image_id not in classes:
-                raise ValueError(f"{where}: image {image_id} has no class in image_class_labels.txt.")
+                raise ValueError(
+                    f"{where}: image {image_id} has no class in image_class_labels.txt. Download the list files again."
+                )
             label_where, (class_id,) = classes[image_id]
             label = integer(class_id, label_where, "class_id", 1, CLASSES)
             full = inside(folder / "images", path, where)
             if Path(full).parent.name.partition(".")[0] != f"{label:03}":
-                raise ValueError(f"{where}: expected a folder {label:03}.<name> of class {label} but got {path!r}.")
+                raise ValueError(
+                    f"{where}: expected a folder {label:03}.<name> of class {label} but got {path!r}. "
+                    "Download the list files again."
+                )
             box = None if boxes is None else self._box(boxes, image_id, where)
             yield Record(full, label, "train" if label <= TRAIN_CLASSES else "test", box)
 
@@ -88,16 +93,19 @@ class CUB200(PublishedDataModule):
         for where, (image_id, *cells) in read_list(folder / name, ("image_id", *columns)):
             if rows.setdefault(image_id, (where, cells))[1] != cells:
                 raise ValueError(
-                    f"{where}: image {image_id} is listed again, and otherwise, than in {rows[image_id][0]}."
+                    f"{where}: image {image_id} is listed again, and otherwise than in {rows[image_id][0]}. "
+                    "Download the list files again."
                 )
         return rows
 
     def _box(self, boxes: dict[str, tuple[str, list[str]]], image_id: str, where: str) -> Any:
         if image_id not in boxes:
-            raise ValueError(f"{where}: image {image_id} has no box in bounding_boxes.txt; pass crop=false.")
+            raise ValueError(f"{where}: image {image_id} has no box in bounding_boxes.txt. Pass crop=false.")
         where, cells = boxes[image_id]
         try:
             x, y, width, height = map(float, cells)
         except ValueError:
-            raise ValueError(f"{where}: expected four numbers x y width height but got {cells}.") from None
+            raise ValueError(
+                f"{where}: expected four numbers x y width height but got {cells}. Download the list files again."
+            ) from None
         return box_of((x, y, x + width, y + height), where)

@@ -102,16 +102,20 @@ def read_annotation(file: Path) -> dict[str, Any]:
     try:
         annotation = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no readable JSON file: {error}.") from error
+        raise ValueError(f"{file} is no readable JSON file: {error}. Unpack the data set again.") from error
     if not isinstance(annotation, dict) or annotation.get("source") not in SOURCES:
-        raise ValueError(f"{file}: expected an object with a `source` of {', '.join(SOURCES)}.")
+        raise ValueError(
+            f"{file}: expected an object with a `source` of {', '.join(SOURCES)}. Unpack the data set again."
+        )
     _number(annotation.get("pair_id"), str(file), "pair_id")
     return annotation
 
 
 def _number(value: Any, where: str, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{where}: expected `{name}` to be an integer of 0 or more but got {value!r}.")
+        raise ValueError(
+            f"{where}: expected `{name}` to be an integer of 0 or more but got {value!r}. Unpack the data set again."
+        )
     return value
 
 

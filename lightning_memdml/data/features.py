@@ -82,13 +82,20 @@ class FeatureDataModule(RetrievalDataModule):
             if array.dtype.kind not in kinds or array.ndim != dims or array.size == 0:
                 raise ValueError(
                     f"{self.path}: expected `feature` (N, V, F) of floats, `label` (N,) of integers and `train` (N,) "
-                    f"of truth values but got {name} {array.shape} of {array.dtype}."
+                    f"of truth values but got {name} {array.shape} of {array.dtype}. "
+                    "Write it again with `memdml freeze`."
                 )
         if len({len(array) for array in arrays.values()}) > 1:
-            raise ValueError(f"{self.path}: expected arrays of equal length but got {[*map(len, arrays.values())]}.")
+            raise ValueError(
+                f"{self.path}: expected arrays of equal length but got {[*map(len, arrays.values())]}. "
+                "Write it again with `memdml freeze`."
+            )
         arrays["feature"] = arrays["feature"].astype(np.float32)
         if not np.isfinite(arrays["feature"]).all():
-            raise ValueError(f"{self.path}: expected finite features but some are NaN or infinite.")
+            raise ValueError(
+                f"{self.path}: expected finite features but some are NaN or infinite. "
+                "Write it again with `memdml freeze`."
+            )
         return arrays
 
 

@@ -62,7 +62,8 @@ class InShop(PublishedDataModule):
         super().__init__(root=root, **kwargs)
         if crop and high_resolution:
             raise ValueError(
-                "Expected `crop` or `high_resolution` but got both: boxes are given in pixels of the small images."
+                "Expected `crop` or `high_resolution` but got both. "
+                "Pass one: boxes are given in pixels of the small images."
             )
         self.crop = crop
         self.high_resolution = high_resolution
@@ -85,12 +86,18 @@ class InShop(PublishedDataModule):
         boxes = self._boxes(top) if self.crop else None
         for where, (image, item, status) in read_list(lists / LIST, COLUMNS):
             if status not in ROLES:
-                raise ValueError(f"{where}: expected the status {', '.join(ROLES)} but got {status!r}.")
+                raise ValueError(
+                    f"{where}: expected the status {', '.join(ROLES)} but got {status!r}. "
+                    "Download the list files again."
+                )
             path = Path(inside(images, image, where)).relative_to(images)
             if path.parts[0] != "img" or item not in path.parts:
-                raise ValueError(f"{where}: expected a path img/.../{item}/... of the item {item} but got {image!r}.")
+                raise ValueError(
+                    f"{where}: expected a path img/.../{item}/... of the item {item} but got {image!r}. "
+                    "Download the list files again."
+                )
             if boxes is not None and image not in boxes:
-                raise ValueError(f"{where}: {image} has no box in list_bbox_inshop.txt; pass crop=false, or get both.")
+                raise ValueError(f"{where}: {image} has no box in list_bbox_inshop.txt. Pass crop=false.")
             full = str(images.joinpath(name, *path.parts[1:]))
             yield Record(full, item, ROLES[status], None if boxes is None else boxes[image])
 

@@ -64,5 +64,8 @@ class INaturalist2018(PublishedDataModule):
                 full = inside(top, path, where)
                 parts = Path(full).relative_to(top).parts
                 if len(parts) != 4 or parts[0] != "train_val2018":
-                    raise ValueError(f"{where}: expected train_val2018/<group>/<species>/<image> but got {path!r}.")
+                    raise ValueError(
+                        f"{where}: expected train_val2018/<group>/<species>/<image> but got {path!r}. "
+                        "Download the list files again."
+                    )
                 yield Record(full, integer(parts[2], where, "the number of a species", 0, SPECIES - 1), role)

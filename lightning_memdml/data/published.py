@@ -119,7 +119,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}.") from error
+        raise ValueError(f"{path} is no text file: {error}. Download it again.") from error
     # Not `splitlines`, which also breaks at control characters that may stand in a damaged path.
     lines = [(f"{path}, line {number}", line.split()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(where, cells) for where, cells in lines if cells]
@@ -131,11 +131,16 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Line]:
         lines.pop(0)
     for where, cells in lines:
         if len(cells) != len(columns):
-            raise ValueError(f"{where}: expected {len(columns)} columns ({' '.join(columns)}) but got {len(cells)}.")
+            raise ValueError(
+                f"{where}: expected {len(columns)} columns ({' '.join(columns)}) but got {len(cells)}. "
+                "Download the file again."
+            )
     if promised not in (None, len(lines)):
-        raise ValueError(f"{path}: expected {promised} rows, as in its first line, but got {len(lines)}.")
+        raise ValueError(
+            f"{path}: expected {promised} rows, as in its first line, but got {len(lines)}. Download it again."
+        )
     if not lines:
-        raise ValueError(f"{path} lists nothing.")
+        raise ValueError(f"{path} lists nothing. Download it again.")
     return lines
 
 
@@ -153,7 +158,7 @@ def integer(cell: str, where: str, name: str, low: int = 0, high: int = 10**18) 
     if re.fullmatch(r"\d{1,19}", cell, re.ASCII) and low <= int(cell) <= high:
         return int(cell)
     bounds = f"of {low} to {high}" if high < 10**18 else f"of {low} or more"
-    raise ValueError(f"{where}: expected {name} to be an integer {bounds} but got {cell!r}.")
+    raise ValueError(f"{where}: expected {name} to be an integer {bounds} but got {cell!r}. Download the file again.")
 
 
 def checked(records: Iterable[Record], data_set: str) -> list[Record]:
@@ -184,7 +189,7 @@ def checked(records: Iterable[Record], data_set: str) -> list[Record]:
             )
         kept.append(record)
     if not kept:
-        raise ValueError(f"{data_set} lists no images.")
+        raise ValueError(f"{data_set} lists no images. Download its list files again.")
     if repeats:
         rank_zero_warn(f"{data_set} lists images more than once; {repeats} repeated lines are not used.")
     return kept

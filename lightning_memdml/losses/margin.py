@@ -64,19 +64,15 @@ class MarginLoss(PairLoss):
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return inverse distances inside the outer distance."""
         outer = self.beta + self.margin
-        squared = _squared_distance(similarity)
+        squared = similarity.mul_(-2).add_(2).clamp_min_(MIN_SQUARED_DISTANCE)
         inverse = squared.rsqrt()  # half the time of a root
         excess = (outer - squared.mul_(inverse)).clamp_min_(0)
         return NegativeTerms(torch.threshold_(inverse, 1 / outer, 0.0), excess)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Add the positives outside the inner distance."""
-        distance = _squared_distance(similarity).sqrt()
+        distance = (2 - 2 * similarity).clamp_min_(MIN_SQUARED_DISTANCE).sqrt()
         excess = torch.where(mask, distance - self.beta + self.margin, 0.0).clamp_min(0)
         weights = torch.where(excess > 0, 1 / distance, 0.0)
         value = excess.sum(dim=1) + negatives.total
         return AnchorTerms(value, weights, torch.ones_like(value))
-
-
-def _squared_distance(similarity: Tensor) -> Tensor:
-    return torch.rsub(similarity, 2.0, alpha=2.0).clamp_min_(MIN_SQUARED_DISTANCE)  # 2 - 2s

@@ -41,7 +41,7 @@ LOSSES: dict[str, ml.PairLoss] = {
 }
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "arithmetic": lambda s: 2 / (3 - s) + (1 - s) ** 2 * s - -s / 4 + torch.rsub(s, 1.0, alpha=0.7),
+    "arithmetic": lambda s: 2 / (3 - s) + (1 - s) ** 2 * s - -s / 4,
     "in place": lambda s: s.clone().add_(1).mul_(s).clamp_(0.1, 1.5).sqrt_(),
     "masks": lambda s: (s > -0.5) * (s <= 0.5) + ((s > 0.6) & ~(s >= 0.9) | (s < -0.7)).float(),
     "where": lambda s: torch.where(torch.logical_or(s < -0.3, s > 0.3), s.abs(), 0.25),

@@ -9,14 +9,14 @@ operation that is not element-wise raises `UnsupportedOpError`, and the caller t
 >>> from lightning_memdml import MarginLoss
 >>> print(generate_terms(MarginLoss(), (), rows=64).text)
 v0 = similarity * constants[0]
-v1 = constants[0] - v0
-v2 = tl.maximum(v1, constants[1], propagate_nan=tl.PropagateNan.ALL)
+v1 = v0 + constants[1]
+v2 = tl.maximum(v1, constants[2], propagate_nan=tl.PropagateNan.ALL)
 v3 = tl.rsqrt(v2)
 v4 = v2 * v3
-v5 = constants[2] - v4
-v6 = tl.maximum(v5, constants[3], propagate_nan=tl.PropagateNan.ALL)
-v7 = v3 > constants[4]
-v8 = tl.where(v7, v3, constants[3])
+v5 = constants[3] - v4
+v6 = tl.maximum(v5, constants[4], propagate_nan=tl.PropagateNan.ALL)
+v7 = v3 > constants[5]
+v8 = tl.where(v7, v3, constants[4])
 return v8, v6, v8
 """
 
@@ -47,6 +47,7 @@ _ARITHMETIC = {
     "mul": "{} * {}",
     "neg": "-{}",
     "rsqrt": "tl.rsqrt({})",
+    "rsub": "{1} - {0}",
     "rtruediv": "{1} / {0}",
     "sigmoid": "tl.sigmoid({})",
     "sqrt": "tl.sqrt({})",
@@ -193,10 +194,6 @@ def _power(recorder: _Recorder, base: object, exponent: object) -> Symbol:
     return recorder.write(f"tl.exp2(tl.log2({recorder.read(base)}) * {recorder.read(exponent)})")
 
 
-def _reversed_difference(recorder: _Recorder, block: object, other: object, alpha: float = 1) -> Symbol:
-    return recorder.do("sub", other, block if alpha == 1 else recorder.do("mul", block, alpha))
-
-
 def _sum(_: _Recorder, block: Symbol, dim: object = None) -> RowSums:
     if dim != 1:
         raise UnsupportedOpError("a sum that is not over the rows")
@@ -232,7 +229,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "ones_like": partial(_full, value=1.0),
     "pow": _power,
     "relu": lambda recorder, block: recorder.do("maximum", block, 0.0),
-    "rsub": _reversed_difference,
     "sum": _sum,
     "sum_negative_logs": _sum_negative_logs,
     "square": lambda recorder, block: recorder.do("mul", block, block),

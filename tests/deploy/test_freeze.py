@@ -64,6 +64,7 @@ def test_folder_table_and_archive_give_the_same_features(folder: Path, monkeypat
 def test_an_installed_package_freezes_a_folder(folder: Path) -> None:
     done = run_python("-m", "lightning_memdml", "freeze", "images", "new/features.npz", *SMALL, cwd=folder.parent)
     assert "12 images x 2 views x 512 features: new/features.npz" in done.stdout
+    assert done.stdout.startswith("The weights of resnet18 are random. Pass --weights DEFAULT, or a file, for features")
     assert "24/24" in done.stderr.replace(".0", "")  # the progress bar
     data = FeatureDataModule(str(folder.parent / "new/features.npz"), batch_size=4, images_per_class=2, val_fraction=0)
     data.setup()

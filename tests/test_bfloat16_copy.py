@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ import lightning_memdml as ml
 from lightning_memdml import bfloat16, bfloat16_copy
 from lightning_memdml.bfloat16_copy import LEAST_BOUND, BFloat16Copy
 from lightning_memdml.losses import streaming
+from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.memory import InstanceMemory, MomentMatchedMemory, RingMemory, ShardedMemory
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import MemoryRows
@@ -157,6 +159,24 @@ def test_a_loss_reads_the_copy_where_it_has_a_threshold(
     assert rounded_rows == ([1875] if name == "contrastive" else [])  # all slots, once
     plain = loss(x, y, *memory.read()[:2])
     torch.testing.assert_close((value, gradient), (plain, *torch.autograd.grad(plain, x)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("with_copy", "width"), [(True, 16_384), (False, 512)])
+def test_blocks_of_a_copy_do_not_shrink_with_the_dimension(
+    with_copy: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1 << 15)
+    widths = []
+    monkeypatch.setattr(
+        BFloat16Prefilter, "add_block", lambda *arguments: (widths.append(arguments[4].stop - arguments[4].start), True)
+    )
+    (x, r), y = torch.eye(512).split([8, 504]), torch.arange(512)
+    copy = BFloat16Copy(r)
+    ref_rounded = functools.partial(copy.read, slice(0, 504)) if with_copy else None
+    ml.ContrastiveLoss()(x, y[:8], r, y[8:], ref_rounded=ref_rounded)
+    assert widths == [width]
 
 
 def test_rows_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ is the growth of the peak resident set of a process of its own, which has made t
 compares two sets, which costs twice as much per query as self-retrieval. `--self` runs our method alone, once, on all
 images against each other, with a progress bar; the floor runs on 4,096 queries, unless `--queries` gives another
 number. With more than one thread times are elapsed seconds. `--threads 1 2` measures with one thread, then with two,
-and prints how many times as fast each method is.
+and prints how many times as fast each method is; only on an idle machine are the two clocks the same.
 """
 
 from __future__ import annotations

@@ -136,9 +136,10 @@ def _count_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
 
 
 def _count_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
-    violated = torch.searchsorted(edges, similarity.contiguous())  # of the ascending edges, those below s
+    # Of the ascending edges, the number of those below s. In int32, whose histogram takes three quarters of the time.
+    violated = torch.searchsorted(edges, similarity.contiguous(), out_int32=True)
     bins = edges.shape[1] + 1
-    rows = torch.arange(edges.shape[0], device=edges.device)[:, None] * bins
+    rows = torch.arange(edges.shape[0], dtype=torch.int32, device=edges.device)[:, None] * bins
     histogram = torch.bincount((violated + rows).flatten(), minlength=edges.shape[0] * bins)
     at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives with at most k violated triplets
     counts = at_most[:, -1:] - at_most[:, :-1]

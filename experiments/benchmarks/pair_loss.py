@@ -325,7 +325,7 @@ def table(rows: list[dict]) -> str:
         cells: dict[str, dict[str, str]] = {"floor, ms": {}}
         for row in (row for row in rows if row["regime"] == regime):
             size = f"B {row['batch']}, M {row['memory']:,}, D {row['dim']}"
-            size += f", {row['threads']} threads" if several else ""
+            size += f", threads {row['threads']}" if several else ""
             cells["floor, ms"][size] = f"{row['floor_ms']}" + (f", gain {row['floor_gain']}" if several else "")
             peak = f" ({row['peak_mb']:.1f} MB)" if "peak_mb" in row else ""
             gain = f", gain {row['gain']}" if several else ""
@@ -380,7 +380,7 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name()
         if options.device == "cuda"
-        else f"{' and '.join(map(str, options.threads))} threads"
+        else f"threads {' and '.join(map(str, options.threads))}"
     )
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, references in {options.dtype}\n")
     rows = []

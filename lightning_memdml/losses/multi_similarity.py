@@ -79,11 +79,12 @@ class MultiSimilarityLoss(PairLoss):
         return context[0] if context else -torch.inf
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
-        """Return the logits of the negatives, `-inf` where not mined, up to a number per anchor that `combine` adds."""
+        """Return the logits of the negatives, `-inf` where not mined."""
         if not context:
-            return NegativeTerms(similarity.mul_(self.beta))
-        above = torch.threshold_(similarity.sub_(context[0][:, None]), 0.0, -torch.inf)
-        return NegativeTerms(above.mul_(self.beta))
+            return NegativeTerms(similarity.sub_(self.base).mul_(self.beta))
+        threshold = context[0][:, None]
+        above = torch.threshold_(similarity.sub_(threshold), 0.0, -torch.inf)
+        return NegativeTerms(above.add_(threshold - self.base).mul_(self.beta))
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
         """Mine and weigh the positives, and divide both sides by one plus their sums."""
@@ -92,7 +93,5 @@ class MultiSimilarityLoss(PairLoss):
             left_out |= similarity - self.epsilon >= negatives.hardest[:, None]
         logits = torch.rsub(similarity, self.alpha * self.base, alpha=self.alpha).masked_fill_(left_out, -torch.inf)
         positives = softplus(torch.logsumexp(logits, dim=1))
-        # The logits of the negatives are relative to the mining threshold, or to 0 without mining.
-        total = negatives.total + self.beta * ((context[0] if context else 0.0) - self.base)
-        value = torch.add(positives / self.alpha, softplus(total), alpha=1 / self.beta)
-        return AnchorTerms(value, logits.sub_(positives[:, None]).exp_(), torch.sigmoid(total))
+        value = torch.add(positives / self.alpha, softplus(negatives.total), alpha=1 / self.beta)
+        return AnchorTerms(value, logits.sub_(positives[:, None]).exp_(), torch.sigmoid(negatives.total))

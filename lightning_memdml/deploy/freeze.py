@@ -77,7 +77,9 @@ def freeze_images(
         print(f"{len(data.val_set)} validation images are left out: `FeatureDataModule` holds out classes itself.")
     network, width = build_backbone(backbone, weights)
     if weights is None:
-        print(f"The weights of {backbone} are random. Pass --weights DEFAULT, or a file, for features that were learnt.")
+        print(
+            f"The weights of {backbone} are random. Pass --weights DEFAULT, or a file, for features that were learnt."
+        )
     parts = (data.train_set, data.query_set)
     labels = torch.cat([part.labels for part in parts])
     transforms = [data.default_test_transform()] + [augmented] * (views - 1)

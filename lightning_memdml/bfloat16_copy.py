@@ -47,6 +47,9 @@ class BFloat16Copy:
     Args:
         table: `(N, D)` float32.
 
+    Attributes:
+        is_made: Whether it was read.
+
     Example:
         >>> table = torch.ones(3, 2)
         >>> copy = BFloat16Copy(table)
@@ -58,6 +61,7 @@ class BFloat16Copy:
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
+        self.is_made = False
         self._rows = table.new_empty(0, dtype=torch.bfloat16)
         self._longest = LEAST_BOUND
         self._changes: int | None = None  # of the table, when the copy was last equal to it
@@ -83,6 +87,7 @@ class BFloat16Copy:
     def read(self, slots: slice) -> RoundedRows:
         """Return the rows of some slots."""
         if not self.is_current:
+            self.is_made = True
             with torch.inference_mode(False):  # so that a later step in training can update it
                 self._rows, longest = round_rows(self._table)
             self._longest = max(longest, LEAST_BOUND)

@@ -70,7 +70,8 @@ def loss_term(
             options["ranks"] = rows.ranks
         if rows.bounds is not None:
             options["max_shared"] = rows.bounds
-        if rows.rounded is not None and not torch.compiler.is_compiling():
+        # A `forward` of the user's own may not know this option, which changes no result.
+        if rows.rounded is not None and type(loss).forward is PairLoss.forward and not torch.compiler.is_compiling():
             options["ref_rounded"] = rows.rounded
         return loss(embeddings, labels, ref_embeddings, ref_labels, **options)
     if rows.ranks is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import normalize
 
-from lightning_memdml import ContrastiveLoss, EmbeddingMemory
+from lightning_memdml import ContrastiveLoss, EmbeddingMemory, PairLoss
 from lightning_memdml.memory import MemoryRows
 from lightning_memdml.memory_term import loss_term
 
@@ -64,6 +64,8 @@ def plain(z: Tensor, y: Tensor, ref_z: Tensor, ref_y: Tensor) -> Tensor:
 
 
 class Recorded(ContrastiveLoss):
+    """A loss with a `forward` of its own, which keeps what it is called with."""
+
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         self.options = options
         return super().forward(*arguments, **options)
@@ -73,13 +75,27 @@ def test_a_pair_loss_is_given_all_that_the_rows_carry() -> None:
     loss, rows, (z, y, indices) = Recorded(), memory_of(8).read(), batch(4)
     expected = ContrastiveLoss()(z, y, rows.embeddings, rows.labels, indices=indices, ref_indices=rows.indices)
     assert torch.equal(loss_term(loss, z, y, rows, indices), expected)
-    assert set(loss.options) == {"indices", "ref_indices", "ref_rounded"}
+    assert set(loss.options) == {"indices", "ref_indices"}
     rows.bounds = (4, 16)
     assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
-    assert loss.options == {"max_shared": (4, 16), "ref_rounded": rows.rounded}
-    rows = MemoryRows(*rows)  # of a memory that has nothing beside them
-    assert torch.equal(loss_term(loss, z, y, rows), ContrastiveLoss()(z, y, rows.embeddings, rows.labels))
-    assert loss.options == {}
+    assert loss.options == {"max_shared": (4, 16)}
+
+
+def test_the_rounded_rows_are_given_to_losses_of_the_package_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `forward` that a user wrote before this option, and `pair_weights`, do not take it."""
+    found: list[dict[str, Any]] = []
+    reached = PairLoss.forward
+
+    def recorded(self: PairLoss, *arguments: Any, **options: Any) -> Tensor:
+        found.append(options)
+        return reached(self, *arguments, **options)
+
+    monkeypatch.setattr(PairLoss, "forward", recorded)
+    rows, (z, y, _) = memory_of(8).read(), batch(4)
+    for given in (rows, MemoryRows(*rows)):  # the second ones are of a memory that has nothing beside them
+        loss_term(ContrastiveLoss(), z, y, given)
+        loss_term(Recorded(), z, y, given)
+    assert found == [{"ref_rounded": rows.rounded}, {}, {}, {}]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -151,9 +151,9 @@ def integer(cell: str, where: str, name: str, low: int = 0, high: int = 10**18) 
         ValueError: If it is none, or not in [`low`, `high`].
 
     Example:
-        >>> integer("11319", "list.txt, line 3", "class_id", 1, 11318)
+        >>> integer("11319", "list.txt", "class", 1, 11318)
         Traceback (most recent call last):
-        ValueError: list.txt, line 3: expected class_id to be an integer of 1 to 11318 but got '11319'.
+        ValueError: list.txt: expected class to be an integer of 1 to 11318 but got '11319'. Download the file again.
     """
     if re.fullmatch(r"\d{1,19}", cell, re.ASCII) and low <= int(cell) <= high:
         return int(cell)

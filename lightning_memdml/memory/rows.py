@@ -231,7 +231,10 @@ class RowTable:
         if not self._on_host:
             self.ids[:, slots] = new.ids
         places = slots if isinstance(slots, slice) else self.on_device(slots)
-        self.put(places, new.embeddings)
+        if self._rounded.is_made:
+            self.put(places, new.embeddings)
+        else:
+            self.embeddings[places] = new.embeddings.to(self.embeddings.dtype)
         self.metadata[:, places] = new.metadata
         self.valid, self.rows = valid, self.view(valid)
 

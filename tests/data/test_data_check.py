@@ -117,8 +117,8 @@ def test_the_contact_sheet_shows_a_column_per_class_and_marks_what_cannot_be_rea
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data"], "Expected `memdml data check --data CLASS`"),
-        (["data", "chek"], "Expected `memdml data check --data CLASS`"),
+        (["data"], "Expected `memdml data check` but got `memdml data`. `memdml data check --help` describes it."),
+        (["data", "chek"], "Expected `memdml data check` but got `memdml data chek`. `memdml data check --help` desc"),
         (["data", "check", "--data", "CUB200", "--data.root", "nowhere"], r"CUB200 looked for /.*/nowhere/images\.txt"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.callbacks.run_pictures import log_picture
-from lightning_memdml.callbacks.weight_curves import find_pair_losses
+from lightning_memdml.callbacks.weight_curves import copy_rows, find_pair_losses
 from lightning_memdml.csv_table import write_csv
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
@@ -128,11 +128,7 @@ class MemoryReport(Callback):
         rows = getattr(memory, "share", memory)  # those that this rank holds
         self._found = None
         if len(rows) and self._due(trainer.global_step + len(trainer.optimizers)):
-            was_read = rows.was_read
-            embeddings, labels, indices = rows.read()
-            rows.was_read = was_read  # whether the training itself read it
-            ages = trainer.global_step - rows.steps
-            self._found = _Rows(embeddings.clone(), labels.clone(), indices.clone(), ages, len(memory))
+            self._found = _Rows(*copy_rows(memory), trainer.global_step - rows.steps, len(memory))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -75,11 +75,7 @@ class WeightCurveLogger(Callback):
         memory = getattr(pl_module, "memory", None)
         self._references = None
         if memory is not None and len(memory) and self._due(trainer.global_step + len(trainer.optimizers)):
-            rows = getattr(memory, "share", memory)  # those that this rank holds
-            was_read = rows.was_read
-            embeddings, labels, indices = rows.read()
-            rows.was_read = was_read  # whether the training itself read it
-            self._references = embeddings.clone(), labels.clone(), indices.clone()
+            self._references = copy_rows(memory)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,6 +123,18 @@ class WeightCurveLogger(Callback):
         folder = run_folder(trainer) / "weights" if self.dirpath is None else Path(self.dirpath)
         picture, *_ = save_readings([reading], folder, f"{term}_{trainer.global_step:07d}")
         log_picture(trainer, f"weights/{term}", picture)
+
+
+def copy_rows(memory: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return copies of the embeddings, labels and indices that this rank holds.
+
+    `was_read` stays as it is: the callback warns if the training itself does not read the memory.
+    """
+    rows = getattr(memory, "share", memory)  # those of this rank
+    was_read = rows.was_read
+    embeddings, labels, indices = rows.read()
+    rows.was_read = was_read
+    return embeddings.clone(), labels.clone(), indices.clone()
 
 
 def find_pair_losses(pl_module: LightningModule, given: PairLoss | None) -> dict[str, PairLoss]:

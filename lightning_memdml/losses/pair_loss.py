@@ -145,6 +145,7 @@ class PairLoss(nn.Module, LossDefinition, ABC):
             if not in_batch and not ref_embeddings.requires_grad:
                 constants = pairs._replace(anchors=anchors.detach(), references=ref_embeddings.detach())
                 if torch.compiler.is_compiling():
+                    # All but the last, `read_rounded`: an operator takes no function.
                     values, gradient = torch.ops.lightning_memdml.stream(self.loss_id, *constants[:-1])
                 else:
                     with torch.no_grad():

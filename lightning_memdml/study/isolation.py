@@ -1,4 +1,4 @@
-"""Builds and trains what a run needs without traces in this process or on the screen."""
+"""Contexts in which a run is built and trained: without the command line, and without Lightning's notices."""
 
 from __future__ import annotations
 

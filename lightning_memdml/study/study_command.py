@@ -48,7 +48,8 @@ A study file is YAML. It can name functions of modules beside it, such as your w
 
 Further keys: `data` (name -> overrides), `search` (options, seeds, tries, extend, score), `equal` (budget, steps or
 images), `control` (compare, with: a difference that has to be detected on every data set; without `with`, the same arm
-with shuffled training labels), `scores`, `confidence`, `title`, `parts` (a place for YAML anchors).
+with shuffled training labels), `trend` (over, arms: a picture of the arms that differ in one number), `scores`,
+`confidence`, `title`, `parts` (a place for YAML anchors).
 
 Every finished run is one JSON file. A finished run is repeated only if its configuration, the options of its data, or a
 module beside the study file that it names has changed. Other options are passed to all runs, as to `memdml fit`."""

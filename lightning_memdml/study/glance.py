@@ -59,17 +59,19 @@ def _find(judged: JudgedClaim) -> Finding:
         words = f"{where}{_in_words(claim, judgement, full)}{f': {judgement.verdict}' if several else ''}."
         words = re.sub(r"^the mean", "The mean", words)
         differences.append(Difference(words, judgement, judgement.verdict))
-    if len(judged.per_data) > 1 and judged.verdict != "data sets differ":
-        words = f"Over all data sets, {_in_words(claim, judged.joint, full=False)}: {judged.joint.verdict}."
-        differences.append(Difference(words, judged.joint, judged.joint.verdict))
+    if len(judged.per_data) > 1 and judged.joint is not None:
+        words = f"Over all data sets, {_in_words(claim, judged.joint, full=False)}: {judged.verdict}."
+        differences.append(Difference(words, judged.joint, judged.verdict))
     reasons = [
         f"{'Nothing' if not several else f'On {data} nothing'} is decided: {reason}."
         for data, reason in judged.unable.items()
     ]
     if judged.missing:
         reasons.append(f"Runs that are not finished: {judged.missing}.")
-    if judged.verdict == "data sets differ":
-        reasons.append("The data sets differ in sign, so there is no joint verdict.")
+    if judged.per_data and judged.joint is None:
+        how = "differ in sign" if judged.signs_differ else "differ"
+        missing = "verdict" if judged.verdict == "data sets differ" else "difference"
+        reasons.append(f"The data sets {how}, so there is no joint {missing}.")
     return Finding(claim, judged.verdict, differences, reasons)
 
 

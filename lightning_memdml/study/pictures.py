@@ -162,10 +162,12 @@ def _draw_score(axes: Axes, found: Any, span: tuple[float, float], last: bool) -
 def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
     """Draw the deciding interval of every claim, on each data set and jointly; the region of the claim is shaded.
 
+    Where the data sets have no joint difference, only the verdict stands in its place.
+
     Returns `None` if no claim has all its runs.
     """
     lines = [
-        (one.claim, label, judgement, judgement.verdict if label else one.verdict)
+        (one.claim, label, judgement, judgement.verdict if label and judgement else one.verdict)
         for one in judged
         if one.per_data
         for label, judgement in [("", one.joint), *(one.per_data.items() if len(one.per_data) > 1 else ())]
@@ -174,16 +176,17 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
         return None
     figure = new_figure(9, 0.5 * len(lines) + 0.9)
     panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
-    ends = [value for _, _, one, _ in lines for value in (*_finite(one.interval), one.estimate.mean)]
+    ends = [value for _, _, one, _ in lines if one for value in (*_finite(one.interval), one.estimate.mean)]
     reach = max([abs(end) for end in ends] + [claim.by for claim, *_ in lines] + [0.5]) * 1.15
     for axes, (claim, label, judgement, verdict) in zip(panels, lines, strict=True):
         color = VERDICT_COLORS[verdict]
         region = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
-        axes.axvspan(*region[claim.expects], color="#0072B2", alpha=0.08, linewidth=0)
-        axes.axvline(0, color="0.75", linewidth=0.8)
-        low, high = judgement.interval
-        axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if label else 5, alpha=0.4)
-        axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=4 if label else 6)
+        if judgement is not None:
+            axes.axvspan(*region[claim.expects], color="#0072B2", alpha=0.08, linewidth=0)
+            axes.axvline(0, color="0.75", linewidth=0.8)
+            low, high = judgement.interval
+            axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if label else 5, alpha=0.4)
+            axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=4 if label else 6)
         axes.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[])
         name = break_name(f"on {label}" if label else claim.name, 28)
         size = "x-small" if "\n" in name else "small" if label else "medium"

@@ -19,7 +19,10 @@ from lightning_memdml.study.statistics import (
     Verdict,
     class_interval,
     estimate,
+    is_mean_given,
+    joint_verdict,
     judge,
+    signs_differ,
 )
 from lightning_memdml.study.study_file import Claim, Study
 
@@ -48,9 +51,10 @@ class JudgedClaim(NamedTuple):
 
     Attributes:
         claim: The claim.
-        verdict: The verdict over all data sets. Several data sets have one only if their differences have the same
-            sign; otherwise it is "data sets differ". It is "not able to tell" if no data set is able to tell.
-        joint: The judgement of the mean over data sets, or of the only data set.
+        verdict: The verdict over all data sets (`joint_verdict`). It is "not able to tell" if no data set is able to
+            tell.
+        joint: The judgement of the only data set, or of the mean over several. `None` without a data set that is able
+            to tell, and where the mean would hide that the data sets differ.
         per_data: The judgement on each data set that is able to tell.
         over_classes: Interval of the joint difference over test classes at the same level, or `None`.
         other_scores: Other score -> mean difference in points.
@@ -61,13 +65,18 @@ class JudgedClaim(NamedTuple):
 
     claim: Claim
     verdict: Verdict
-    joint: Judgement
+    joint: Judgement | None
     per_data: dict[str, Judgement]
     over_classes: Interval | None
     other_scores: dict[str, float]
     members: dict[str, tuple[float, float]]
     missing: int
     unable: dict[str, str]
+
+    @property
+    def signs_differ(self) -> bool:
+        """Whether the differences of the data sets have different signs."""
+        return signs_differ(list(self.per_data.values()))
 
 
 class Results:
@@ -199,19 +208,18 @@ class Results:
         reasons = {data: self.why_unable(data, claim.score) for data in claim.data}
         unable = {data: reason for data, reason in reasons.items() if reason is not None}
         if not usable:
-            nothing = Judgement("undecided", Estimate(math.nan, math.inf, 1), 0.0, Interval(-math.inf, math.inf), 1.0)
             verdict: Verdict = "undecided" if missing else "not able to tell"
-            return JudgedClaim(claim, verdict, nothing, {}, None, {}, {}, missing, unable)
+            return JudgedClaim(claim, verdict, None, {}, None, {}, {}, missing, unable)
         per_data = {data: answers[claim.name, data] for data in usable}
-        joint = answers.get((claim.name, None), per_data[usable[0]])
-        signs = {judgement.estimate.mean > 0 for judgement in per_data.values()}
-        verdict = "data sets differ" if claim.expects != "same" and len(signs) > 1 else joint.verdict
+        mean = answers.get((claim.name, None), per_data[usable[0]])
+        verdict = joint_verdict(claim.expects, [*per_data.values()], mean)
+        joint = mean if is_mean_given(claim.expects, [*per_data.values()], mean, verdict) else None
         return JudgedClaim(
             claim,
             verdict,
             joint,
             per_data,
-            self._class_differences(claim, usable, joint.level),
+            None if joint is None else self._class_differences(claim, usable, joint.level),
             {
                 score: self._mean_difference(claim._replace(score=score), usable)
                 for score in self.study.scores

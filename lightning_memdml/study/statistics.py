@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 Expectation = Literal["more", "not more", "same"]
 Verdict = Literal["supported", "contradicted", "undecided", "data sets differ", "not able to tell"]
 EXPECTATIONS: tuple[Expectation, ...] = get_args(Expectation)
+OPPOSITES: frozenset[Verdict] = frozenset({"supported", "contradicted"})
 
 
 class Interval(NamedTuple):
@@ -182,6 +183,42 @@ def _test(found: Estimate, expects: Expectation, points: float) -> tuple[Verdict
         return "supported", max(at_least, at_most_low)
     # Either side contradicts, so both tails count.
     return "contradicted", at_most + at_most_low if found.mean > 0 else at_least + at_least_low
+
+
+def joint_verdict(expects: Expectation, per_data: Sequence[Judgement], mean: Judgement) -> Verdict:
+    """Return the verdict over several data sets.
+
+    Data sets that are all decided alike have their common verdict, whatever their signs: the claim was tested on each.
+    They differ where two verdicts are opposite, where the mean is decided opposite to one of them, and, unless the
+    claim is that the difference is small, where the signs are opposite and not all are decided alike. Otherwise the
+    verdict is that of the mean.
+
+    Args:
+        expects: The region of the claim.
+        per_data: The judgement on each data set.
+        mean: The judgement of the mean over data sets.
+    """
+    verdicts = {one.verdict for one in per_data}
+    if len(verdicts) == 1 and verdicts <= OPPOSITES:
+        return verdicts.pop()
+    if verdicts | {mean.verdict} >= OPPOSITES or (expects != "same" and signs_differ(per_data)):
+        return "data sets differ"
+    return mean.verdict
+
+
+def is_mean_given(expects: Expectation, per_data: Sequence[Judgement], mean: Judgement, verdict: Verdict) -> bool:
+    """Return whether the mean stands for all data sets: they have one sign, and it is not decided against the verdict.
+
+    A claim that the difference is small is about the mean whatever the signs.
+    """
+    if verdict == "data sets differ" or {verdict, mean.verdict} >= OPPOSITES:
+        return False
+    return expects == "same" or not signs_differ(per_data)
+
+
+def signs_differ(per_data: Sequence[Judgement]) -> bool:
+    """Return whether some of the differences are above zero and others not."""
+    return len({one.estimate.mean > 0 for one in per_data}) > 1
 
 
 def detectable_difference(seeds: int, claims: int = 1, confidence: float = 0.95, power: float = 0.8) -> float:

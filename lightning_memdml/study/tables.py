@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_memdml.csv_table import as_text_cell
 from lightning_memdml.study.results import JudgedClaim, Results
-from lightning_memdml.study.statistics import Judgement
+from lightning_memdml.study.statistics import OPPOSITES
 from lightning_memdml.study.study_file import Claim, Study
 
 MASS_FACTOR = 3  # between sums of weights, from which on arms differ in scale
@@ -57,16 +57,24 @@ def claims_table(judged: Sequence[JudgedClaim], data_sets: Sequence[str] = ()) -
         classes = "" if one.over_classes is None else interval_in_words(one.over_classes, signed=True)
         others = ", ".join(f"{score_name(score)} {value:+.1f}" for score, value in one.other_scores.items())
         per_data = [_on_data_set(one, data) for data in several]
-        rows.append(
-            [claim.says, one.verdict, question, _difference(one.joint), *per_data, classes,
-             f"{one.joint.p_value:.2g}", others]
-        )  # fmt: skip
+        rows.append([claim.says, one.verdict, question, _joint(one), *per_data, classes, _p_value(one), others])
     return Table([*head, "over test classes", "p, adjusted", "other scores"], rows)
 
 
-def _difference(judgement: Judgement) -> str:
+def _joint(judged: JudgedClaim) -> str:
+    judgement = judged.joint
+    if judgement is None:
+        return f"none: the data sets differ{' in sign' if judged.signs_differ else ''}"
     interval = interval_in_words(judgement.interval, signed=True)
     return f"{judgement.estimate.mean:+.1f} {interval} at {100 * judgement.level:.3g} %"
+
+
+def _p_value(judged: JudgedClaim) -> str:
+    """Return the p-value of the mean over data sets, or else the largest of data sets that are all decided alike."""
+    if judged.joint is not None:
+        return f"{judged.joint.p_value:.2g}"
+    alike = judged.verdict in OPPOSITES
+    return f"{max(one.p_value for one in judged.per_data.values()):.2g}" if alike else ""
 
 
 def _on_data_set(judged: JudgedClaim, data: str) -> str:

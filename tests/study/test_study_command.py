@@ -107,6 +107,7 @@ def test_claims_are_decided_and_reported(smoke: tuple[Path, Results], tmp_path: 
         100 * (memory["scores"]["map_at_r"] - batch["scores"]["map_at_r"])
         for memory, batch in zip(results.of("memory", "Glyph"), results.of("batch", "Glyph"), strict=True)
     ])  # fmt: skip
+    assert helps.joint is not None
     assert helps.joint.estimate.mean == pytest.approx(expected)
     low, high = helps.over_classes or (0, 0)
     assert low <= expected <= high

@@ -24,6 +24,7 @@ def sentences(found: Results) -> list[str]:
 def test_a_claim_on_one_data_set_is_one_sentence(tmp_path: Path) -> None:
     found = results(tmp_path, {"birds": {"a": 15, "b": 10}}, claims={"claim": SAYS})
     (judged,) = found.claims()
+    assert judged.joint is not None
     low, high = judged.joint.interval
     expected = f"a is {judged.joint.estimate.mean:.1f} points of MAP@R above b ({low:+.1f} to {high:+.1f})."
     assert sentences(found) == [expected]
@@ -41,6 +42,14 @@ def test_every_data_set_has_its_difference_and_verdict(tmp_path: Path) -> None:
     assert joint.startswith("Over all data sets, 5")
     apart = results(tmp_path, {"birds": {"a": 7, "b": 10}, "groceries": {"a": 40, "b": 20}}, claims={"claim": SAYS})
     assert sentences(apart)[2:] == ["The data sets differ in sign, so there is no joint verdict."]
+    both = results(
+        tmp_path,
+        {"birds": {"a": 13, "b": 10}, "groceries": {"a": 18, "b": 20}},
+        claims={"claim": {**SAYS, "by": 8}},
+    )
+    (finding,) = find(both.claims())
+    assert finding.verdict == "contradicted"
+    assert sentences(both)[2:] == ["The data sets differ in sign, so there is no joint difference."]
 
 
 def test_what_could_not_be_told_is_named(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from support.studies import CLAIM, frozen, results
 
-from lightning_memdml.study.pictures import break_name
+from lightning_memdml.study.pictures import break_name, plot_claims
 from lightning_memdml.study.report import _html_cell, power_in_words, rule_in_words
+from lightning_memdml.study.statistics import Estimate, Expectation, Interval, Judgement, Verdict, joint_verdict
 from lightning_memdml.study.tables import claims_table, members_table, scores_table
 
 
@@ -27,6 +28,65 @@ def test_data_sets_of_opposite_sign_have_no_joint_verdict(tmp_path: Path) -> Non
     (judged,) = results(tmp_path, {"birds": {"a": 7, "b": 10}, "groceries": {"a": 40, "b": 20}}).claims()
     assert judged.verdict == "data sets differ"
     assert [one.verdict for one in judged.per_data.values()] == ["contradicted", "supported"]
+    assert judged.joint is None
+    row = claims_table([judged], ["birds", "groceries"]).rows[0]
+    assert (row[3], row[6], row[7]) == ("none: the data sets differ in sign", "", "")
+
+
+def test_opposite_verdicts_of_one_sign_are_no_joint_verdict(tmp_path: Path) -> None:
+    """The mean of +5.5 points supports a claim of +3 that the birds contradict."""
+    means = {"birds": {"a": 11, "b": 10}, "groceries": {"a": 30, "b": 20}}
+    (judged,) = results(tmp_path, means, claims={"claim": {**CLAIM, "by": 3}}).claims()
+    assert [one.verdict for one in judged.per_data.values()] == ["contradicted", "supported"]
+    assert not judged.signs_differ
+    assert (judged.verdict, judged.joint) == ("data sets differ", None)
+    assert claims_table([judged]).rows[0][3] == "none: the data sets differ"
+
+
+def test_data_sets_that_are_decided_alike_have_their_common_verdict_whatever_their_signs(tmp_path: Path) -> None:
+    """Below and above 0, and by less than 8 points on both. The table gives the p-value of the weaker one."""
+    claim = {**CLAIM, "by": 8}
+    means = {"birds": {"a": 13, "b": 10}, "groceries": {"a": 18, "b": 20}}
+    (judged,) = results(tmp_path, means, claims={"claim": claim}).claims()
+    assert (judged.verdict, judged.joint, judged.over_classes) == ("contradicted", None, None)
+    row = claims_table([judged], ["birds", "groceries"]).rows[0]
+    assert row[3] == "none: the data sets differ in sign"
+    assert float(row[7]) == pytest.approx(max(one.p_value for one in judged.per_data.values()), rel=0.1)
+    same = {**CLAIM, "expects": "same"}
+    means = {"birds": {"a": 13, "b": 10}, "groceries": {"a": 17, "b": 20}}
+    (judged,) = results(tmp_path, means, claims={"claim": same}).claims()
+    assert (judged.verdict, judged.joint) == ("contradicted", None), "the mean is near 0, each data set is not"
+
+
+@pytest.mark.parametrize(
+    ("expects", "per_data", "mean", "expected"),
+    [
+        ("more", [("undecided", 1), ("undecided", 2)], "supported", "supported"),
+        ("more", [("supported", 2), ("undecided", 1)], "undecided", "undecided"),
+        ("more", [("supported", 2), ("supported", 1)], "undecided", "supported"),
+        ("more", [("contradicted", 0.1), ("undecided", 9)], "supported", "data sets differ"),
+        ("more", [("undecided", -1), ("undecided", 2)], "undecided", "data sets differ"),
+        ("same", [("undecided", -1), ("undecided", 2)], "supported", "supported"),
+    ],
+)
+def test_a_joint_verdict_follows_from_the_verdicts_the_signs_and_the_mean(
+    expects: Expectation, per_data: list[tuple[Verdict, float]], mean: Verdict, expected: Verdict
+) -> None:
+    judged = [judgement(*one) for one in per_data]
+    assert joint_verdict(expects, judged, judgement(mean, 1)) == expected
+
+
+def judgement(verdict: Verdict, mean: float) -> Judgement:
+    return Judgement(verdict, Estimate(mean, 1.0, 4.0), 0.95, Interval(mean - 3, mean + 3), 0.5)
+
+
+def test_the_picture_of_claims_draws_no_interval_that_hides_a_difference(tmp_path: Path) -> None:
+    for birds, drawn in ((7, 2), (15, 3)):
+        means = {"birds": {"a": birds, "b": 10}, "groceries": {"a": 40, "b": 20}}
+        figure = plot_claims(results(tmp_path, means).claims())
+        assert figure is not None
+        assert len(figure.axes) == 3
+        assert sum(any(line.get_marker() == "o" for line in axes.lines) for axes in figure.axes) == drawn
 
 
 def test_a_data_set_that_misses_the_control_decides_nothing(tmp_path: Path) -> None:

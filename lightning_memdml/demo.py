@@ -68,6 +68,8 @@ def demo(arguments: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo.md"), help="file for the table")
     given, options = parser.parse_known_args(arguments)
+    names = arm_names(given.configs)
+    _refuse_repeats("--seeds", given.seeds)
     for path in (given.picture, given.output):
         path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the training
     for quiet in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -81,16 +83,40 @@ def demo(arguments: list[str]) -> None:
             scores, _ = score_arm(given.configs[0], options, seed, train=False)
             rows.setdefault("before training", []).append(scores)
         for config in given.configs:
-            name = Path(config).stem
-            print(f"{name}, seed {seed}", flush=True)
+            print(f"{names[config]}, seed {seed}", flush=True)
             scores, cli = score_arm(config, options, seed)
-            rows.setdefault(name, []).append(scores)
+            rows.setdefault(names[config], []).append(scores)
     table = comparison_table(rows)
     print(f"\n{table}\n")
     with atomic_write(given.output) as unfinished:
         unfinished.write_text(f"{table}\n", encoding="utf-8")
     save_picture(cli, given.picture)
     print(f"The table: {given.output}\nQueries and their nearest neighbours: {given.picture}")
+
+
+def arm_names(configs: Sequence[str]) -> dict[str, str]:
+    """Return configuration -> name of its arm: the file name, or the whole path where two files have the same name.
+
+    Example:
+        >>> arm_names(["glyphs_batch", "one/config.yaml", "two/config.yaml"])
+        {'glyphs_batch': 'glyphs_batch', 'one/config.yaml': 'one/config.yaml', 'two/config.yaml': 'two/config.yaml'}
+
+    Raises:
+        ValueError: If a configuration is named twice.
+    """
+    _refuse_repeats("--configs", configs)
+    stems = [Path(config).stem for config in configs]
+    return {config: stem if stems.count(stem) == 1 else config for config, stem in zip(configs, stems, strict=True)}
+
+
+def _refuse_repeats(option: str, values: Sequence[Any]) -> None:
+    """Refuse the same run twice, which would count as two in the table."""
+    repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if repeated:
+        raise ValueError(
+            f"Expected `{option}` without repeats but got {repeated[0]} {values.count(repeated[0])} times. "
+            "Name each once. Other seeds train it again."
+        )
 
 
 def build_run(config: str, arguments: Sequence[str], seed: int) -> MemdmlCLI:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from support.children import run_python
 
-from lightning_memdml.demo import comparison_table
+from lightning_memdml.demo import comparison_table, demo
+from lightning_memdml.packaged_configs import FOLDER
 
 SMALL = """--data.num_classes 20 --model.backbone.width=4 --trainer.max_steps=2 --trainer.val_check_interval=2
     --trainer.enable_progress_bar=false"""
@@ -34,6 +36,30 @@ def test_a_wrong_name_is_refused_before_the_first_run(tmp_path: Path) -> None:
     done = run_python("-c", code, "demo", "--configs", "glyphs_batch", "glyphs_memry", *SMALL.split(), cwd=tmp_path)
     assert "but got 'glyphs_memry'. Did you mean 'glyphs_memory'?" in done.stdout
     assert "seed 0" not in done.stdout
+
+
+def test_configurations_of_the_same_file_name_are_arms_of_their_own(tmp_path: Path, glyph_cache: str) -> None:
+    """The folder of every run has a `config.yaml`."""
+    for run, config in (("one", "glyphs_batch"), ("two", "glyphs_memory")):
+        (tmp_path / run).mkdir()
+        shutil.copy(FOLDER / f"{config}.yaml", tmp_path / run / "config.yaml")
+    command = ["-m", "lightning_memdml", "demo", *SMALL.split(), "--configs", "one/config.yaml", "two/config.yaml"]
+    run_python(*command, cwd=tmp_path, env={"LIGHTNING_MEMDML_CACHE": glyph_cache})
+    table = (tmp_path / "runs/demo.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert rows == [["| one/config.yaml", "1"], ["| two/config.yaml", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--configs", "glyphs_batch", "glyphs_batch"], "Expected `--configs` without repeats but got glyphs_batch 2"),
+        (["--seeds", "1", "0", "1"], "Expected `--seeds` without repeats but got 1 2 times"),
+    ],
+)
+def test_the_same_run_is_not_counted_twice(options: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        demo([*options, *SMALL.split()])
 
 
 @pytest.mark.parametrize(("values", "cell"), [([61.04], "61.0"), ([60.0, 62.0], "61.0 ± 1.4")])

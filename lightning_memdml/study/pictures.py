@@ -251,9 +251,20 @@ class _Panel(NamedTuple):
 
 
 def plot_training(results: Results, data: str, score: str) -> Figure | None:
-    """Draw loss and validation score over the steps, averaged over seeds; `None` without records."""
-    validated = _Panel(f"{score_name(score)} of validation classes, percent", "validation", score, 100)
-    return _plot_series(results, data, (_Panel("training loss", "training", "loss"), validated))
+    """Draw loss and validation score over the steps, averaged over seeds; `None` without curves.
+
+    Runs that validated only once have no curve of the score: all their points would lie at one step.
+    """
+    return _plot_series(results, data, (_Panel("training loss", "training", "loss"), _validation(score)))
+
+
+def has_validation_curve(results: Results, data: str, score: str) -> bool:
+    """Return whether `plot_training` draws the validation score: an arm was validated more than once."""
+    return bool(_curves(results, data, _validation(score)))
+
+
+def _validation(score: str) -> _Panel:
+    return _Panel(f"{score_name(score)} of validation classes, percent", "validation", score, 100)
 
 
 def plot_drift(results: Results, data: str) -> Figure | None:
@@ -262,16 +273,16 @@ def plot_drift(results: Results, data: str) -> Figure | None:
     return _plot_series(results, data, (drift, _Panel("weighted negatives per anchor", "memory", "negatives")))
 
 
+def _curves(results: Results, data: str, panel: _Panel) -> dict[str, list[tuple[float, float]]]:
+    """Return the mean over seeds of each arm with records; empty if no run has two points, which make a curve."""
+    runs = {arm: [panel.series(record) for record in results.of(arm, data)] for arm in results.study.arms}
+    if not any(len(points) > 1 for series in runs.values() for points in series):
+        return {}
+    return {arm: mean for arm, series in runs.items() if (mean := _mean_series(series))}
+
+
 def _plot_series(results: Results, data: str, panels: Sequence[_Panel]) -> Figure | None:
-    lines = {
-        panel.title: {
-            arm: mean
-            for arm in results.study.arms
-            if (mean := _mean_series([panel.series(record) for record in results.of(arm, data)]))
-        }
-        for panel in panels
-    }
-    lines = {title: arms for title, arms in lines.items() if arms}
+    lines = {panel.title: curves for panel in panels if (curves := _curves(results, data, panel))}
     if not lines:
         return None
     arms = list(results.study.arms)

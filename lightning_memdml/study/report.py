@@ -142,11 +142,11 @@ def compose(results: Results, judged: Sequence[JudgedClaim], drawn: dict[str, An
             f"Scores{of_data}", _SCORES_TEXT.format(level=_percent(study)), picture, scores_table(results, data)
         )
         if f"{data}_training" in drawn:
-            text = (
-                "Mean over seeds. Values of different losses cannot be compared; validation scores can. Validation "
-                "classes are not trained on."
-            )
-            yield Section(f"Training{of_data}", text, (f"{data}_training", "Loss and validation score over the steps"))
+            validated = pictures.has_validation_curve(results, data, study.scores[0])
+            can = "; validation scores can. Validation classes are not trained on" if validated else ""
+            text = f"Mean over seeds. Values of different losses cannot be compared{can}."
+            words = f"Loss{' and validation score' if validated else ''} over the steps"
+            yield Section(f"Training{of_data}", text, (f"{data}_training", words))
         if f"{data}_similarities" in drawn:
             words = "Similarities of test images to their own class and to others"
             text = "After training. Retrieval fails where the two overlap. Each histogram is scaled to sum 1."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.studies import CLAIM, frozen, results
 
-from lightning_memdml.study.pictures import break_name, plot_claims
+from lightning_memdml.study.pictures import break_name
 from lightning_memdml.study.report import _html_cell, power_in_words, rule_in_words
 from lightning_memdml.study.statistics import Estimate, Expectation, Interval, Judgement, Verdict, joint_verdict
 from lightning_memdml.study.tables import claims_table, members_table, scores_table
@@ -78,15 +78,6 @@ def test_a_joint_verdict_follows_from_the_verdicts_the_signs_and_the_mean(
 
 def judgement(verdict: Verdict, mean: float) -> Judgement:
     return Judgement(verdict, Estimate(mean, 1.0, 4.0), 0.95, Interval(mean - 3, mean + 3), 0.5)
-
-
-def test_the_picture_of_claims_draws_no_interval_that_hides_a_difference(tmp_path: Path) -> None:
-    for birds, drawn in ((7, 2), (15, 3)):
-        means = {"birds": {"a": birds, "b": 10}, "groceries": {"a": 40, "b": 20}}
-        figure = plot_claims(results(tmp_path, means).claims())
-        assert figure is not None
-        assert len(figure.axes) == 3
-        assert sum(any(line.get_marker() == "o" for line in axes.lines) for axes in figure.axes) == drawn
 
 
 def test_a_data_set_that_misses_the_control_decides_nothing(tmp_path: Path) -> None:

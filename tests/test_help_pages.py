@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +96,7 @@ sys.exit(code)
 
 
 def test_every_page_comes_before_torch_in_half_a_second(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="the time of a process, which Windows does not tell")
     for name in COMMANDS:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(

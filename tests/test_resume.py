@@ -101,6 +101,7 @@ def different(a: Any, b: Any, name: str = "") -> list[str]:
     return [] if (torch.equal(a, b) if isinstance(a, Tensor) else a == b) else [name]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_at_a_random_step_and_resumed_equals_the_uninterrupted_one(
     ranks: int, tmp_path_factory: pytest.TempPathFactory

@@ -47,6 +47,7 @@ def test_the_first_line_of_a_failure_is_what_the_rank_raised() -> None:
         run_ranks(2, one_raises)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_rank_can_be_killed_and_the_others_do_not_outlive_it() -> None:
     assert run_ranks(2, one_is_killed, killed=1) == []
     with pytest.raises(ChildError, match="was not killed"):

@@ -114,6 +114,7 @@ def fill(kept: PixelCache, rows: list[int]) -> None:
         kept(row)
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="starts processes by fork")
 def test_processes_that_write_at_the_same_time_leave_the_right_pixels(tmp_path):
     records = photographs(tmp_path)
     kept, log = cache(tmp_path, records)
@@ -243,7 +244,12 @@ def test_workers_are_the_cores_of_each_rank_unless_said(tmp_path, monkeypatch):
     assert torch.utils.data.DataLoader is type(Photographs(tmp_path / "images", num_workers=0).test_dataloader())
 
 
-@pytest.mark.parametrize("kind", ["symbolic link", "broken link", "hard link", "pipe", "folder"])
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+
+
+@pytest.mark.parametrize(
+    "kind", ["symbolic link", "broken link", "hard link", pytest.param("pipe", marks=needs_pipes), "folder"]
+)
 def test_a_planted_file_is_neither_followed_nor_overwritten(tmp_path, kind):
     records = photographs(tmp_path)
     kept, _ = cache(tmp_path, records)

@@ -6,6 +6,7 @@ Each entry gives its reason and the versions it was tested with. `tests/test_com
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,25 @@ def all_gather_single(output: Tensor, input: Tensor, async_op: bool = False) -> 
     # Looked up at each call, so that a test can count the calls.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(output, input, async_op=async_op)
+
+
+def products_of_pairs(starts: Tensor, columns: Tensor, anchors: Tensor, references: Tensor) -> Tensor:
+    """Return the products of some pairs of rows, anchor by anchor, `(N,)`. On a CPU.
+
+    The one sparse product that torch computes without MKL too. torch warns once that its sparse tensors may change, and
+    that it does not check them. Tested with torch 2.10 and 2.14.
+
+    Args:
+        starts: How many pairs the anchors before have, `(B + 1,)`.
+        columns: The reference of each pair, `(N,)`.
+        anchors: `(B, D)`.
+        references: `(Q, D)`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse ", category=UserWarning)
+        nothing = anchors.new_zeros(len(columns))
+        pairs = torch.sparse_csr_tensor(starts, columns, nothing, (len(anchors), len(references)))
+        return torch.sparse.sampled_addmm(pairs, anchors, references.T).values()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.compile import from_compiled
+from support.children import run_python
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
@@ -68,6 +69,22 @@ def test_avx512_bf16_is_read_from_the_public_function_or_else_from_the_private_o
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
     assert compat.has_avx512_bf16.__wrapped__() is has
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2), (0, 3), (2, 0)], [(1, 1)], []])
+def test_products_of_pairs_are_those_of_the_whole_matrix_without_a_warning(pairs):
+    code = f"""
+import warnings, torch
+warnings.simplefilter("error")
+from lightning_memdml import compat
+from support.children import run_python
+pairs, x, r = {pairs}, torch.randn(3, 5), torch.randn(4, 5)
+rows, columns = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+starts = torch.tensor([sum(row < k for row, _ in pairs) for k in range(4)])
+found = compat.products_of_pairs(starts, columns, x, r)
+torch.testing.assert_close(found, (x @ r.T)[rows, columns])
+"""
+    run_python("-c", code)
 
 
 def test_this_torch_has_a_function_that_knows_avx512_bf16():

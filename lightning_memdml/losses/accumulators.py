@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
-from lightning_memdml.losses.row_ops import HOST_DEVICES, WIDENING_DEVICES, exp_, row_max
+from lightning_memdml.losses.row_ops import HOST_DEVICES, WIDENING_DEVICES, exp_, flatnonzero, row_max
+from lightning_memdml.losses.shared_references import LeftOut
 
 SAMPLE = 256  # columns that are looked at first
 DENSE_SHARE = 0.5  # above this share of columns to be kept, gathering them costs more than it saves
@@ -52,16 +53,17 @@ class NegativeAccumulator:
             excluded: The pairs that are not negatives, see `fill`.
         """
         if self.loss.needs_hardest:
-            fill(similarity, excluded, -torch.inf)
+            similarity = fill(similarity, excluded, -torch.inf)
             torch.maximum(self.hardest, row_max(similarity), out=self.hardest)
-        fill(similarity, excluded, self.loss.fill_value)  # finite for most losses, whose functions may not take -inf
+        # Finite for most losses, whose functions may not take -inf.
+        similarity = fill(similarity, excluded, self.loss.fill_value)
         weights, values, sums = self.loss.negative_terms(similarity, self.context)
         if sums is not None:
             self.sums = sums if self.sums.shape[1] == 0 else self.sums + sums
         if self.loss.exponential:
             weights = self._softmax_numerators(fill(weights, excluded, -torch.inf), values)
         else:
-            fill(weights, excluded, 0.0)
+            weights = fill(weights, excluded, 0.0)
             if values is not None:
                 self.total.add_(fill(values, excluded, 0.0).sum(dim=1))
         if self.gradient is None:
@@ -137,7 +139,7 @@ class HardestNegativeAccumulator(NegativeAccumulator):
 
     def add(self, similarity: Tensor, references: Tensor, columns: Columns, excluded: Tensor | None = None) -> None:
         """Keep the hardest of those kept so far and of the block."""
-        fill(similarity, excluded, -torch.inf)
+        similarity = fill(similarity, excluded, -torch.inf)
         best, places = similarity.topk(min(self.kept, similarity.shape[1]), dim=1)
         self._keep(best, places + columns.start if isinstance(columns, slice) else columns[places])
 
@@ -186,9 +188,9 @@ def make_accumulators(
 
 
 def add_block(
-    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, columns: slice, scratch: Tensor
+    accumulators: list[NegativeAccumulator], references: Tensor, left_out: LeftOut, columns: slice, scratch: Tensor
 ) -> bool:
-    """Add a block of plain negatives to all accumulators: one product for all, and a second one for each.
+    """Add a block of negatives to all accumulators: one product for all, and a second one for each.
 
     On a CPU, a loss with a threshold (`LossDefinition.negative_threshold`) skips the columns in which no anchor is
     above it: they take part in the first product only. With a trained network these are nearly all.
@@ -196,14 +198,14 @@ def add_block(
     Args:
         accumulators: Of the parts of one loss, with the same anchors.
         references: All references, `(M, D)`.
-        is_shared: True for the references to leave out, `(M,)`.
+        left_out: The references or pairs to leave out.
         columns: The references of the block.
         scratch: At least `B * n` numbers, overwritten.
 
     Returns:
         Whether few columns have a similarity above a threshold. Always false on a GPU, where they are not counted.
     """
-    anchors, block, excluded = accumulators[0].anchors, references[columns], is_shared[columns]
+    anchors, block = accumulators[0].anchors, references[columns]
     on_host = anchors.device.type in HOST_DEVICES
     # A CPU widens references in 16 bits, which costs it less than rounding the anchors. A CUDA GPU multiplies in 16
     # bits with sums in float32. A GPU gets indices as a mask: the host would wait for their number.
@@ -215,26 +217,25 @@ def add_block(
     else:
         torch.mm(anchors.to(block.dtype), block.T, out_dtype=anchors.dtype, out=similarity)
     few = True
-    pairs_to_fill = excluded.nonzero().squeeze(1) if on_host else excluded
     for accumulator in accumulators:
-        kept = columns_above(similarity, accumulator.threshold, excluded) if on_host else None
+        kept = columns_above(similarity, accumulator.threshold, left_out.is_shared[columns]) if on_host else None
         few &= kept is not None and kept.shape[0] <= SPARSE_SHARE * block.shape[0]
         if kept is None:
             own = similarity if accumulator is accumulators[-1] else similarity.clone()  # it is overwritten
-            accumulator.add(own, block, columns, pairs_to_fill)
+            accumulator.add(own, block, columns, left_out.in_block(columns))
         else:
             own, rows = similarity.index_select(1, kept), block.index_select(0, kept)
-            accumulator.add(own, rows, kept + columns.start)
+            accumulator.add(own, rows, kept + columns.start, left_out.in_block(columns, kept))
     return few
 
 
-def columns_above(similarity: Tensor, threshold: Tensor | float, excluded: Tensor) -> Tensor | None:
+def columns_above(similarity: Tensor, threshold: Tensor | float, is_shared: Tensor) -> Tensor | None:
     """Return the columns in which an anchor is above its threshold, or `None` where it pays to take them all.
 
     Args:
         similarity: `(B, n)`.
         threshold: One number, or one per anchor `(B,)`.
-        excluded: Columns to leave out, `(n,)`.
+        is_shared: Columns to return in any case, `(n,)`.
 
     Returns:
         Ascending numbers of columns. `None` if more than half of all columns, or of the first 256, are above.
@@ -248,25 +249,27 @@ def columns_above(similarity: Tensor, threshold: Tensor | float, excluded: Tenso
             is_above = (block - threshold[:, None]).amax(dim=0) > 0
         else:
             is_above = block.amax(dim=0) > threshold
-        if is_above.sum() > DENSE_SHARE * width:
+        if is_above.count_nonzero() > DENSE_SHARE * width:
             return None
-    return (is_above & ~excluded).nonzero().squeeze(1)
+    return flatnonzero(is_above | is_shared)
 
 
 def fill(block: Tensor, excluded: Tensor | None, value: float) -> Tensor:
-    """Overwrite the excluded pairs of a block `(B, n)` with a number, in place.
+    """Return a block `(B, n)` with a number in place of the excluded pairs. It is overwritten.
 
     Args:
         block: `(B, n)`.
-        excluded: The numbers of whole columns, int64; or a mask `(n,)` or `(B, n)`; or `None` for no pair. Numbers
-            cost a tenth of a mask on a CPU. On a GPU the host would wait for them.
+        excluded: The numbers `row * n + column` of the pairs, int64; or a mask `(n,)` or `(B, n)`; or `None` for no
+            pair. Numbers cost a tenth of a mask on a CPU. On a GPU the host would wait for them.
         value: The number.
     """
     if excluded is None:
         return block
     if excluded.dtype == torch.bool:
         return block.masked_fill_(excluded, value)
-    return block.index_fill_(1, excluded, value)
+    block = block.contiguous()
+    block.view(-1).index_fill_(0, excluded, value)
+    return block
 
 
 def add_product_in_16_bits(total: Tensor, weights: Tensor, references: Tensor) -> Tensor:

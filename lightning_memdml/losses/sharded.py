@@ -20,14 +20,8 @@ from torch import Tensor
 from lightning_memdml.losses.accumulators import make_accumulators
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
 from lightning_memdml.losses.row_ops import HOST_DEVICES
-from lightning_memdml.losses.streaming import (
-    BLOCK_ELEMENTS,
-    GPU_BLOCK_ELEMENTS,
-    add_plain_negatives,
-    find_shared,
-    finish,
-    shared_blocks,
-)
+from lightning_memdml.losses.shared_references import GPU_BLOCK_ELEMENTS, LeftOut, find_shared, shared_blocks
+from lightning_memdml.losses.streaming import add_negatives, finish
 
 
 class Ranks(Protocol):
@@ -76,16 +70,21 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
     # The negatives of this share, for the anchors of all ranks.
     shares = make_accumulators(loss, contexts, all_anchors, references)
     number = (~shared.mask).sum().expand(all_anchors.shape[0])
-    add_plain_negatives(shares, references, shared.mask, loss.backend, pairs.read_rounded)
-    pairs_per_block = BLOCK_ELEMENTS if anchors.device.type in HOST_DEVICES else GPU_BLOCK_ELEMENTS
-    # One empty block, which gives further sums their shape, where there are no such references.
-    for columns in shared.columns.split(max(256, pairs_per_block // all_anchors.shape[0])):
-        rows = references[columns].to(anchors.dtype)
-        negative = pair_masks(all_labels, ref_labels[columns], all_indices, ref_indices[columns])[1]
-        number = number + negative.sum(dim=1)
+    # On a GPU the shared references are added here. On a CPU one empty block, which gives further sums their shape.
+    left_out, columns = LeftOut(shared.mask, None), shared.columns
+    if anchors.device.type in HOST_DEVICES:
+        is_negative = pair_masks(all_labels, ref_labels[columns], all_indices, ref_indices[columns])[1]
+        number = number + is_negative.sum(dim=1)
+        rows, places = (~is_negative).nonzero().unbind(dim=1)
+        left_out, columns = LeftOut(shared.mask, (rows, columns[places])), columns[:0]
+    for block in columns.split(max(256, GPU_BLOCK_ELEMENTS // all_anchors.shape[0])):
+        rows = references[block].to(anchors.dtype)
+        is_negative = pair_masks(all_labels, ref_labels[block], all_indices, ref_indices[block])[1]
+        number = number + is_negative.sum(dim=1)
         similarity = all_anchors @ rows.T
         for share in shares:
-            share.add(similarity.clone(), rows, columns, ~negative)
+            share.add(similarity.clone(), rows, block, ~is_negative)
+    add_negatives(shares, references, left_out, loss.backend, pairs.read_rounded)
     states = [number[:, None].to(anchors.dtype), *(share.state() for share in shares)]
     received = ranks.all_to_all(torch.cat(states, dim=1), counts)
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums, powers
-from lightning_memdml.losses.row_ops import HOST_DEVICES
+from lightning_memdml.losses.row_ops import HOST_DEVICES, flatnonzero
 
-# Up to this number of positives per anchor, comparing a block with each of them is faster than bisection.
-FEW_POSITIVES = 24
+FEW_TRIPLETS = 1 << 17  # that are compared at once: beyond, a tensor of all of them costs more than calls of torch
+# Up to this number of positives per anchor, comparing a block with each of them is faster than a table.
+FEW_POSITIVES = 16
+EDGE_BUCKETS = 512  # of that table, for each anchor. With twice as many it takes longer to make.
 # The value of a triplet in the soft form and its derivative, as polynomials of s_in and s_ip.
 SOFTPLUS = DifferencePolynomial(lambda difference: np.logaddexp(0, difference))
 SIGMOID = DifferencePolynomial(lambda difference: 1 / (1 + np.exp(-difference)))
@@ -31,9 +33,9 @@ class TripletLoss(PairLoss):
 
     In the soft form the counts become sums of $\sigma(s_{in} - s_{ip})$. No triplet is ever stored.
 
-    The hinge form compares the positives of an anchor with its negatives one after the other, so its cost grows with
-    their number, and the host waits for a GPU to learn it. The cost of the soft form does not: its terms are computed
-    as polynomials of the two similarities, which are exact up to rounding for embeddings of unit length only.
+    The cost of the hinge form grows with the number of positives of an anchor, and the host waits for a GPU to learn
+    it. The cost of the soft form does not: its terms are computed as polynomials of the two similarities, which are
+    exact up to rounding for embeddings of unit length only.
 
     Denominator: summed over triplets, averaged over the B anchors. The value grows with the memory.
 
@@ -87,8 +89,12 @@ class TripletLoss(PairLoss):
         if self.soft:
             return NegativeTerms(polynomial(similarity, context[1]), sums=power_sums(similarity))
         edges = context[0] - self.margin
+        if similarity.numel() * edges.shape[1] <= FEW_TRIPLETS:
+            return _count_at_once(similarity, edges)
         if edges.shape[1] <= FEW_POSITIVES:
             return _count_one_by_one(similarity, edges)
+        if similarity.device.type in HOST_DEVICES:
+            return _count_by_buckets(similarity, edges)
         return _count_by_bisection(similarity, edges)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
@@ -124,6 +130,11 @@ def _rows_with_positive(positives: Tensor) -> list[int]:
     return ((positives < torch.inf) * row_number[:, None]).amax(dim=0).tolist()
 
 
+def _count_at_once(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+    violated = (similarity[:, None] > edges[:, :, None]).to(similarity.dtype)  # (B, K, n)
+    return NegativeTerms(violated.sum(dim=1), sums=violated.sum(dim=2))
+
+
 def _count_one_by_one(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     weights, scratch = torch.zeros_like(similarity), torch.empty_like(similarity)
     counts = torch.zeros_like(edges.T)
@@ -144,3 +155,57 @@ def _count_by_bisection(similarity: Tensor, edges: Tensor) -> NegativeTerms:
     at_most = histogram.view(-1, bins).cumsum(dim=1)  # negatives with at most k violated triplets
     counts = at_most[:, -1:] - at_most[:, :-1]
     return NegativeTerms(violated.to(similarity.dtype), sums=counts.to(similarity.dtype))
+
+
+def _count_by_buckets(similarity: Tensor, edges: Tensor) -> NegativeTerms:
+    """Count the violated triplets of those negatives that violate any. On a CPU.
+
+    Where an anchor has a hundred positives, this takes a fifth of the time of bisection for every negative.
+    """
+    (rows, width), most = similarity.shape, edges.shape[1]
+    violating = flatnonzero(similarity > edges[:, :1])
+    weights = torch.zeros_like(similarity, memory_format=torch.contiguous_format)
+    if len(violating) == 0:
+        return NegativeTerms(weights, sums=torch.zeros_like(edges))
+    ends = np.searchsorted(violating.numpy(), np.arange(1, rows + 1) * width)
+    number = torch.from_numpy(np.diff(ends, prepend=0))
+    row = torch.arange(rows, dtype=torch.int32).repeat_interleave(number, output_size=len(violating))
+    places = _edges_below(similarity.reshape(-1).index_select(0, violating), row, edges)
+    counts = torch.bincount(places - 1, minlength=rows * most).view(rows, most)  # by the last violated triplet
+    counts = counts.flip(1).cumsum(dim=1).flip(1)
+    weights.view(-1).index_copy_(0, violating, places.sub_(row, alpha=most).to(weights.dtype))
+    return NegativeTerms(weights, sums=counts.to(similarity.dtype))
+
+
+def _edges_below(similarity: Tensor, row: Tensor, edges: Tensor) -> Tensor:
+    """Return how many edges are below a similarity, and all K edges of each earlier anchor, `(N,)`.
+
+    A table has the answer for each of 512 equal intervals, its buckets. Only the similarities that share a bucket with
+    an edge are looked up by bisection, which takes 15 ns for each.
+
+    Args:
+        similarity: Above the lowest edge of its anchor, `(N,)`.
+        row: The anchor of each, `(N,)`.
+        edges: Ascending and padded with `inf`, `(B, K)`, one of them finite.
+    """
+    rows = torch.arange(len(edges), dtype=torch.int32)[:, None]
+    lowest, largest = edges.min(), edges.masked_fill(edges.isinf(), -torch.inf).max()
+    scale = (EDGE_BUCKETS - 2) / (largest - lowest).clamp_min(1e-6)
+
+    def bucket(numbers: Tensor, row: Tensor) -> Tensor:
+        # Rounding keeps order: what is in a higher bucket than an edge is above it. The last bucket has only padding.
+        within = numbers.sub(lowest).mul_(scale).clamp_max_(EDGE_BUCKETS - 1).int()
+        return within.add_(row, alpha=EDGE_BUCKETS)
+
+    in_bucket = torch.bincount(bucket(edges, rows).flatten(), minlength=len(edges) * EDGE_BUCKETS)
+    has_edge = in_bucket.view(-1, EDGE_BUCKETS) > 0
+    has_edge[:, -1] = False
+    buckets = bucket(similarity, row)
+    places = in_bucket.cumsum(dim=0).sub_(in_bucket).index_select(0, buckets)
+    unclear = flatnonzero(has_edge.view(-1).index_select(0, buckets))
+    # The edges of all anchors as one ascending list, each anchor's in an interval of its own. In float64 they stay
+    # 2^-44 apart, which is less than the error of a similarity.
+    span = float(torch.maximum(largest.abs(), lowest.abs())) + 2.0
+    listed = edges.double().clamp_max(span).add_(rows, alpha=2 * span).flatten()
+    keys = similarity.index_select(0, unclear).double().add_(row.index_select(0, unclear), alpha=2 * span)
+    return places.index_copy_(0, unclear, torch.searchsorted(listed, keys))

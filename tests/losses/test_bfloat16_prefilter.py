@@ -121,17 +121,17 @@ def test_columns_above_are_those_above_a_threshold(one_threshold: bool) -> None:
     """`None` means more than half of all columns, or of the first ones."""
     similarity = torch.zeros(3, 2000)
     threshold = 0.5 if one_threshold else torch.tensor([0.5, 0.7, 0.9])
-    excluded = torch.zeros(2000, dtype=torch.bool)
-    hits = torch.tensor([3, 300, 301, 1999])
-    similarity[torch.tensor([0, 1, 2, 0]), hits] = 0.95
-    excluded[301] = True
-    assert accumulators.columns_above(similarity, threshold, excluded).tolist() == [3, 300, 1999]
+    is_shared = torch.zeros(2000, dtype=torch.bool)
+    hits = torch.tensor([3, 300, 1999])
+    similarity[torch.tensor([0, 1, 0]), hits] = 0.95
+    is_shared[[300, 301]] = True
+    assert accumulators.columns_above(similarity, threshold, is_shared).tolist() == [3, 300, 301, 1999]
     similarity[1, : accumulators.SAMPLE] = 0.95
-    assert accumulators.columns_above(similarity, threshold, excluded) is None
-    assert accumulators.columns_above(similarity.flip(1), threshold, excluded).shape[0] == accumulators.SAMPLE + 3
+    assert accumulators.columns_above(similarity, threshold, is_shared) is None
+    assert accumulators.columns_above(similarity.flip(1), threshold, is_shared).shape[0] == accumulators.SAMPLE + 4
     similarity[1] = 0.95
     similarity[1, : accumulators.SAMPLE] = 0.0
-    assert accumulators.columns_above(similarity, threshold, excluded) is None
+    assert accumulators.columns_above(similarity, threshold, is_shared) is None
 
 
 def test_it_is_not_used_where_many_columns_are_above_a_threshold(filtered: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ from support.gpu import Count
 from support.losses import loss_cases
 
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses import shared_references
 
 LOSSES = {name: case[0] for name, case in loss_cases().items()} | {
     "hybrid with hardest": ml.HybridLoss(ml.MultiSimilarityLoss(), ml.DirectWeightLoss(hardest_negatives=7)),
@@ -77,7 +77,7 @@ def value_and_gradient(loss, x, *args, **kwargs):
 @pytest.mark.parametrize("name", LOSSES)
 def test_shares_give_the_loss_of_the_whole(name, max_pairs, monkeypatch):
     """Three ranks with 5, 4 and no anchors, and shares of 300, no and 90 references."""
-    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", max_pairs)
+    monkeypatch.setattr(shared_references, "MAX_PAIRS_PER_CHUNK", max_pairs)
     loss = LOSSES[name]
     x, y = unit(9, 0), torch.arange(9) // 3
     r, ry = torch.cat([x[:6], unit(384, 1)]), torch.cat([y[:6], torch.arange(384) % 50])

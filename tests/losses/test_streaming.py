@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from support.gpu import Count
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memdml as ml
-from lightning_memdml.losses import accumulators, streaming
+from lightning_memdml.losses import accumulators, shared_references, streaming
 from lightning_memdml.losses.definition import Pairs
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
@@ -45,7 +46,7 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor._is_view():
                 self.elements = max(self.elements, tensor.numel())
         return out
 
@@ -55,12 +56,23 @@ def test_no_tensor_of_all_pairs_is_made(loss, classes, monkeypatch):
     x, y, r, ry = batch_and_memory(rows=64, references=10_000, dim=4, classes=classes)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 64 * 1024)
-    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 64 * 1024)
+    monkeypatch.setattr(shared_references, "MAX_PAIRS_PER_CHUNK", 64 * 1024)
     unknown = torch.full((10_000,), -1)
     with LargestTensor() as largest:  # a mode does not see into the operator, so what it runs is called
         streaming.evaluate(loss, Pairs(x, y, r, ry, torch.arange(64) + 2**16 - 8, unknown))
     assert largest.elements >= 64 * 1000  # it does see the blocks
     assert largest.elements < 64 * 10_000 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_cpu_no_pair_is_multiplied_twice(dtype, monkeypatch):
+    """Half of the references share a class with the batch, and an anchor has a hundred positives."""
+    x, y, r, ry = batch_and_memory(rows=16, references=3200, dim=64, classes=32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    unknown = torch.full((3200,), -1)
+    with Count() as count:
+        streaming.evaluate(ml.SupConLoss(), Pairs(x, y, r.to(dtype), ry, unknown[:16], unknown))
+    assert count.multiplications == 2 * 16 * 3200 * 64, "similarities and gradient"
 
 
 @pytest.mark.parametrize(("threads", "width"), [(1, 1024), (2, 2048), (16, 16_384), (64, 16_384)])
@@ -80,7 +92,7 @@ def test_evaluating_the_anchors_in_chunks_changes_no_result(loss, monkeypatch):
     x.requires_grad_()
     whole = loss(x, y, r, ry)
     (wanted,) = torch.autograd.grad(whole, x)
-    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 3000)
+    monkeypatch.setattr(shared_references, "MAX_PAIRS_PER_CHUNK", 3000)
     parts = loss(x, y, r, ry)
     torch.testing.assert_close((parts, *torch.autograd.grad(parts, x)), (whole, wanted))
 

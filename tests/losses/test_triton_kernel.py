@@ -17,7 +17,7 @@ from support.children import run_python
 from torch import Tensor
 
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses import shared_references, streaming
 from lightning_memdml.losses.definition import Pairs, pair_masks
 
 triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
@@ -198,7 +198,7 @@ def test_the_kernels_find_and_compare_the_shared_references() -> None:
         number = int(is_shared.sum())
         for bound in (None, number, number + 9):
             bounds = None if bound is None else [bound]
-            found = streaming.find_shared(given._replace(max_shared=bounds), by_triton=True)
+            found = shared_references.find_shared(given._replace(max_shared=bounds), by_triton=True)
             assert torch.equal(found.mask, is_shared)
             assert found.columns.tolist() == is_shared.nonzero().flatten().tolist() + [-1] * (
                 (bound or number) - number
@@ -212,14 +212,14 @@ def test_the_kernels_find_and_compare_the_shared_references() -> None:
             assert torch.equal(compared.number, masks[1].sum(dim=1))
         if DEVICE == "cpu":  # on a GPU the error would end every later test
             with pytest.raises(RuntimeError, match=f"Expected at most `max_shared={number - 1}` references"):
-                streaming.find_shared(given._replace(max_shared=[number - 1]), by_triton=True)
+                shared_references.find_shared(given._replace(max_shared=[number - 1]), by_triton=True)
 
 
 @pytest.mark.parametrize("name", ["multi-similarity", "soft triplet", "triplet"])
 def test_anchors_with_too_many_shared_references_are_compared_in_halves(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "MAX_PAIRS_PER_CHUNK", 20 * 200)
+    monkeypatch.setattr(shared_references, "MAX_PAIRS_PER_CHUNK", 20 * 200)
     given = pairs(20, 700, 24, DTYPE)._replace(max_shared=[80, 160, 320, 640, 700])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the hinge form of the triplet loss has no kernel
@@ -241,7 +241,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import lightning_memdml as ml
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses import shared_references, streaming
 from lightning_memdml.losses.backends.triton import kernel, merging, shared
 from lightning_memdml.losses.definition import Pairs
 

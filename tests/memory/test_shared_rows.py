@@ -128,8 +128,8 @@ def test_passes_and_arithmetic_do_not_grow_with_the_ranks(
     """Per rank, with 512 anchors each, whose rows all enter the same memory."""
     labels = classes(rows)
     entering = np.stack([labels, np.arange(rows)])
-    done, add = [], streaming.add_plain_negatives
-    monkeypatch.setattr(streaming, "add_plain_negatives", lambda *args: (called.append(1), add(*args)))
+    done, add = [], streaming.add_negatives
+    monkeypatch.setattr(streaming, "add_negatives", lambda *args: (called.append(1), add(*args)))
     for world in (1, 8, 64, 512):
         counts = SharedRowCounts(rows)
         for start in range(0, rows, 512 * world):

@@ -59,7 +59,7 @@ class Count(TorchDispatchMode):
         self.launches += 1
         self.names.append(str(packet))
         if packet in PRODUCTS:
-            left, right = [value for value in given if value.ndim >= 2][-2:]
+            left, right = [value for value in args if isinstance(value, Tensor) and value.ndim >= 2][-2:]  # not `out`
             self.multiplications += left.numel() * right.shape[-1]
         elif max(value.numel() for value in (*given, *made)) >= self.smallest:
             self.bytes += sum(value.numel() * value.element_size() for value in (*given, *made))

@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_memdml import bfloat16
 from lightning_memdml.bfloat16_copy import RoundedRows, round_rows
 from lightning_memdml.losses.accumulators import DENSE_SHARE, NegativeAccumulator
+from lightning_memdml.losses.row_ops import flatnonzero
+from lightning_memdml.losses.shared_references import LeftOut
 
 
 class BFloat16Prefilter:
@@ -34,26 +36,26 @@ class BFloat16Prefilter:
         self._rounded: RoundedRows | None = None
 
     def add_block(
-        self, accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor, columns: slice
+        self, accumulators: list[NegativeAccumulator], references: Tensor, left_out: LeftOut, columns: slice
     ) -> bool:
         """Add the references of a block that may be above a threshold. Add nothing and return false if they are many.
 
         Args:
             accumulators: Of the parts of one loss, with these anchors.
             references: All references, `(M, D)`, float32.
-            is_shared: True for the references to leave out, `(M,)`.
+            left_out: The references or pairs to leave out.
             columns: The references of the block.
         """
         block = references[columns]
         rounded = round_rows(block) if self._read_rounded is None else self._from_memory(references, columns)
         may_be_above = self.may_be_above(rounded, [accumulator.threshold for accumulator in accumulators])
-        kept = (may_be_above & ~is_shared[columns]).nonzero().squeeze(1)
+        kept = flatnonzero(may_be_above | left_out.is_shared[columns])
         if kept.shape[0] > DENSE_SHARE * block.shape[0]:
             return False
         rows = block.index_select(0, kept)
-        similarity = accumulators[0].anchors @ rows.T
+        similarity, excluded = accumulators[0].anchors @ rows.T, left_out.in_block(columns, kept)
         for accumulator in accumulators:
-            accumulator.add(similarity.clone(), rows, kept + columns.start)
+            accumulator.add(similarity.clone(), rows, kept + columns.start, excluded)
         return True
 
     def _from_memory(self, references: Tensor, columns: slice) -> RoundedRows:

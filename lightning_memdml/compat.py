@@ -43,8 +43,8 @@ def all_gather_single(output: Tensor, input: Tensor, async_op: bool = False) -> 
 def products_of_pairs(starts: Tensor, columns: Tensor, anchors: Tensor, references: Tensor) -> Tensor:
     """Return the products of some pairs of rows, anchor by anchor, `(N,)`. On a CPU.
 
-    The one sparse product that torch computes without MKL too. torch warns once that its sparse tensors may change, and
-    that it does not check them. Tested with torch 2.10 and 2.14.
+    torch warns once that its sparse tensors may change, and that it does not check them. Tested with torch 2.10 and
+    2.14.
 
     Args:
         starts: How many pairs the anchors before have, `(B + 1,)`.

@@ -32,10 +32,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "new", "file.txt")
-        >>> with atomic_write(path) as temporary:
-        ...     written = temporary.write_text("all of it")
-        >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "new", "file.txt")
+        ...     with atomic_write(path) as temporary:
+        ...         written = temporary.write_text("all of it")
+        ...     path.read_text(), [file.name for file in path.parent.iterdir()]
         ('all of it', ['file.txt'])
     """
     # Libraries choose the format by the suffix. The random part keeps threads and processes apart.

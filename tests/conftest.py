@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -23,8 +24,10 @@ from lightning_memdml.cli import main
 # Without a GPU its kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Doctests draw a few characters too; nothing of a test run stays in the user's cache.
-os.environ.setdefault("LIGHTNING_MEMDML_CACHE", tempfile.mkdtemp(prefix="memdml"))
+# Doctests draw a few characters too; nothing of a test run stays in the user's cache, nor in the temporary folder.
+if "LIGHTNING_MEMDML_CACHE" not in os.environ:
+    os.environ["LIGHTNING_MEMDML_CACHE"] = tempfile.mkdtemp(prefix="memdml")
+    atexit.register(shutil.rmtree, os.environ["LIGHTNING_MEMDML_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

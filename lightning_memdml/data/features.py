@@ -37,11 +37,11 @@ class FeatureDataModule(RetrievalDataModule):
 
     Example:
         >>> import tempfile
-        >>> path = f"{tempfile.mkdtemp()}/features.npz"
         >>> arrays = {"label": [0, 0, 1, 1, 2, 2], "train": [True] * 4 + [False] * 2}
-        >>> np.savez(path, feature=np.ones((6, 3, 8), np.float16), **arrays)
-        >>> features = FeatureDataModule(path, batch_size=4, images_per_class=2, val_fraction=0)
-        >>> rows, labels, indices = next(iter(features.train_dataloader()))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/features.npz", feature=np.ones((6, 3, 8), np.float16), **arrays)
+        ...     data = FeatureDataModule(f"{folder}/features.npz", batch_size=4, images_per_class=2, val_fraction=0)
+        ...     rows, labels, indices = next(iter(data.train_dataloader()))
         >>> rows.shape, rows.dtype
         (torch.Size([4, 8]), torch.float32)
     """

@@ -109,9 +109,10 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
 
     Example:
         >>> import tempfile
-        >>> stem = Path(tempfile.mkdtemp(), "embeddings")
-        >>> files = write_embeddings(stem, torch.eye(2), {"path": ["a", "b"], "label": [0, 1]}, "npy")
-        >>> read_embeddings(files[0])
+        >>> columns = {"path": ["a", "b"], "label": [0, 1]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = write_embeddings(Path(folder, "embeddings"), torch.eye(2), columns, "npy")
+        ...     read_embeddings(files[0])
         (tensor([[1., 0.],
                 [0., 1.]]), {'path': ['a', 'b'], 'label': [0, 1]})
     """

@@ -231,8 +231,9 @@ class EmbeddingIndex:
         Example:
             >>> import tempfile
             >>> from pyarrow import parquet
-            >>> path = build_index(torch.eye(3)).to_parquet(Path(tempfile.mkdtemp(), "index.parquet"))
-            >>> parquet.read_table(path).column("embedding").to_pylist()[1]
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = build_index(torch.eye(3)).to_parquet(Path(folder, "index.parquet"))
+            ...     parquet.read_table(path).column("embedding").to_pylist()[1]
             [0.0, 1.0, 0.0]
         """
         columns = {**self._columns(), "index": range(len(self))}

@@ -106,9 +106,14 @@ class Embedder(nn.Module):
     ) -> None:
         super().__init__()
         if head not in get_args(HeadKind):
-            raise ValueError(f"Expected `head` to be one of {', '.join(get_args(HeadKind))} but got {head!r}.")
+            raise ValueError(
+                f"Expected `head` to be one of {', '.join(get_args(HeadKind))} but got {head!r}."
+                f"{nearest(str(head), get_args(HeadKind), ' Pass one of these.')}"
+            )
         if neck not in (None, *get_args(Neck)):
-            raise ValueError(f"Expected `neck` to be one of {', '.join(get_args(Neck))} or None but got {neck!r}.")
+            raise ValueError(
+                f"Expected `neck` to be one of {', '.join(get_args(Neck))} or None but got {neck!r}. Pass one of these."
+            )
         self.backbone = backbone
         self.pool = None if pooling is None else Pool(pooling)
         width = num_features * (1 if self.pool is None else self.pool.factor)
@@ -203,7 +208,9 @@ def build_backbone(
     path = weights_file(weights)
     if isinstance(backbone, str) and backbone.startswith(PREFIX):
         if path is None and weights not in (None, "DEFAULT"):
-            raise ValueError(f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}.")
+            raise ValueError(
+                f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}. Check the path."
+            )
         network, width = build_timm_network(backbone, pretrained=weights == "DEFAULT" and path is None)
         if path is not None:
             load_weights(network, path)
@@ -211,7 +218,9 @@ def build_backbone(
         return (FeatureMap(network), network.num_features) if feature_map else (network, width)
     if isinstance(backbone, str) and backbone.startswith(HF_PREFIX):
         if path is None and weights not in (None, "DEFAULT"):
-            raise ValueError(f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}.")
+            raise ValueError(
+                f"Expected `weights` of {backbone} to be a file or DEFAULT but got {weights!r}. Check the path."
+            )
         model = build_hf_network(backbone, pretrained=weights == "DEFAULT" and path is None, feature_map=feature_map)
         if path is not None:
             load_weights(model.model, path)
@@ -325,7 +334,8 @@ def _check_classifier(name: str) -> None:
         )
     raise ValueError(
         "Expected `backbone` to be the name of a torchvision classifier, or a module (in YAML and on the command "
-        f"line the name of its class) but got {name!r}.{nearest(name, [*names, SmallConvNet.__name__])}"
+        f"line the name of its class) but got {name!r}."
+        f"{nearest(name, [*names, SmallConvNet.__name__], ' `torchvision.models.list_models()` has the names.')}"
     )
 
 
@@ -350,17 +360,17 @@ def _enum(name: str, weights: str | None, path: Path | None) -> Any:
     if chosen not in choices:
         raise ValueError(
             f"Expected `weights` of {name} to be a file or one of {', '.join(choices)} but got {weights!r}."
-            f"{nearest(chosen, choices)}"
+            f"{nearest(chosen, choices, ' Check the path, or pass DEFAULT.')}"
         )
     return choices[chosen]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a sentence with the most similar of some names, or an empty string.
+def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """Return a sentence with the most similar of some names, or `otherwise` if none is similar.
 
     Example:
         >>> nearest("resnet05", ["resnet50", "vit_b_16"])
         " Did you mean 'resnet50'?"
     """
     close = get_close_matches(name, list(names), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {close[0]!r}?" if close else otherwise

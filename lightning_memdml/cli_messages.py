@@ -33,6 +33,11 @@ CLASSES: dict[str, Any] = {
 }
 CLASS_NAMES = [name for name in CLASSES if name[0].isupper()]
 MANY_CLASSES = 40
+PASS = " Pass one of these."
+OTHERWISE = {
+    "class": " Write one of your own with its module: my_module.MyClass.",
+    "option": " `--help_all` lists all options.",
+}
 
 #: What jsonargparse and argparse write of each mistake, and what is read of it. Their exceptions carry this text and
 #: nothing else. `tests/test_cli_messages.py` makes each mistake, and so fails if a version words it differently.
@@ -46,6 +51,7 @@ WORDING = {
     "wrong value": r"Expected a (\S.*?)\. Got value: (.+?)(?:\. Got value.*)?$",
     "value of several types": r"Given value: (.+)",
     "choices": r"Expected a typing\.Literal\[(.*?)\]",
+    "class of another kind": r"Import path ?([\w.]*) does not correspond to a subclass of (\w+)",
     "missing options": r"arguments are required: (.*)",
     "unknown option": r"unrecognized arguments: --([\w.]+)",
     "unknown option of a command": r"not accept option '([\w.]+)",
@@ -105,7 +111,7 @@ def readable(message: str, options: Sequence[str] = ()) -> str:
         "model.loss: There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?"
     """
     key = ".".join(dict.fromkeys(find("key", message)))
-    for explain in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes):
+    for explain in (_wrong_classes, _wrong_parameters, _wrong_values, _misplaced_classes, _other_kinds):
         if found := list(dict.fromkeys(explain(message))):
             return "\n".join(f"{key}: {sentence}" if key else sentence for sentence in found)
     if found := [*_missing(message, key, options), *_wrong_options(message, options)]:
@@ -134,11 +140,13 @@ def _wrong_classes(message: str) -> Iterator[str]:
 def _wrong_parameters(message: str) -> Iterator[str]:
     classes = [find_class(path) for path in find("class", message)]
     names = [name for found in classes if found is not None for name in parameters_of(found)]
+    listed = ", ".join(dict.fromkeys(name for name in names if name not in ("self", "args", "kwargs")))
     owners: dict[str, str] = {}
     for owner, name in find("unknown parameter", message):
         owners.setdefault(name, owner)
     for name, owner in owners.items():
-        yield f"{f'{owner} has' if owner else 'There is'} no option {name!r}.{nearest(name, names)}"
+        sentence = f"{f'{owner} has' if owner else 'There is'} no option {name!r}."
+        yield sentence + nearest(name, names, f" Options: {listed}." if listed else "")
 
 
 def find_class(path: str) -> Any:
@@ -149,7 +157,8 @@ def find_class(path: str) -> Any:
         return locate(path)
     except ErrorDuringImport as error:
         raise ValueError(
-            f"Expected a class or function {path} but its module cannot be imported: {error.value}."
+            f"Expected a class or function {path} but its module cannot be imported: {error.value}. "
+            "Correct the module, or install what it needs."
         ) from error
 
 
@@ -170,7 +179,7 @@ def _wrong_values(message: str) -> Iterator[str]:
         plain = [kind for kind in ("bool", "int", "float", "str") if f"Expected a <class '{kind}'>" in message]
         expected = f"one of {', '.join(choices)}" if choices else " or ".join(plain)
         if expected and "class_path" not in message and "import path" not in message:
-            yield f"Expected {expected} but got {value!r}.{nearest(value, choices)}"
+            yield f"Expected {expected} but got {value!r}.{nearest(value, choices, PASS if choices else '')}"
             return
     for kind, value in find("wrong value", message):
         kind = re.sub(r"<class '(.*)'>|typing\.", r"\1", kind)
@@ -179,12 +188,20 @@ def _wrong_values(message: str) -> Iterator[str]:
             continue
         choices = re.findall(r"'([^']*)'", kind) if kind.startswith("Literal") else []
         kind = f"one of {', '.join(choices)}" if choices else kind
-        yield f"Expected {kind} but got {value!r}.{nearest(value, choices)}"
+        yield f"Expected {kind} but got {value!r}.{nearest(value, choices, PASS if choices else '')}"
 
 
 def _misplaced_classes(message: str) -> Iterator[str]:
     for name in find("unknown class", message):
         yield f"The class {name!r} does not belong here."
+
+
+def _other_kinds(message: str) -> Iterator[str]:
+    for path, base in find("class of another kind", message):
+        yield (
+            f"Expected a class that derives from {base}, or a function that returns one, but got "
+            f"{path or 'another'}. Derive it, or annotate what the function returns: `-> {base}`."
+        )
 
 
 def _missing(message: str, key: str, options: Sequence[str]) -> Iterator[str]:
@@ -207,7 +224,7 @@ def _wrong_options(message: str, options: Sequence[str]) -> Iterator[str]:
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    return f"There is no {kind} {name!r}.{nearest(name, names)}"
+    return f"There is no {kind} {name!r}.{nearest(name, names, OTHERWISE[kind])}"
 
 
 def require_backbone(backbone: Any) -> None:
@@ -228,9 +245,12 @@ def require_backbone(backbone: Any) -> None:
         ) from error
     if name not in found:
         classes = [other for other, kind in found.items() if isinstance(kind, type)]
+        listed = ", ".join(classes) or "no class"
         raise ValueError(
-            f"Expected a class of the module {module!r} as the backbone but got {name!r}.{nearest(name, classes)}"
+            f"Expected a class of the module {module!r} as the backbone but got {name!r}."
+            f"{nearest(name, classes, f' The module has {listed}.')}"
         )
     raise ValueError(
-        f"Expected the backbone {backbone} to be a torch.nn.Module, or a function that returns one, but it is neither."
+        f"Expected the backbone {backbone} to be a torch.nn.Module, or a function that returns one, but it is neither. "
+        "Derive the class from torch.nn.Module, or annotate what the function returns: `-> torch.nn.Module`."
     )

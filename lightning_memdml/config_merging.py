@@ -62,14 +62,17 @@ def require_order(arguments: Sequence[str]) -> None:
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         early = sorted(other for other in seen if other.startswith(f"{name}."))
         if early and not {name, f"{name}+"} & seen:
-            raise ValueError(f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults.")
+            raise ValueError(
+                f"Expected {name} before {early[0]}, which it would forget: a class has its own defaults. "
+                "Exchange them."
+            )
         seen.add(name)
 
 
 def _yaml_problem(file: Path, text: str, error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return f"Expected YAML in {file} but it cannot be read: {error}."
+        return f"Expected YAML in {file} but it cannot be read: {error}. Save it again as plain text."
     line = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)]
     return (
         f"Expected YAML in {file} but line {mark.line + 1}, {line.strip()!r}, does not fit: "

@@ -73,7 +73,9 @@ class Pool(nn.Module):
     def __init__(self, kind: Pooling = "average") -> None:
         super().__init__()
         if kind not in get_args(Pooling):
-            raise ValueError(f"Expected `pooling` to be one of {', '.join(get_args(Pooling))} but got {kind!r}.")
+            raise ValueError(
+                f"Expected `pooling` to be one of {', '.join(get_args(Pooling))} but got {kind!r}. Pass one of these."
+            )
         self.kind = kind
         self.gem = GeneralizedMeanPool() if kind == "gem" else None
 
@@ -114,7 +116,9 @@ def initialize_head(head: nn.Linear, init: HeadInit) -> None:
         ValueError: For another name.
     """
     if init not in get_args(HeadInit):
-        raise ValueError(f"Expected `head_init` to be one of {', '.join(get_args(HeadInit))} but got {init!r}.")
+        raise ValueError(
+            f"Expected `head_init` to be one of {', '.join(get_args(HeadInit))} but got {init!r}. Pass one of these."
+        )
     if init == "kaiming":
         nn.init.kaiming_normal_(head.weight, mode="fan_out")
     if init == "orthogonal":

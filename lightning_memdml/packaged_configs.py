@@ -131,7 +131,7 @@ def configs(arguments: list[str]) -> None:
     if given.name is not None:
         file = find_config(given.name)
         if file is None:
-            raise ValueError(f"Expected one of {', '.join(config_names())} but got {given.name!r}.")
+            raise ValueError(f"Expected one of {', '.join(config_names())} but got {given.name!r}. Pass a name.")
         print(file.read_text(encoding="utf-8"), end="")
         return
     print(describe_configs(shutil.get_terminal_size((120, 24)).columns))

@@ -40,6 +40,7 @@ Kind = TypeVar("Kind")
 MAX_CHARACTERS = 2_000_000  # of a configuration; those of `memdml fit` have a few thousand
 MAX_NODES = 100_000
 MAX_DEPTH = 32
+TRUST_IT = "If you trust the maker of this file, pass `--trust` (in Python `trust=True`)"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 
 
@@ -79,9 +80,9 @@ def read_yaml(text: Any, source: str, *, trust: bool = False) -> Any:
 
     expected = f"Expected the configuration in {source} to be plain YAML"
     if not isinstance(text, str):
-        raise ValueError(f"{expected} but got a {type(text).__name__}.")
+        raise ValueError(f"{expected} but got a {type(text).__name__}. Pass another file.")
     if len(text) > MAX_CHARACTERS and not trust:
-        raise ValueError(f"{expected} of at most {MAX_CHARACTERS:,} characters but got {len(text):,}.")
+        raise ValueError(f"{expected} of at most {MAX_CHARACTERS:,} characters but got {len(text):,}. {TRUST_IT}.")
     depth = 0
     try:
         for nodes, event in enumerate([] if trust else yaml.parse(text, Loader=yaml.SafeLoader)):
@@ -89,13 +90,15 @@ def read_yaml(text: Any, source: str, *, trust: bool = False) -> Any:
                 raise ValueError(f"{expected} but got anchors or aliases. Write their values out.")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or nodes > MAX_NODES:
-                raise ValueError(f"{expected} of at most {MAX_NODES:,} values and {MAX_DEPTH} levels but got more.")
+                raise ValueError(
+                    f"{expected} of at most {MAX_NODES:,} values and {MAX_DEPTH} levels but got more. {TRUST_IT}."
+                )
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}.") from error
+        raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}. Pass another.") from error
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last of numbers and dates
-        raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}.") from error
+        raise ValueError(f"{expected} but it cannot be read: {str(error).splitlines()[0]}. Pass another.") from error
 
 
 def allowed_config(config: Any, source: str, *, trust: bool = False, notice: bool = False) -> dict[str, Any]:
@@ -120,8 +123,7 @@ def allowed_config(config: Any, source: str, *, trust: bool = False, notice: boo
     """
     if not trust and _is_too_large(config):
         raise UntrustedFileError(
-            f"Expected {source} to hold at most {MAX_NODES:,} values in {MAX_DEPTH} levels but got more. If you trust "
-            "the maker of this file, pass `--trust` (in Python `trust=True`)."
+            f"Expected {source} to hold at most {MAX_NODES:,} values in {MAX_DEPTH} levels but got more. {TRUST_IT}."
         )
     walk = _Walk()
     found = walk.config(config)
@@ -129,8 +131,8 @@ def allowed_config(config: Any, source: str, *, trust: bool = False, notice: boo
     if refused and not trust:
         first = walk.refused[0]
         raise UntrustedFileError(
-            f"Expected {first.where} in {source} to be {first.expected} but got {first.got}. If you trust the maker of "
-            f"this file, pass `--trust` (in Python `trust=True`), which allows {refused}."
+            f"Expected {first.where} in {source} to be {first.expected} but got {first.got}. {TRUST_IT}, which "
+            f"allows {refused}."
         )
     if trust:
         if refused:
@@ -140,8 +142,7 @@ def allowed_config(config: Any, source: str, *, trust: bool = False, notice: boo
     if sum(needed.values()) > MAX_BYTES:
         raise UntrustedFileError(
             f"Expected {source} to ask for at most {MAX_BYTES / 1e9:.0f} GB but {', '.join(needed)} ask for "
-            f"{sum(needed.values()) / 1e9:.0f} GB. If you trust the maker of this file, pass `--trust` (in Python "
-            "`trust=True`)."
+            f"{sum(needed.values()) / 1e9:.0f} GB. {TRUST_IT}."
         )
     if notice and walk.replaced:
         rank_zero_info(f"Not taken from {source}: {', '.join(walk.replaced)}. Pass your own, or `--trust`.")

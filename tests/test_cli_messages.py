@@ -36,6 +36,12 @@ WRONG_ON_THE_COMMAND_LINE = {
     "--data GlyfDataModule": "data: There is no class 'GlyfDataModule'. Did you mean 'GlyphDataModule'?",
     "--data.num_clases 20": "data: GlyphDataModule has no option 'num_clases'. Did you mean 'num_classes'?",
     "--data FolderDataModule": "Expected --data.root",
+    "--model.loss torch.nn.Linear": "model.loss: Expected a class that derives from PairLoss, or a function that retur",
+    "--trainer.callbacks+=torch.nn.Linear": "Expected a class that derives from Callback, or a function that returns",
+    "--qqqqqqqqqqqqqqqqqqqq 3": "There is no option '--qqqqqqqqqqqqqqqqqqqq'. `--help_all` lists all options.",
+    "--model.optimizer Qqq": "model.optimizer: There is no class 'Qqq'. Write one of your own with its module: my_modu",
+    "--model.loss ContrastiveLoss --model.loss.qqq 1": "ContrastiveLoss has no option 'qqq'. Options: backend, margin.",
+    "--model.head qqq": "model.head: Expected one of linear, none but got 'qqq'. Pass one of these.",
     "--config nowhere.yaml": "config: File does not exist",
 }
 
@@ -196,6 +202,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any]] = {
     "wrong value": ("--name=a --unit=steps run", ("typing.Literal['step', 'epoch']", "steps")),
     "value of several types": ("--name=a --length=steps run", "steps"),
     "choices": ("--name=a --length=steps run", "'step', 'epoch'"),
+    "class of another kind": ("--name=a --loss=torch.nn.Linear run", ("torch.nn.Linear", "PairLoss")),
     "missing options": ("run", "name"),
     "unknown option": ("--name=a run --rate=3", "rate"),
     "unknown option of a command": ({"name": "a", "subcommand": "run", "run": {"rate": 3}}, "rate"),

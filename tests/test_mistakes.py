@@ -62,7 +62,9 @@ MISTAKES = {
     ),
     "data chek": "Expected `memdml data check` but got `memdml data chek`. `memdml data check --help` describes it.",
     "data check": "Expected --data, on the command line or in a file given with --config.",
-    "weight-curves": "Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`.",
+    "weight-curves": (
+        "Expected a loss or a checkpoint but got neither. Pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`."
+    ),
     # configurations
     "fit --config photo": (
         "Expected a file or the name of a packaged configuration as --config but got 'photo'. Did you mean 'photos'? "
@@ -80,7 +82,7 @@ MISTAKES = {
     "FIT --seed_everything abc": "seed_everything: Expected bool or int but got 'abc'.",
     "FIT --trainer.precision 8": (
         "trainer.precision: Expected one of 64, 32, 16, transformer-engine, transformer-engine-float16, 16-true, "
-        "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 but got '8'."
+        "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, bf16 but got '8'. Pass one of these."
     ),
     "FIT --trainer.logger WandbLoger": "trainer.logger: There is no class 'WandbLoger'. Did you mean 'WandbLogger'?",
     "FIT --data.val_fraction 1.5": (
@@ -107,7 +109,8 @@ MISTAKES = {
         "working directory, or install the package."
     ),
     "fit --model.loss ContrastiveLoss --model.backbone my_net.Net": (
-        "Expected the backbone my_net.Net to be a torch.nn.Module, or a function that returns one, but it is neither."
+        "Expected the backbone my_net.Net to be a torch.nn.Module, or a function that returns one, but it is neither. "
+        "Derive the class from torch.nn.Module, or annotate what the function returns: `-> torch.nn.Module`."
     ),
     # losses and the memory
     "FIT --model.memory_loss ContrastiveLoss": (
@@ -184,7 +187,7 @@ MISTAKES = {
     "score --embeddings nothing.parquet": (
         "Expected embeddings but there is no file nothing.parquet. `memdml predict` writes it."
     ),
-    "study nothing.yaml": "Expected a YAML file but there is no file nothing.yaml.",
+    "study nothing.yaml": "Expected a YAML file but there is no file nothing.yaml. Check the path.",
 }  # fmt: skip
 OF_A_RUN = {
     "fit --ckpt_path last.ckpt": (
@@ -196,7 +199,8 @@ OF_A_RUN = {
         "here. Leave out the option that changes it, such as --model.embedding_dim or --model.backbone."
     ),
     "index --ckpt_path last.ckpt --source nowhere": (
-        f"Expected a folder, or a table (.csv, .parquet, .npz), but got {HERE}/nowhere, which does not exist."
+        f"Expected a folder, or a table (.csv, .parquet, .npz), but got {HERE}/nowhere, which does not exist. Check "
+        "the path."
     ),
     "test --ckpt_path last.ckpt --data.num_clases 3": (
         "data: GlyphDataModule has no option 'num_clases'. Did you mean 'num_classes'?"

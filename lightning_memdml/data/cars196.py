@@ -102,5 +102,7 @@ def read_annotations(path: Path, fields: tuple[str, ...]) -> list[dict[str, str]
     rows = read_structs(path, "annotations")
     if lacking := set(fields) - set(rows[0] if rows else ()):
         found = ", ".join(rows[0]) if rows else "none"
-        raise ValueError(f"{path}: `annotations` have no field {', '.join(sorted(lacking))}. Found: {found}.")
+        raise ValueError(
+            f"{path}: `annotations` have no field {', '.join(sorted(lacking))}. Found: {found}. Download it again."
+        )
     return rows

@@ -65,7 +65,7 @@ def sets_of(module: RetrievalDataModule) -> dict[str, ImageDataset]:
         sets |= {"query": module.query_set, "gallery": module.gallery_set}
     sets = {name: images for name, images in sets.items() if len(images)}
     if not sets:
-        raise ValueError(f"{type(module).__name__} has no images.")
+        raise ValueError(f"Expected images in {type(module).__name__} but it has none. Check its paths.")
     return sets
 
 

@@ -119,7 +119,10 @@ class HuggingFaceDataModule(RetrievalDataModule):
         if self.own_splits:
             parts = {name: part for name, part in parts.items() if name in ROLES}
             if "train" not in parts:
-                raise ValueError(f"Expected a split `train` in {self.path} but got {', '.join(loaded) or 'none'}.")
+                raise ValueError(
+                    f"Expected a split `train` in {self.path} but got {', '.join(loaded) or 'none'}. "
+                    "Rename one, or pass `own_splits=False` to split the classes."
+                )
         for name, part in parts.items():
             missing = [column for column in (self.image_column, self.label_column) if column not in part.features]
             if missing:

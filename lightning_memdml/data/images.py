@@ -120,7 +120,10 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         transform: Callable[..., Any] | None = None,
     ) -> None:
         if len(paths) != len(labels):
-            raise ValueError(f"Expected one label per path but got {len(paths)} paths and {len(labels)} labels.")
+            raise ValueError(
+                f"Expected one label per path but got {len(paths)} paths and {len(labels)} labels. "
+                "Pass as many of both."
+            )
         self.open_image = open_image
         self.paths = list(paths)
         self.labels = labels

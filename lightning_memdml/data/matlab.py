@@ -29,7 +29,7 @@ def read_structs(path: Path, variable: str) -> list[dict[str, str]]:
         ValueError: If the file is damaged, has no such array, or is too large.
     """
     if find_spec("scipy") is None:
-        raise ImportError(f"Expected SciPy to read {shown(path)} but it is not installed: pip install scipy.")
+        raise ImportError(f"Expected SciPy to read {shown(path)} but it is not installed. `pip install scipy`.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{shown(path)}: expected at most {MAX_BYTES:,} bytes. Download the file again.")
     found = _in_a_process(path, variable)

@@ -359,7 +359,7 @@ class RetrievalDataModule(LightningDataModule):
     def _require(self, images: ImageDataset, role: str) -> None:
         if not len(images):
             found = ", ".join(count.in_words(role) for role, count in self.counts.items()) or "nothing"
-            raise ValueError(f"{type(self).__name__} has no {role} images, but {found}.")
+            raise ValueError(f"{type(self).__name__} has no {role} images, but {found}. Check its splits.")
 
     def _on_gpu(self) -> bool:
         """Return whether batches go to a GPU. For a run on the CPU, pinning memory would start a GPU without need."""

@@ -68,7 +68,10 @@ def split_classes(records: Sequence[Record], classes: Sequence[int | str], split
         ['train', 'test', 'train', 'test', 'train']
     """
     if split_by not in get_args(ClassSplit):
-        raise ValueError(f"Expected `split_by` to be one of {', '.join(get_args(ClassSplit))} but got {split_by!r}.")
+        raise ValueError(
+            f"Expected `split_by` to be one of {', '.join(get_args(ClassSplit))} but got {split_by!r}. "
+            "Pass one of these."
+        )
     train = set(classes[: len(classes) // 2] if split_by == "halves" else classes[::2])
     return [record._replace(role="train" if record.label in train else "test") for record in records]
 

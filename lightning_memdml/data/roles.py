@@ -72,7 +72,9 @@ def split_rows(records: Sequence[Record], val_fraction: float) -> Rows:
     rows: dict[str, list[int]] = {role: [] for role in get_args(Role)}
     for row, record in enumerate(records):
         if record.role not in rows:
-            raise ValueError(f"{record.path}: expected a role of {', '.join(rows)} but got {record.role!r}.")
+            raise ValueError(
+                f"{record.path}: expected a role of {', '.join(rows)} but got {record.role!r}. Correct `records`."
+            )
         rows[record.role].append(row)
     train, val = rows["train"], rows["val"]
     if not val:

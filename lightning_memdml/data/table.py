@@ -21,6 +21,7 @@ from lightning_memdml.data.table_files import Table, read_csv, read_parquet
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 BOX = ("x_1", "y_1", "x_2", "y_2")
 COLUMNS = ("path", "label", "split", "is_query", "is_gallery", *BOX)
+NO_ROW = "{} has no row; expected one for each image, with its `path` and `label`. Add them."
 READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {".csv": read_csv, ".parquet": read_parquet}
 
 
@@ -116,7 +117,7 @@ class TableDataModule(RetrievalDataModule):
             if name not in table.columns:
                 raise ValueError(_missing_column(table, self.columns[name]))
         if not len(table):
-            raise ValueError(f"{where} has no row; expected one for each image, with its `path` and `label`.")
+            raise ValueError(NO_ROW.format(where))
         if "split" not in table.columns and {"is_query", "is_gallery"} & table.columns.keys():
             raise ValueError(
                 f"{where} has the column `is_query` or `is_gallery` but no `split`. Add the column `split`."
@@ -128,7 +129,7 @@ def _missing_column(table: Table, name: str) -> str:
     """Return the message about a column that a table lacks."""
     found = [column for column in table.names if column]
     if not found:
-        return f"{shown(table.path)} has no row; expected one for each image, with its `path` and `label`."
+        return NO_ROW.format(shown(table.path))
     lower = {column.lower(): column for column in found}
     near = get_close_matches(name.lower(), lower, n=1)
     hint = f"; is it `{lower[near[0]]}`?" if near else "."

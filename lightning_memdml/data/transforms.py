@@ -69,7 +69,8 @@ class PhotographTransform(v2.Compose):
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
             raise ValueError(
-                f"Expected `mean` and `std` of three channels, `std` above 0, but got {self.mean} and {self.std}."
+                f"Expected `mean` and `std` of three channels, `std` above 0, but got {self.mean} and {self.std}. "
+                "Pass three numbers for each."
             )
 
     def pixels(self, image: Any) -> Tensor:
@@ -185,10 +186,14 @@ class Shrink(v2.Compose):
     ) -> None:
         if interpolation not in get_args(Interpolation):
             raise ValueError(
-                f"Expected `interpolation` to be one of {', '.join(get_args(Interpolation))} but got {interpolation!r}."
+                f"Expected `interpolation` to be one of {', '.join(get_args(Interpolation))} but got "
+                f"{interpolation!r}. Pass one of these."
             )
         if not 0 < crop_pct <= 1:
-            raise ValueError(f"Expected `crop_pct`, a share of the image's side, in (0, 1] but got {crop_pct}.")
+            raise ValueError(
+                f"Expected `crop_pct`, a share of the image's side, in (0, 1] but got {crop_pct}. "
+                "Pass 0.9, for example."
+            )
         self.side = round(image_size / crop_pct)
         self.image_size, self.interpolation, self.crop_pct = image_size, interpolation, crop_pct
         # As a tensor, three bytes of a pixel side by side, an image is resized twice as fast as by Pillow.

@@ -67,11 +67,16 @@ class VehicleID(PublishedDataModule):
     ) -> None:
         super().__init__(root=root, **kwargs)
         if test_size not in VEHICLES:
-            raise ValueError(f"Expected `test_size` to be one of {', '.join(VEHICLES)} but got {test_size!r}.")
+            raise ValueError(
+                f"Expected `test_size` to be one of {', '.join(VEHICLES)} but got {test_size!r}. Pass one of these."
+            )
         if protocol not in get_args(Protocol):
-            raise ValueError(f"Expected `protocol` to be one of {', '.join(get_args(Protocol))} but got {protocol!r}.")
+            raise ValueError(
+                f"Expected `protocol` to be one of {', '.join(get_args(Protocol))} but got {protocol!r}. "
+                "Pass one of these."
+            )
         if draw < 0:
-            raise ValueError(f"Expected `draw` to be 0 or more but got {draw}.")
+            raise ValueError(f"Expected `draw` to be 0 or more but got {draw}. Pass 0, for example.")
         self.test_size = test_size
         self.protocol = protocol
         self.draw = draw

@@ -63,7 +63,7 @@ def embed_to_file(
         ValueError: If there is no image, or the model gives NaN or infinity.
     """
     if not len(images):
-        raise ValueError("Expected at least one image to embed but got none.")
+        raise ValueError("Expected at least one image to embed but got none. Pass images.")
     folder.mkdir(parents=True, exist_ok=True)
     identity = fingerprint(images, checkpoint, flip=flip, whitening=whitening)
     done, dim = _kept(folder, len(images), identity)

@@ -137,12 +137,14 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, dict[str, list[Any]]]:
             columns["index"] = [UNKNOWN if (index := label_of(cell)) is None else index for cell in columns["index"]]
     except (ValueError, KeyError, OSError, EOFError, MemoryError) as error:
         raise ValueError(
-            f"Expected embeddings of the layout of `memdml predict` in {path} but got: {str(error).removesuffix('.')}."
+            f"Expected embeddings of the layout of `memdml predict` in {path} but got: {str(error).removesuffix('.')}. "
+            "Write the file again with `memdml predict`."
         ) from error
     if rows.ndim != 2 or any(len(column) != len(rows) for column in columns.values()):
         lengths = {name: len(column) for name, column in columns.items()}
         raise ValueError(
-            f"Expected embeddings (N, D) and N of each column in {path} but got {rows.shape} and {lengths}."
+            f"Expected embeddings (N, D) and N of each column in {path} but got {rows.shape} and {lengths}. "
+            "Write the file again with `memdml predict`."
         )
     return torch.from_numpy(rows), columns
 
@@ -160,7 +162,10 @@ def _joined(pattern: Path) -> tuple[Tensor, dict[str, list[Any]]]:
     parts = [read_embeddings(file) for file in files]
     kinds = {(rows.shape[1], *facts) for rows, facts in parts}
     if len(kinds) > 1:
-        raise ValueError(f"Expected files of one dimension and the same columns in {pattern} but got {sorted(kinds)}.")
+        raise ValueError(
+            f"Expected files of one dimension and the same columns in {pattern} but got {sorted(kinds)}. Remove "
+            "the files of other runs."
+        )
     rows = torch.cat([rows for rows, _ in parts])
     columns = {name: [value for _, facts in parts for value in facts[name]] for name in parts[0][1]}
     if "index" not in columns:

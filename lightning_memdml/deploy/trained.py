@@ -33,7 +33,8 @@ def load_learner(ckpt_path: str | Path, device: str = "cpu", *, trust: bool = Fa
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"Expected `device` to be one of this machine, such as cpu, but got {device!r}: {reason}"
+            f"Expected `device` to be one of this machine, such as cpu, but got {device!r}: {reason.rstrip('.')}. "
+            "Pass cpu, or leave it out."
         ) from error
 
 
@@ -51,7 +52,8 @@ def configuration_of(ckpt_path: str | Path, *, trust: bool = False) -> dict[str,
     config = config_of(checkpoint, str(ckpt_path), trust=trust)
     if config is None:
         raise ValueError(
-            f"Expected a checkpoint of `memdml fit`, which holds its configuration, but {ckpt_path} has none."
+            f"Expected a checkpoint of `memdml fit`, which holds its configuration, but {ckpt_path} has none. "
+            "Pass another one."
         )
     return config
 

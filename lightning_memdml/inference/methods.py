@@ -204,7 +204,8 @@ def _named(learner: Any, images: Images, transform: Transform | None) -> NamedIm
     if not fits:
         raise TypeError(
             "Expected a folder, image files, pictures of Pillow, uint8 pixels or prepared float images but got "
-            f"{f'a tensor of {items.dtype}' if isinstance(items, Tensor) else f'a {type(items).__name__} of others'}."
+            f"{f'a tensor of {items.dtype}' if isinstance(items, Tensor) else f'a {type(items).__name__} of others'}. "
+            "Pass one of these."
         )
     names = [str(row) for row in range(len(items))]
     opened = ImageDataset(items.__getitem__, names, torch.zeros(len(items), dtype=torch.long), prepare)
@@ -248,7 +249,7 @@ def _embed_batches(learner: Any, batches: Any, count: int, flip: bool, progress:
             rows.append(embed_images(learner, batch.to(learner.device, learner.dtype), flip).float().cpu())
             bar.update(len(batch))
     if not rows:
-        raise ValueError("Expected at least one image to embed but got none.")
+        raise ValueError("Expected at least one image to embed but got none. Pass images.")
     return torch.cat(rows)
 
 

@@ -95,7 +95,9 @@ def images_at(source: str | Path, transform: Callable[[Any], Any]) -> NamedImage
         opened = table.images(records)
     else:
         there = "" if source.exists() else ", which does not exist"
-        raise FileNotFoundError(f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}{there}.")
+        raise FileNotFoundError(
+            f"Expected a folder, or a table (.csv, .parquet, .npz), but got {source}{there}. Check the path."
+        )
     if not records:
         raise ValueError(f"Expected images in {source} but got none. Images end in {', '.join(sorted(SUFFIXES))}.")
     if opened is None or isinstance(opened, OpenFiles):

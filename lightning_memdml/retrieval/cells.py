@@ -51,7 +51,10 @@ def gallery_rows(
         ValueError: If there is no example.
     """
     if not examples:
-        raise ValueError("Expected at least one example to show but got none: no query has a match, or `count` is 0.")
+        raise ValueError(
+            "Expected at least one example to show but got none: no query has a match, or `count` is 0. Pass a larger "
+            "`count`, or queries whose class is in the gallery."
+        )
     return [list(_cells(example, image, gallery_image or image, class_names)) for example in examples]
 
 
@@ -83,11 +86,14 @@ def as_picture(image: Any) -> Image.Image:
         image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"Expected a PIL image, an array or a tensor but got {type(image).__name__}.")
+        raise TypeError(f"Expected a PIL image, an array or a tensor but got {type(image).__name__}. Convert it.")
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] in (3, 4)):
-        raise ValueError(f"Expected a picture (H, W), (H, W, C) or tensor (C, H, W) but got shape {image.shape}.")
+        raise ValueError(
+            f"Expected a picture (H, W), (H, W, C) or tensor (C, H, W) but got shape {image.shape}. "
+            "Pass one image of 1, 3 or 4 channels."
+        )
     if image.dtype != np.uint8:
         image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(image).convert("RGB")

@@ -48,7 +48,10 @@ def normalized_mutual_information(
     classes = labels.unique(return_inverse=True)[1]
     clusters = int(classes.max()) + 1 if clusters is None else clusters
     if not 1 <= clusters <= len(labels):
-        raise ValueError(f"Expected 1 to {len(labels)} `clusters`, one per sample at most, but got {clusters}.")
+        raise ValueError(
+            f"Expected 1 to {len(labels)} `clusters`, one per sample at most, but got {clusters}. "
+            "Leave it out for one per class."
+        )
     return mutual_information_of(_k_means(embeddings.cpu(), clusters, seed, iterations), classes)
 
 

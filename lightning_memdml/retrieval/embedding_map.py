@@ -49,12 +49,14 @@ def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> 
     """
     check_finite_embeddings("embeddings", embeddings)
     if len(embeddings) < 3 or embeddings.shape[1] < 2:
-        raise ValueError(f"Expected at least 3 embeddings of 2 dimensions to map but got {tuple(embeddings.shape)}.")
+        raise ValueError(
+            f"Expected at least 3 embeddings of 2 dimensions to map but got {tuple(embeddings.shape)}. Pass more."
+        )
     unit = F.normalize(embeddings.detach().cpu().float(), dim=1)
     if method == "umap":
         return _umap(unit, seed), ()
     if method != "pca":
-        raise ValueError(f"Expected `method` to be 'pca' or 'umap' but got {method!r}.")
+        raise ValueError(f"Expected `method` to be 'pca' or 'umap' but got {method!r}. Pass one of these.")
     centred = unit - unit.mean(0)
     variance, directions = torch.linalg.eigh(centred.T.double() @ centred.double())
     axes = directions[:, [-1, -2]]
@@ -103,7 +105,7 @@ def save_map(
     """
     path = Path(path)
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"Expected a path ending in .png, .pdf or .svg but got {path.name!r}.")
+        raise ValueError(f"Expected a path ending in .png, .pdf or .svg but got {path.name!r}. Pass map.png.")
     points, shares = map_points(embeddings, method, seed=seed)
     figure = _figure(points, as_integers("labels", labels, embeddings).cpu(), class_names, title, method, shares)
     with atomic_write(path) as unfinished:

@@ -99,7 +99,7 @@ def retrieval_examples(
         [(2, 3), (3, 3), (0, 1), (1, 1)]
     """
     if order not in ("hardest", "random"):
-        raise ValueError(f"Expected `order` to be 'hardest' or 'random' but got {order!r}.")
+        raise ValueError(f"Expected `order` to be 'hardest' or 'random' but got {order!r}. Pass one of these.")
     ranks = rank_queries(
         embeddings, labels, gallery_embeddings, gallery_labels, indices=indices, gallery_indices=gallery_indices
     )

@@ -48,7 +48,7 @@ def save_gallery(
     """
     path = Path(path)
     if path.suffix not in (".html", ".png", ".pdf", ".svg"):
-        raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg but got {path.name!r}.")
+        raise ValueError(f"Expected a path ending in .html, .png, .pdf or .svg but got {path.name!r}. Pass page.html.")
     with atomic_write(path) as unfinished:
         if path.suffix == ".html":
             page = gallery_html(examples, image, gallery_image, class_names=class_names, title=title)

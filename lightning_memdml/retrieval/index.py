@@ -310,13 +310,13 @@ def build_index(
     rows = torch.as_tensor(embeddings)
     check_finite_embeddings("embeddings", rows)
     if not len(rows):
-        raise ValueError("Expected at least one row of `embeddings` to index but got none.")
+        raise ValueError("Expected at least one row of `embeddings` to index but got none. Pass embeddings.")
     if images is None:
         images = IndexedImages([str(row) for row in range(len(rows))], [0] * len(rows), [""] * len(rows))
     if any(len(column) != len(rows) for column in images):
         raise ValueError(
             f"Expected {len(rows)} paths, labels and classes, one per embedding, but got "
-            f"{', '.join(str(len(column)) for column in images)}."
+            f"{', '.join(str(len(column)) for column in images)}. Pass one of each."
         )
     if whitening is not None:
         embeddings = rows = whitening(rows.detach().cpu().float())

@@ -33,7 +33,7 @@ class IndexKind(ABC):
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1 but got {value}.")
+                raise ValueError(f"Expected `{name}` of at least 1 but got {value}. Pass 1 or more.")
 
     @classmethod
     def kind(cls) -> str:
@@ -123,7 +123,9 @@ class IVF(IndexKind):
     def _lists(self, rows: int) -> int:
         lists = self.nlist or max(1, min(round(4 * rows**0.5), rows // _POINTS_PER_LIST))
         if lists > rows:
-            raise ValueError(f"Expected `nlist` of at most {rows}, the number of images, but got {lists}.")
+            raise ValueError(
+                f"Expected `nlist` of at most {rows}, the number of images, but got {lists}. Leave it out."
+            )
         return lists
 
 
@@ -151,7 +153,7 @@ class HNSW(IndexKind):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.M < 2:
-            raise ValueError(f"Expected `M` of at least 2 but got {self.M}.")
+            raise ValueError(f"Expected `M` of at least 2 but got {self.M}. Pass 32, for example.")
 
     def factory(self, rows: int, dim: int) -> str:
         """Return `HNSW<M>,Flat`."""
@@ -192,7 +194,7 @@ class PQ(IndexKind):
             )
         parts = self.m or max(size for size in range(1, max(1, dim // 4) + 1) if dim % size == 0)
         if dim % parts:
-            raise ValueError(f"Expected `m` to divide the dimension {dim} but got {parts}.")
+            raise ValueError(f"Expected `m` to divide the dimension {dim} but got {parts}. Leave it out.")
         # "np" skips the polysemous training, which takes seconds per byte and serves a filter that is not used here.
         return f"PQ{parts}x{self.nbits}np"
 
@@ -241,7 +243,7 @@ def make_index_kind(name: str, options: Mapping[str, Any]) -> IndexKind:
     """
     kinds = index_kinds()
     if name not in kinds:
-        raise ValueError(f"Expected `kind` to be one of {', '.join(kinds)} but got {name!r}.")
+        raise ValueError(f"Expected `kind` to be one of {', '.join(kinds)} but got {name!r}. Pass one of these.")
     own = [field.name for field in fields(kinds[name])]
     for option in options:
         if option in own:

@@ -137,7 +137,9 @@ class RetrievalMetrics(Metric):
             ValueError: If shapes disagree, `role` or `gallery` is unknown, or `groups` are negative.
         """
         if role not in _ROLES:
-            raise ValueError(f"Expected `role` to be one of {', '.join(map(repr, _ROLES))} but got {role!r}.")
+            raise ValueError(
+                f"Expected `role` to be one of {', '.join(map(repr, _ROLES))} but got {role!r}. Pass one of these."
+            )
         number = self._gallery_number(role, gallery)
         check_rows("embeddings", embeddings)
         labels = as_integers("labels", labels, embeddings)
@@ -156,7 +158,8 @@ class RetrievalMetrics(Metric):
         if role == "gallery" and self.galleries:
             if gallery not in self.galleries:
                 raise ValueError(
-                    f"Expected `gallery` to be one of {', '.join(map(repr, self.galleries))} but got {gallery!r}."
+                    f"Expected `gallery` to be one of {', '.join(map(repr, self.galleries))} but got {gallery!r}. "
+                    "Name the one that these images are in."
                 )
             return self.galleries.index(gallery)
         if gallery is not None:

@@ -79,7 +79,10 @@ class QueryRanks:
             ValueError: If `confidence` or `resamples` is out of range.
         """
         if not 0 < confidence < 1 or resamples < 1:
-            raise ValueError(f"Expected 0 < confidence < 1 and resamples >= 1 but got {confidence=} and {resamples=}.")
+            raise ValueError(
+                f"Expected 0 < confidence < 1 and resamples >= 1 but got {confidence=} and {resamples=}. "
+                "Pass 0.95 and 1000, for example."
+            )
         values, labels = self._matched_values(k)
         _, sums, sizes = _class_sums(values, labels)
         if len(sizes) == 0:

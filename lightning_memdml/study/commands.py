@@ -75,7 +75,9 @@ def draw_weight_curves(
     elif losses:
         pictures = {_name(losses): _read_losses(losses, data)}
     else:
-        raise ValueError("Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`.")
+        raise ValueError(
+            "Expected a loss or a checkpoint but got neither. Pass `--loss ContrastiveLoss`, or `--ckpt_path FILE`."
+        )
     for name, readings in pictures.items():
         for reading in readings:
             print(_in_words(reading))

@@ -334,7 +334,9 @@ class Results:
 
 def _score(record: Record, score: str) -> float:
     if score not in record["scores"]:
-        raise ValueError(f"Expected one of the scores {', '.join(record['scores'])} but got {score!r}.")
+        raise ValueError(
+            f"Expected one of the scores {', '.join(record['scores'])} but got {score!r}. Correct it in the study file."
+        )
     return POINTS * record["scores"][score]
 
 

@@ -135,9 +135,9 @@ def read_study(path: Path | str) -> Study:
     data = data or {_data_name(path, content["base"]): {}}
     confidence = content.get("confidence", 0.95)
     if not isinstance(confidence, float) or not 0.5 < confidence < 1:
-        raise ValueError(f"Expected `confidence` in (0.5, 1), such as 0.95, but got {confidence!r}.")
+        raise ValueError(f"Expected `confidence` in (0.5, 1) but got {confidence!r}. Write 0.95, for example.")
     if (equal := content.get("equal", "budget")) not in ("budget", "steps", "images"):
-        raise ValueError(f"Expected `equal` to be budget, steps or images but got {equal!r}.")
+        raise ValueError(f"Expected `equal` to be budget, steps or images but got {equal!r}. Write one of these.")
     scores = tuple(_as_list(content.get("scores", list(SCORES))))
     named_claims = _named(content.get("claims", {}), "claims")
     control, shuffled = content.get("control"), None
@@ -181,14 +181,14 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"Expected a YAML file but there is no file {path}.")
+        raise ValueError(f"Expected a YAML file but there is no file {path}. Check the path.")
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _StrictLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected YAML in {path} but it cannot be parsed: {error}") from error
+        raise ValueError(f"Expected YAML in {path} but it cannot be parsed: {error}. Correct the file.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Expected a mapping in {path} but got {type(content).__name__}.")
+        raise ValueError(f"Expected a mapping in {path} but got {type(content).__name__}. Write `key: value` lines.")
     return content
 
 
@@ -203,14 +203,17 @@ def _check_keys(content: Mapping[Any, Any], known: Iterable[str], where: str) ->
     for key in content:
         if key not in known:
             raise ValueError(
-                f"{where}: expected one of the keys {', '.join(known)} but got {key!r}.{nearest(str(key), known)}"
+                f"{where}: expected one of the keys {', '.join(known)} but got {key!r}."
+                f"{nearest(str(key), known, ' Remove it, or correct its indentation.')}"
             )
 
 
 def _named(content: Any, key: str) -> dict[str, Any]:
     """Check a mapping whose keys become parts of file names."""
     if not isinstance(content, dict) or (key == "arms" and not content):
-        raise ValueError(f"Expected `{key}` to be a mapping from names but got {content!r}.")
+        raise ValueError(
+            f"Expected `{key}` to be a mapping from names but got {content!r}. Write a `name:` for each, indented."
+        )
     for name in content:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
@@ -226,7 +229,9 @@ def _overrides(content: Any, where: str) -> Config:
     overrides: Config = {}
     for part in parts:
         if not isinstance(part, dict):
-            raise ValueError(f"{where}: expected nested options such as {{model: ...}} but got {part!r}.")
+            raise ValueError(
+                f"{where}: expected nested options such as {{model: ...}} but got {part!r}. Write some, or {{}}."
+            )
         _check_keys(part, ("seed_everything", "trainer", "model", "data"), where)
         overrides = merged(overrides, part)
     return overrides
@@ -235,7 +240,10 @@ def _overrides(content: Any, where: str) -> Config:
 def _seeds(content: Any) -> tuple[int, ...]:
     seeds = _as_list(content)
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"Expected `seeds` to be distinct whole numbers of at least 0 but got {content!r}.")
+        raise ValueError(
+            f"Expected `seeds` to be distinct whole numbers of at least 0 but got {content!r}. "
+            "Write [0, 1, 2], for example."
+        )
     return tuple(seeds)
 
 
@@ -252,21 +260,26 @@ def _search(content: Any) -> Search:
         if not isinstance(keys, dict) or not all(isinstance(values, list) and values for values in keys.values()):
             raise ValueError(
                 f"search: {option}: expected a mapping from configuration keys to lists of values, such as "
-                f"{{model.optimizer.init_args.lr: [0.001, 0.003]}}, but got {keys!r}."
+                f"{{model.optimizer.init_args.lr: [0.001, 0.003]}}, but got {keys!r}. Put the values in a list."
             )
         sizes = {key: len(values) for key, values in keys.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 f"search: {option}: expected the same number of values for every key, because every arm has the same "
-                f"number of tries, but got {sizes}."
+                f"number of tries, but got {sizes}. Make the lists equally long."
             )
         options[option] = keys
     if not options:
-        raise ValueError("search: expected `options`, each with keys and values to try, but there are none.")
+        raise ValueError(
+            "search: expected `options`, each with keys and values to try, but there are none. Add some, or "
+            "remove `search`."
+        )
     tries, extend = content.get("tries"), content.get("extend", 0)
     for name, value, least in (("tries", tries, 1), ("extend", extend, 0)):
         if value is not None and (type(value) is not int or value < least):
-            raise ValueError(f"search: expected `{name}` to be a whole number of at least {least} but got {value!r}.")
+            raise ValueError(
+                f"search: expected `{name}` to be a whole number of at least {least} but got {value!r}. Correct it."
+            )
     return Search(options, _seeds(content.get("seeds", [1000])), tries, extend, str(content.get("score", SCORES[0])))
 
 
@@ -280,15 +293,17 @@ def _control(content: Any, arms: Iterable[str], data: Iterable[str], scores: tup
 
 def _trend(content: Any, known: Iterable[str]) -> Trend:
     if not isinstance(content, dict):
-        raise ValueError(f"trend: expected a mapping with {', '.join(TREND_KEYS)} but got {content!r}.")
+        raise ValueError(
+            f"trend: expected a mapping with {', '.join(TREND_KEYS)} but got {content!r}. Indent its keys below it."
+        )
     _check_keys(content, TREND_KEYS, "trend")
     over, arms = content.get("over"), content.get("arms")
     if not isinstance(over, str) or not over.strip():
-        raise ValueError(f"trend: expected `over` to say in words what the number is but got {over!r}.")
+        raise ValueError(f"trend: expected `over`, what the number is in words, but got {over!r}. Write it as a text.")
     if not isinstance(arms, dict) or len(arms) < 2 or not all(map(_is_number, arms)):
         raise ValueError(
             "trend: expected `arms` to be a mapping from at least two numbers to arms, such as "
-            f"{{0: batch, 512: memory}}, but got {arms!r}."
+            f"{{0: batch, 512: memory}}, but got {arms!r}. Name two arms or more."
         )
     _check_members(arms.values(), known, "arm", "trend")
     return Trend(over, dict(sorted(arms.items())))
@@ -304,30 +319,34 @@ def _check_members(members: Iterable[Any], known: Iterable[str], kind: str, wher
         if member not in known:
             raise ValueError(
                 f"{where}: expected one of the {kind}s {', '.join(known)} but got {member!r}."
-                f"{nearest(str(member), known)}"
+                f"{nearest(str(member), known, ' Name one of these.')}"
             )
 
 
 def _claim(name: str, content: Any, arms: Iterable[str], data: Iterable[str], scores: tuple[str, ...]) -> Claim:
     where = name if name == "control" else f"claims: {name}"
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(CLAIM_KEYS)} but got {content!r}.")
+        raise ValueError(
+            f"{where}: expected a mapping with {', '.join(CLAIM_KEYS)} but got {content!r}. Indent its keys below it."
+        )
     _check_keys(content, CLAIM_KEYS, where)
     for key in ("compare", "with", "expects", "by"):
         if key not in content:
-            raise ValueError(f"{where}: expected the key `{key}`, fixed before the runs, but it is missing.")
+            raise ValueError(f"{where}: expected the key `{key}`, fixed before the runs, but it is missing. Add it.")
     compare, with_ = tuple(_as_list(content["compare"])), tuple(_as_list(content["with"]))
     chosen = tuple(_as_list(content.get("data", list(data))))
     _check_members(compare + with_, arms, "arm", where)
     _check_members(chosen, data, "data set", where)
     if content["expects"] not in EXPECTATIONS:
         raise ValueError(
-            f"{where}: expected `expects` to be one of {', '.join(EXPECTATIONS)} but got {content['expects']!r}."
+            f"{where}: expected `expects` to be one of {', '.join(EXPECTATIONS)} but got {content['expects']!r}. "
+            "Write one of these."
         )
     by = content["by"]
     if isinstance(by, bool) or not isinstance(by, int | float) or by < 0 or (by == 0 and content["expects"] == "same"):
         raise ValueError(
-            f"{where}: expected `by`, points of the score, of at least 0 (`same`: above 0) but got {by!r}."
+            f"{where}: expected `by`, points of the score, of at least 0 (`same`: above 0) but got {by!r}. Write 0.5, "
+            "for example."
         )
     score = str(content.get("score", scores[0]))
     return Claim(name, str(content.get("says", name)), compare, with_, content["expects"], float(by), score, chosen)

@@ -63,7 +63,7 @@ def test_nothing_is_drawn_without_a_trend_or_with_missing_runs(tmp_path: Path) -
     [
         ([1], "trend: expected a mapping with over, arms but got \\[1\\]"),
         ({**TREND, "arm": {}}, "trend: expected one of the keys over, arms but got 'arm'. Did you mean 'arms'?"),
-        ({"arms": TREND["arms"]}, "trend: expected `over` to say in words what the number is but got None"),
+        ({"arms": TREND["arms"]}, "trend: expected `over`, what the number is in words, but got None. Write"),
         ({**TREND, "arms": {0: "a"}}, "at least two numbers"),
         ({**TREND, "arms": {"0": "a", "1": "b"}}, "mapping from at least two numbers to arms, such as {0: batch, 512:"),
         ({**TREND, "arms": {0: "a", float("nan"): "b"}}, "at least two numbers"),

@@ -216,7 +216,9 @@ def _find(tree: ast.Module, name: str) -> ast.FunctionDef:
             return next(
                 part for part in statement.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"
             )
-    raise ValueError(f"Expected a function or class {name!r} in the source of its command but there is none.")
+    raise ValueError(
+        f"Expected {name!r} in the source of its command but there is none. Correct its row in `COMMANDS`."
+    )
 
 
 def _described(function: ast.FunctionDef) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
@@ -28,7 +30,10 @@ def test_other_strategies_are_not(strategy: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts ranks by fork")
-def test_the_refusal_comes_from_a_fit_in_a_program(glyph_cache: str) -> None:
+def test_the_refusal_comes_from_a_fit_in_a_program(
+    glyph_cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # torch leaves the file of the rank's error
     learner = MetricLearner(SmallConvNet(width=4), ContrastiveLoss(), embedding_dim=8)
     glyphs = GlyphDataModule(num_classes=20, batch_size=8, images_per_class=2, cache_dir=glyph_cache)
     trainer = Trainer(strategy="ddp_fork", devices=1, max_steps=1, callbacks=[MemoryCallback(size=8)], **OPTIONS)

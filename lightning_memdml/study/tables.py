@@ -210,12 +210,11 @@ def search_table(results: Results) -> Table:
             if not tries:
                 continue
             best, best_score = max(tries, key=lambda one: one[1])
-            cells = [
-                f"**{_choice(choice)}: {score:.1f}**" if choice == best else f"{_choice(choice)}: {score:.1f}"
-                for choice, score in tries
-            ]
-            second = max((score for choice, score in tries if choice != best), default=math.nan)
-            rows.append([data, arm, "; ".join(cells), f"{best_score - second:.1f}", ", ".join(results.ends(arm, data))])
+            cells = [f"{_choice(choice) or 'nothing to choose'}: {score:.1f}" for choice, score in tries]
+            cells = [f"**{cell}**" if choice == best else cell for cell, (choice, _) in zip(cells, tries, strict=True)]
+            others = [score for choice, score in tries if choice != best]
+            lead = f"{best_score - max(others):.1f}" if others else ""
+            rows.append([data, arm, "; ".join(cells), lead, ", ".join(results.ends(arm, data))])
     head = [
         "data",
         "arm",

@@ -164,6 +164,14 @@ def test_a_choice_at_an_end_of_the_grid_is_marked(best: float, ends: str, tmp_pa
     assert row[3] == "100.0", "the lead of the best"
 
 
+def test_an_arm_without_a_searched_option_has_one_row_without_a_lead(tmp_path: Path) -> None:
+    search = {"options": {"m": MEMORY_MARGIN}, "tries": 3}
+    plan = Plan(study(tmp_path, arms={"batch": {}, "memory": MEMORY}, search=search), MemdmlCLI)
+    searched = [record(run, 0.5) for run in plan.search_runs()]
+    (row, _) = search_table(Results(plan.study, [], searched)).rows
+    assert row[1:] == ["batch", "**nothing to choose: 50.0**", "", ""]
+
+
 def test_an_extended_search_goes_on_beyond_the_end_until_the_best_is_inside(tmp_path: Path) -> None:
     """The score rises up to a margin of 0.8: two steps beyond the grid, and one that shows the fall."""
     plan = Plan(study(tmp_path, arms={"batch": {}}, search={"options": {"m": BATCH_MARGIN}, "extend": 5}), MemdmlCLI)

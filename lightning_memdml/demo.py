@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.retrieval import retrieval_examples, save_gallery
+from lightning_memdml.verbosity import quiet
 
 DESCRIPTION = """\
 Train on characters drawn from fonts, without and with a memory: a table of scores and a picture of what was found.
@@ -72,9 +71,20 @@ def demo(arguments: list[str]) -> None:
     _refuse_repeats("--seeds", given.seeds)
     for path in (given.picture, given.output):
         path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the training
-    for quiet in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    with quiet():
+        rows, cli = _train_all(given, options, names)
+    table = comparison_table(rows)
+    print(f"\n{table}\n")
+    with atomic_write(given.output) as unfinished:
+        unfinished.write_text(f"{table}\n", encoding="utf-8")
+    save_picture(cli, given.picture)
+    print(f"The table: {given.output}\nQueries and their nearest neighbours: {given.picture}")
+
+
+def _train_all(
+    given: argparse.Namespace, options: list[str], names: dict[str, str]
+) -> tuple[dict[str, list[dict[str, float]]], MemdmlCLI]:
+    """Return the scores of every arm, one entry per seed, and the last run."""
     for config in given.configs:
         build_run(config, options, given.seeds[0])  # errors in any of them appear before the first run
     rows: dict[str, list[dict[str, float]]] = {}
@@ -86,12 +96,7 @@ def demo(arguments: list[str]) -> None:
             print(f"{names[config]}, seed {seed}", flush=True)
             scores, cli = score_arm(config, options, seed)
             rows.setdefault(names[config], []).append(scores)
-    table = comparison_table(rows)
-    print(f"\n{table}\n")
-    with atomic_write(given.output) as unfinished:
-        unfinished.write_text(f"{table}\n", encoding="utf-8")
-    save_picture(cli, given.picture)
-    print(f"The table: {given.output}\nQueries and their nearest neighbours: {given.picture}")
+    return rows, cli
 
 
 def arm_names(configs: Sequence[str]) -> dict[str, str]:

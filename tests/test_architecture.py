@@ -95,7 +95,7 @@ MAY_IMPORT |= {
     "deploy": ROOMS,
     "command_options": {"deploy"},
     "lightning_cli": {*ROOMS, "study", "deploy", "command_options"},
-    "demo": {"atomic_write", "lightning_cli", "retrieval"},
+    "demo": {"atomic_write", "lightning_cli", "retrieval", "verbosity"},
     "argument_paths": {"data"},
     "cli": {
         *("argument_paths", "atomic_write", "commands", "cli_messages", "latest_run", "library_errors", "verbosity"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.children import run_python
 from lightning_memdml.demo import comparison_table, demo
 from lightning_memdml.packaged_configs import FOLDER
 
+NOTICES = (("pytorch", "rank_zero"), ("fabric", "seed"))
 SMALL = """--data.num_classes 20 --model.backbone.width=4 --trainer.max_steps=2 --trainer.val_check_interval=2
     --trainer.enable_progress_bar=false"""
 
@@ -48,6 +50,15 @@ def test_configurations_of_the_same_file_name_are_arms_of_their_own(tmp_path: Pa
     table = (tmp_path / "runs/demo.md").read_text(encoding="utf-8")
     rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
     assert rows == [["| one/config.yaml", "1"], ["| two/config.yaml", "1"]]
+
+
+def test_a_demo_that_fails_leaves_the_notices_of_lightning_as_they_were(tmp_path: Path) -> None:
+    loggers = [logging.getLogger(f"lightning.{name}.utilities.{kind}") for name, kind in NOTICES]
+    before = [logger.level for logger in loggers]
+    folder = [f"--picture={tmp_path}/demo.png", f"--output={tmp_path}/demo.md"]
+    with pytest.raises((ValueError, SystemExit)):
+        demo([*folder, "--configs", "glyphs_memry"])
+    assert [logger.level for logger in loggers] == before
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from support.children import load, run_python
 
-# What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only.
-MOST_FUNCTIONS = 41
-MOST_FILES = 12
+# What is reached today. Lower the bounds when a change makes the way shorter; raise them for a reason only. 8 functions
+# and 3 files are those that compute the positive pairs alone, which saves up to a tenth of a step and more.
+MOST_FUNCTIONS = 49
+MOST_FILES = 15
 
 SCRIPT = Path(__file__).with_name("walk.py")
 script = load(str(SCRIPT))

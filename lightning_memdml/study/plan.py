@@ -16,10 +16,11 @@ import yaml
 
 from lightning_memdml.data.sampler import BATCH_SIZE
 from lightning_memdml.study.budgets import Budget, budget_of, check_budgets
-from lightning_memdml.study.isolation import isolated, quiet
+from lightning_memdml.study.isolation import isolated
 from lightning_memdml.study.overrides import Config, Values, reference_config, with_values
 from lightning_memdml.study.search import missing_freedoms, unused_keys
 from lightning_memdml.study.study_file import Study
+from lightning_memdml.verbosity import quiet
 
 Stage = Literal["reference", "search", "test"]
 Record = dict[str, Any]

@@ -17,9 +17,10 @@ from lightning.pytorch import seed_everything
 
 from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.reference_scores import score_after_training, score_before_training
-from lightning_memdml.study.isolation import isolated, quiet
+from lightning_memdml.study.isolation import isolated
 from lightning_memdml.study.plan import CLI, Record, Run
 from lightning_memdml.study.training import made_by
+from lightning_memdml.verbosity import quiet
 
 
 def score_references(run: Run, cli: CLI) -> Record:

@@ -18,10 +18,11 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_memdml.study.budgets import budget_of
-from lightning_memdml.study.isolation import isolated, quiet
+from lightning_memdml.study.isolation import isolated
 from lightning_memdml.study.overrides import Config
 from lightning_memdml.study.plan import CLI, Record, Run
 from lightning_memdml.study.recording import DivergedError, RunRecorder, has_diverged
+from lightning_memdml.verbosity import quiet
 
 PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("lightning-memdml", "lightning", "torch", "torchvision", "numpy")

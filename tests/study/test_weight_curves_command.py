@@ -164,7 +164,7 @@ def test_what_is_wrong_is_answered_in_a_sentence(memdml: Command, capsys: pytest
             memdml(f"weight-curves {line}")
         return f"{stop.value.code} {capsys.readouterr().err}"
 
-    assert "Expected a loss or a checkpoint: pass `--loss ContrastiveLoss`" in answer("")
+    assert "Expected a loss or a checkpoint but got neither. Pass `--loss ContrastiveLoss`" in answer("")
     assert "There is no class 'Contrastve'. Did you mean 'ContrastiveLoss'?" in answer("--loss Contrastve")
     assert "ContrastiveLoss has no option 'margn'. Did you mean 'margin'?" in answer(
         "--loss ContrastiveLoss --loss.margn 1"

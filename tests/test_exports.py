@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import types
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,9 @@ def classes_of(package: ModuleType, base: type) -> list[type]:
         value
         for module in modules
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+        # On Python 3.10 a type such as list[int] counts as a class.
+        if inspect.isclass(value) and not isinstance(value, types.GenericAlias)
+        if issubclass(value, base) and value.__module__ == module.__name__
     }
     return sorted(
         (kind for kind in made if kind.__name__[0] != "_" and not any(issubclass(one, kind) for one in made - {kind})),

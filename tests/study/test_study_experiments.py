@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,7 +26,7 @@ STUDIES = [file for file in sorted(FOLDER.glob("*.yaml")) if "arms" in yaml.safe
 FIELDS = ("Command", "Hardware", "Cost", "Expected")
 TINY = ("--data.batch_size=8", "--data.images_per_class=2", "--data.val_fraction=0", "--trainer.max_steps=4")
 # The options of each kind of study that make its runs small. The characters of `cjk` need fonts and take long to draw.
-OWN = {"glyphs": ("--data.num_classes=30", "--model.backbone.width=4"), "features": (), "images": ()}
+OWN = {"glyphs": ("--data.num_classes=30", "--model.backbone.width=4"), "images": ()}
 
 
 def header(config: Path) -> dict[str, str]:
@@ -47,7 +48,23 @@ def searched(plan: Plan) -> list[dict[str, Any]]:
 def test_every_claim_of_the_paper_has_its_study() -> None:
     names = {file.stem for file in STUDIES}
     assert {name[:8] for name in names if name.startswith("glyphs_")} == {f"glyphs_{letter}" for letter in "abcdef"}
-    assert {name[:10] for name in names if name.startswith("features_")} == {f"features_{letter}" for letter in "abcd"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("missing", [[], ["grocery.npz"], ["birds.npz", "grocery.npz", "mobilenet_v1_025.pth"]])
+def test_make_runs_every_study_whose_data_is_there(missing: list[str], tmp_path: Path) -> None:
+    shutil.copy(FOLDER.parents[1] / "Makefile", tmp_path)
+    shutil.copytree(FOLDER, tmp_path / "experiments/study")
+    (tmp_path / "data").mkdir()
+    for name in {"birds.npz", "grocery.npz", "mobilenet_v1_025.pth"} - {*missing}:
+        (tmp_path / "data" / name).touch()
+    command = ["make", "--dry-run", "--old-file=install", "study"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+    *notices, studying = [line for line in printed.splitlines() if "experiments/study/" in line]
+    kept = {file.name for file in STUDIES if not (missing and file.name.startswith("images_"))}
+    assert {Path(word).name for word in studying.split() if word.endswith(".yaml")} == kept
+    assert all("Missing: " + " ".join(f"data/{name}" for name in missing) in notice for notice in notices)
+    assert len(notices) == bool(missing)
 
 
 @pytest.mark.parametrize("config", STUDIES, ids=lambda file: file.stem)
@@ -77,11 +94,8 @@ def test_arms_train(config: Path, tmp_path: Path, glyph_cache: str, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_MEMDML_CACHE", glyph_cache)
     monkeypatch.setattr(sys, "argv", ["memdml"])
-    rows = {"label": np.repeat(np.arange(20), 4), "train": np.arange(80) < 60}
     Path("data").mkdir()
     for name in ("birds", "grocery"):
-        feature = np.random.default_rng(0).normal(size=(80, 2, 1280)).astype(np.float16)
-        np.savez(f"data/{name}_features.npz", feature=feature, **rows)
         draw_archive(Path(f"data/{name}.npz"))
     study = read_study_beside(config)
     if config.stem.startswith("images"):

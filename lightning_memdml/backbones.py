@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memdml.backbone_weights import load_weights, weights_file
+from lightning_memdml.checks import check_count
 from lightning_memdml.compat import BATCH_NORMS
 from lightning_memdml.heads import HeadInit, Pool, Pooling, initialize_head
 from lightning_memdml.hf_networks import HF_PREFIX, HuggingFaceModel, build_hf_network, preprocessing_of_hf
@@ -37,16 +38,16 @@ AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)
 class SmallConvNet(nn.Module):
     """A small convolutional network for images of 28 to 64 pixels: it trains from scratch on a CPU in seconds.
 
-    Four 3 x 3 convolutions with batch norm and ReLU, strides 2, 2, 2, 1; then an average over `pool x pool`
-    fields.
+    Four 3 x 3 convolutions with batch norm and ReLU, strides 2, 2, 2, 1; then the feature map is averaged down to
+    `pool x pool` places. The features have `2 * width * pool**2` numbers.
 
     Args:
         in_channels: Channels of the image: 1 for glyphs, 3 for photographs.
         width: Channels of the first layer; the others have twice as many.
-        pool: Side of the grid of features that is kept.
+        pool: Side of the averaged feature map, in places.
 
     Raises:
-        ValueError: When called, if images have another number of channels.
+        ValueError: If an argument is below 1. When called, if images have another number of channels.
 
     Example:
         >>> SmallConvNet()(torch.zeros(2, 1, 28, 28)).shape
@@ -55,6 +56,8 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, in_channels: int = 1, width: int = 32, pool: int = 4) -> None:
         super().__init__()
+        for name, value in (("in_channels", in_channels), ("width", width), ("pool", pool)):
+            check_count(name, value)
         channels = [in_channels, width, 2 * width, 2 * width, 2 * width]
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip(channels[:-1], channels[1:], (2, 2, 2, 1), strict=True):

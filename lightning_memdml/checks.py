@@ -13,6 +13,7 @@ only, never a value, so the host does not wait for a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -161,12 +162,34 @@ def check_similarity(name: str, value: float) -> float:
     return value
 
 
-def check_positive(name: str, value: float) -> float:
-    """Return `value` if it is above 0.
+def check_finite(name: str, value: float) -> float:
+    """Return `value` if it is a finite number.
+
+    Raises:
+        ValueError: If it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"Expected `{name}` to be a finite number but got {value}. Pass another number.")
+    return value
+
+
+def check_count(name: str, value: int) -> int:
+    """Return `value` if it is at least 1.
 
     Raises:
         ValueError: If it is not.
     """
-    if not value > 0:
+    if not value >= 1:
+        raise ValueError(f"Expected `{name}` of at least 1 but got {value}. Pass 1 or more.")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` if it is above 0 and finite.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not 0 < value < math.inf:
         raise ValueError(f"Expected `{name}` above 0 but got {value}. Pass a positive number.")
     return value

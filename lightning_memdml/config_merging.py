@@ -10,6 +10,7 @@ sets, in a file or on the command line, is never changed.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -25,7 +26,26 @@ from lightning_memdml.packaged_configs import find_config, is_packaged
 BATCH_OPTIONS = ("--data.batch_size", "--data.init_args.batch_size")
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a repeated key in a mapping. Plain YAML silently keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping, if each of its keys stands there once."""
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RepeatedKeyError(
+                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: expected every key once but {key!r} "
+                    "is repeated. Rename or remove one."
+                )
+        return super().construct_mapping(node, deep)
+
+
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in a mapping."""
+
+
+class _Loader(StrictLoader):
     """Reads 1e-3 as a number, as jsonargparse does and YAML 1.1 does not."""
 
 
@@ -235,7 +255,11 @@ def _read(source: str) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        found = yaml.load(text, Loader=_Loader)
+        with io.StringIO(text) as stream:
+            stream.name = str(file)  # where an error is
+            found = yaml.load(stream, Loader=_Loader)
+    except RepeatedKeyError:
+        raise
     except (ValueError, yaml.YAMLError) as error:
         if file is None:
             return None

@@ -141,7 +141,7 @@ class MetricLearner(LightningModule):
             )
         if embedding_dim < 1:
             raise ValueError(f"Expected `embedding_dim` of at least 1 but got {embedding_dim}. Pass 128, for example.")
-        if not callable(memory_weight) and memory_weight < 0:
+        if not callable(memory_weight) and not 0 <= memory_weight < torch.inf:
             raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}. Pass 1, for example.")
         if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
             raise ValueError(

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_memdml.checks import check_finite
+
 
 class Schedule(ABC):
     """A number for every optimiser step, defined by a subclass."""
@@ -30,7 +32,7 @@ class LinearRamp(Schedule):
         stop: The number after.
 
     Raises:
-        ValueError: If `stop_step` is not above `start_step`.
+        ValueError: If `stop_step` is not above `start_step`, or `start` or `stop` is not finite.
 
     Example:
         >>> ramp = LinearRamp(start_step=100, stop_step=300)
@@ -44,7 +46,7 @@ class LinearRamp(Schedule):
                 f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}. Pass a later step."
             )
         self.start_step, self.stop_step = start_step, stop_step
-        self.start, self.stop = start, stop
+        self.start, self.stop = check_finite("start", start), check_finite("stop", stop)
 
     def __call__(self, step: int) -> float:
         """Return the number at optimiser step `step`."""

@@ -89,6 +89,12 @@ def test_unusable_name_is_answered_with_a_reason(name: str, message: str) -> Non
         build_backbone(name)
 
 
+@pytest.mark.parametrize("name", ["in_channels", "width", "pool"])
+def test_a_network_without_channels_or_places_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^Expected `{name}` of at least 1 but got 0"):
+        SmallConvNet(**{name: 0})
+
+
 def test_grey_images_are_refused_by_a_trunk_for_rgb() -> None:
     trunk, _ = build_backbone("resnet18")
     with pytest.raises(ValueError, match=r"Expected RGB images .* ResNet but got \(2, 1, 28, 28\).*SmallConvNet"):

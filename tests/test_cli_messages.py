@@ -69,12 +69,16 @@ WRONG_IN_YAML = {
     "trainer.callbacks: [{class_path: MemoryCallback, init_args: {siz: 3}}]": "Did you mean 'size'?",
     "model.backbone: null": "Expected --model.backbone, on the command line or in a file",
     "model: [": "Expected YAML in wrong.yaml but line 4, 'model: [', does not fit",
+    "seed_everything: 1\nseed_everything: 2": "wrong.yaml, line 1: expected every key once but 'seed_everything' is",
+    "data: {class_path: CUB200, class_path: InShop}": "wrong.yaml, line 3: expected every key once but 'class_path' is",
 }
 
 
 @pytest.mark.parametrize(("text", "expected"), WRONG_IN_YAML.items())
 def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("wrong.yaml").write_text(f"model.backbone: SmallConvNet\nmodel.loss: ContrastiveLoss\n{text}\n")
+    required = {"model.backbone": "SmallConvNet", "model.loss": "ContrastiveLoss"}
+    others = [f"{key}: {value}\n" for key, value in required.items() if not text.startswith(key)]
+    Path("wrong.yaml").write_text(f"{''.join(others)}{text}\n")
     said = answer(memdml, "fit --config wrong.yaml", capsys)
     assert expected in said
     assert len(said.splitlines()) < 8

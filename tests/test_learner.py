@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -277,9 +278,10 @@ def test_instance_memory_trains_in_both_orders(includes: bool) -> None:
     assert records[0].losses == pytest.approx(records[1].losses, rel=1e-4)
 
 
-def test_negative_memory_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Expected `memory_weight` of at least 0 but got -0\.1"):
-        learner(memory_weight=-0.1)
+@pytest.mark.parametrize("weight", [-0.1, math.nan])
+def test_a_memory_weight_out_of_range_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"Expected `memory_weight` of at least 0 but got {weight}"):
+        learner(memory_weight=weight)
 
 
 # ------------------------------------------------------------------ optimiser and scheduler

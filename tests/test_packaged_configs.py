@@ -46,6 +46,21 @@ def configs_of(config: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+def test_no_option_is_set_twice(config: Path) -> None:
+    """YAML takes the last of two equal keys without a word."""
+
+    def check(node: yaml.Node) -> None:
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            assert len(keys) == len(set(keys)), f"a key of {keys} is repeated"
+        for child in node.value if isinstance(node.value, list) else ():
+            for part in child if isinstance(child, tuple) else (child,):
+                check(part)
+
+    check(yaml.compose(config.read_text()))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
 def test_header_has_command_hardware_cost_and_expected_result(config: Path) -> None:
     header = read_header(config)
     names = configs_of(config)

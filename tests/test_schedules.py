@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from support.learners import learner, loader, trainer
 
-from lightning_memdml import WarmupCosine
+from lightning_memdml import LinearRamp, WarmupCosine
 from lightning_memdml.lightning_cli import MemdmlCLI
 from lightning_memdml.trust import allowed_config
 
@@ -99,6 +99,12 @@ def test_a_resumed_run_has_the_rates_of_the_whole_one(tmp_path: Path) -> None:
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         WarmupCosine(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), **options)
+
+
+@pytest.mark.parametrize("name", ["start", "stop"])
+def test_a_ramp_of_what_is_not_a_number_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^Expected `{name}` to be a finite number but got nan"):
+        LinearRamp(0, 3, **{name: math.nan})
 
 
 def test_a_training_without_an_end_is_refused() -> None:

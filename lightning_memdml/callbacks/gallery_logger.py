@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_memdml.callbacks.run_pictures import log_picture
+from lightning_memdml.checks import check_count
 from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import RetrievalExample, RetrievalMetrics, retrieval_examples, save_gallery, save_map
 from lightning_memdml.retrieval.metrics import Samples
@@ -42,8 +43,8 @@ class GalleryLogger(Callback):
         dirpath: Folder of the files; by default `gallery` in the run's folder.
 
     Raises:
-        ValueError: If a number is below 1; at the end of a validation, if no `RetrievalMetrics` of the module was
-            updated with indices.
+        ValueError: If an argument is out of range; at the end of a validation, if no `RetrievalMetrics` of the module
+            was updated with indices.
 
     Example:
         >>> GalleryLogger(every_n_validations=5).count
@@ -62,8 +63,13 @@ class GalleryLogger(Callback):
         dirpath: str | None = None,
     ) -> None:
         for name, value in (("every_n_validations", every_n_validations), ("count", count), ("neighbours", neighbours)):
-            if value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1 but got {value}. Pass 1 or more.")
+            check_count(name, value)
+        if order not in ("hardest", "random"):
+            raise ValueError(f"Expected `order` to be 'hardest' or 'random' but got {order!r}. Pass one of these.")
+        if embedding_map not in ("pca", "umap", None):
+            raise ValueError(
+                f"Expected `embedding_map` to be 'pca', 'umap' or None but got {embedding_map!r}. Pass one of these."
+            )
         self.every_n_validations = every_n_validations
         self.count = count
         self.neighbours = neighbours

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, check_momentum
+from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder, check_average
 from lightning_memdml.training_images import embed_batch, find_encoder
 
 
@@ -28,7 +28,7 @@ class MomentumRows:
         momentum_encoder: The average; None outside of a fit.
 
     Raises:
-        ValueError: If the momentum is out of range.
+        ValueError: If an option is out of range.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MomentumRows:
         encoder: str | None,
         factory: Callable[[], nn.Module] | None,
     ) -> None:
-        check_momentum("encoder_momentum", momentum)
+        check_average(momentum, ramp, batch_norm, prefix="encoder_")
         self.momentum = momentum
         self.ramp = ramp
         self.batch_norm = batch_norm

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from lightning_memdml.checks import check_count
 from lightning_memdml.data import transforms
 from lightning_memdml.data.cache import PixelCache
 from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
@@ -129,6 +130,7 @@ class RetrievalDataModule(LightningDataModule):
         super().__init__()
         size = BATCH_SIZE if batch_size is None else batch_size
         check_batch(size, images_per_class, seed, batches_per_epoch)
+        check_count("eval_batch_size", eval_batch_size)
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}. Pass "
@@ -143,7 +145,7 @@ class RetrievalDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.val_fraction = val_fraction
-        self.image_size = 224 if image_size is None else image_size
+        self.image_size = 224 if image_size is None else check_count("image_size", image_size)
         self.mean = transforms.IMAGENET_MEAN if mean is None else tuple(mean)
         self.std = transforms.IMAGENET_STD if std is None else tuple(std)
         self.interpolation: transforms.Interpolation = interpolation or "bilinear"

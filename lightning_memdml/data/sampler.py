@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_count
+
 BATCH_SIZE = 64  # where none is set
 
 
@@ -142,9 +144,10 @@ class ClassBalancedSampler:
 
 def check_batch(batch_size: int, images_per_class: int, seed: int, batches_per_epoch: int | None) -> None:
     """Raise a `ValueError` unless a batch can be split into groups of `images_per_class`."""
-    if images_per_class < 1 or batch_size < 1 or batch_size % images_per_class:
-        below = batch_size // max(1, images_per_class) * max(1, images_per_class)
-        near = " or ".join(str(size) for size in (below, below + max(1, images_per_class)) if size > 0)
+    check_count("images_per_class", images_per_class)
+    if batch_size < 1 or batch_size % images_per_class:
+        below = batch_size // images_per_class * images_per_class
+        near = " or ".join(str(size) for size in (below, below + images_per_class) if size > 0)
         raise ValueError(
             "Expected `batch_size` to be a multiple of `images_per_class`, both positive, but got "
             f"batch_size={batch_size} and images_per_class={images_per_class}. Pass batch_size={near}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_positive
+from lightning_memdml.checks import check_finite, check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import softplus, sum_negative_logs
 
@@ -32,7 +32,7 @@ class BinomialDevianceLoss(PairLoss):
         backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
-        ValueError: If `alpha` or `beta` is not above 0.
+        ValueError: If `alpha` or `beta` is not above 0, or a number is not finite.
 
     References:
         Yi et al. 2014, arXiv 1407.4979.
@@ -50,7 +50,7 @@ class BinomialDevianceLoss(PairLoss):
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
-        self.base = base
+        self.base = check_finite("base", base)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return logistic weights, and as sums the two parts of the values that they are derivatives of."""

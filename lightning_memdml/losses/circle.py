@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_positive
+from lightning_memdml.checks import check_finite, check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
@@ -35,7 +35,7 @@ class CircleLoss(PairLoss):
         backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
-        ValueError: If `scale` is not above 0.
+        ValueError: If `scale` is not above 0, or a number is not finite.
 
     References:
         Sun et al. 2020, arXiv 2002.10857.
@@ -51,7 +51,7 @@ class CircleLoss(PairLoss):
 
     def __init__(self, margin: float = 0.4, scale: float = 80.0, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
-        self.margin, self.scale = margin, check_positive("scale", scale)
+        self.margin, self.scale = check_finite("margin", margin), check_positive("scale", scale)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the logits of the negatives and the factor of their softmax."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_memdml.checks import check_finite
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax
 
@@ -29,6 +30,9 @@ class LiftedStructureLoss(PairLoss):
         margin: Number added inside the hinge.
         backend: How the loss is computed against a memory, see `PairLoss`.
 
+    Raises:
+        ValueError: If `margin` is not finite.
+
     References:
         Song et al. 2016, arXiv 1511.06452; similarity form of Wang et al. 2019, arXiv 1904.06627.
 
@@ -44,7 +48,7 @@ class LiftedStructureLoss(PairLoss):
 
     def __init__(self, margin: float = 0.0, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
-        self.margin = margin
+        self.margin = check_finite("margin", margin)
 
     def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
         """Return the similarities as logits."""

@@ -48,7 +48,7 @@ class MarginLoss(PairLoss):
 
     def __init__(self, margin: float = 0.2, beta: float = 1.2, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
-        if margin < 0:
+        if not 0 <= margin < torch.inf:
             raise ValueError(f"Expected `margin` of at least 0 but got {margin}. Pass a width, such as 0.2.")
         if not 0 < beta < 2:
             raise ValueError(

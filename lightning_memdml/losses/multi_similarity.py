@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_positive
+from lightning_memdml.checks import check_finite, check_positive
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import row_min, softplus
 
@@ -38,7 +38,7 @@ class MultiSimilarityLoss(PairLoss):
         backend: How the loss is computed against a memory, see `PairLoss`.
 
     Raises:
-        ValueError: If `alpha` or `beta` is not above 0.
+        ValueError: If `alpha` or `beta` is not above 0, or a number is not finite.
 
     References:
         Wang et al. 2019, arXiv 1904.06627.
@@ -64,7 +64,8 @@ class MultiSimilarityLoss(PairLoss):
     ) -> None:
         super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
-        self.base, self.epsilon = base, epsilon
+        self.base = check_finite("base", base)
+        self.epsilon = None if epsilon is None else check_finite("epsilon", epsilon)
         self.needs_negatives = epsilon is not None
 
     def context(self, similarity: Tensor, mask: Tensor) -> Context:

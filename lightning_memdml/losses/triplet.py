@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_finite
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums, powers
 from lightning_memdml.losses.row_ops import HOST_DEVICES, flatnonzero
@@ -44,6 +45,9 @@ class TripletLoss(PairLoss):
         soft: Use the soft form, which ignores `margin`.
         backend: How the loss is computed against a memory, see `PairLoss`.
 
+    Raises:
+        ValueError: If `margin` is not finite.
+
     References:
         Schroff et al. 2015, arXiv 1503.03832; batch-all and soft form of Hermans et al. 2017, arXiv 1703.07737.
 
@@ -56,7 +60,7 @@ class TripletLoss(PairLoss):
 
     def __init__(self, margin: float = 0.1, soft: bool = False, *, backend: Backend = "auto") -> None:
         super().__init__(backend)
-        self.margin, self.soft = margin, soft
+        self.margin, self.soft = check_finite("margin", margin), soft
         self.wants_most_positives_first = not soft
         self.fill_value = 0.0 if soft else -torch.inf  # adds 0 to the sums of powers, or to the counts
 

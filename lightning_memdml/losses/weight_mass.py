@@ -7,6 +7,7 @@ number of pairs, and multiplied by a scale that is chosen on validation classes.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -29,9 +30,9 @@ def check_scale(name: str, scale: float) -> float:
     """Return a factor of the weights of one side.
 
     Raises:
-        ValueError: If it is below 0.
+        ValueError: If it is below 0 or not finite.
     """
-    if scale < 0:
+    if not 0 <= scale < math.inf:
         raise ValueError(f"Expected `{name}` of at least 0 but got {scale}. Pass 0 to leave this side out.")
     return scale
 

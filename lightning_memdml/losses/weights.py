@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.checks import check_similarity, refuse_renamed
+from lightning_memdml.checks import check_finite, check_positive, check_similarity, refuse_renamed
 from lightning_memdml.losses.constants import constant_like
 from lightning_memdml.readable_repr import options_repr
 
@@ -64,7 +64,7 @@ class Constant(WeightFunction):
         value: The weight, at least 0.
 
     Raises:
-        ValueError: If `value` is below 0.
+        ValueError: If `value` is below 0 or not finite.
 
     Example:
         >>> Constant()(torch.tensor([-0.5, 0.9]))
@@ -81,17 +81,18 @@ class Constant(WeightFunction):
 
 
 class Threshold(WeightFunction):
-    r"""Weighs pairs above a threshold 1 and the others 0, or the reverse.
+    r"""Gives pairs above a threshold the weight 1 and all others 0, or the reverse.
 
     $$
     w(s) = \mathbb{1}[s > \text{threshold}]
     $$
 
-    As the weight of negatives this is the contrastive loss with `margin = threshold`.
+    With `above=False` it is $\mathbb{1}[s < \text{threshold}]$. As the weight of negatives `Threshold(m)` is that of
+    `ContrastiveLoss(margin=m)`.
 
     Args:
         threshold: Cosine similarity in [-1, 1].
-        above: Whether the pairs above the threshold have weight 1. With `False`, those below it have.
+        above: Whether the pairs above the threshold have the weight 1; if false, those below it.
 
     Raises:
         ValueError: If `threshold` is not a cosine similarity.
@@ -128,6 +129,9 @@ class Linear(WeightFunction):
         slope: Weight per unit of similarity.
         intercept: Weight at similarity 0.
 
+    Raises:
+        ValueError: If a number is not finite.
+
     Example:
         >>> Linear(slope=-1, intercept=1)(torch.tensor([-1.0, 0.5, 1.0]))
         tensor([2.0000, 0.5000, 0.0000])
@@ -135,7 +139,7 @@ class Linear(WeightFunction):
 
     def __init__(self, slope: float = 1.0, intercept: float = 0.0) -> None:
         super().__init__()
-        self.slope, self.intercept = slope, intercept
+        self.slope, self.intercept = check_finite("slope", slope), check_finite("intercept", intercept)
         self.zero_below = -intercept / slope if slope > 0 else -torch.inf
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class Linear(WeightFunction):
 
 
 class Power(WeightFunction):
-    r"""Weighs pairs by a power of their distance above a threshold: a ramp from 0 to 1.
+    r"""Weighs pairs by a power of how far their similarity exceeds a threshold: a ramp from 0 to 1.
 
     $$
     w(s) = \left(\frac{\max(0, s - \text{threshold})}{1 - \text{threshold}}\right)^{\text{power}}
@@ -169,9 +173,7 @@ class Power(WeightFunction):
                 f"Expected `threshold` to be a cosine similarity in [-1, 1) but got {threshold}. "
                 "Pass a number in this range."
             )
-        if power <= 0:
-            raise ValueError(f"Expected `power` above 0 but got {power}. Pass a positive number.")
-        self.threshold, self.power = threshold, power
+        self.threshold, self.power = threshold, check_positive("power", power)
         self.zero_below = threshold
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -190,6 +192,9 @@ class Exponential(WeightFunction):
         scale: Growth per unit of similarity. Negative values stress dissimilar pairs.
         center: Similarity whose weight is 1.
 
+    Raises:
+        ValueError: If a number is not finite.
+
     Example:
         >>> Exponential(scale=10)(torch.tensor([0.0, 1.0]))
         tensor([4.5400e-05, 1.0000e+00])
@@ -197,7 +202,7 @@ class Exponential(WeightFunction):
 
     def __init__(self, scale: float = 10.0, center: float = 1.0) -> None:
         super().__init__()
-        self.scale, self.center = scale, center
+        self.scale, self.center = check_finite("scale", scale), check_finite("center", center)
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Return the weight of each similarity, in the same shape."""
@@ -232,13 +237,11 @@ class InverseDistance(WeightFunction):
 
     def __init__(self, power: float = 3.0, radius: float = 0.5) -> None:
         super().__init__()
-        if power <= 0:
-            raise ValueError(f"Expected `power` above 0 but got {power}. Pass a positive number.")
         if not 0 < radius < 2:
             raise ValueError(
                 f"Expected `radius` to be a distance in (0, 2) but got {radius}. Pass a number in this range."
             )
-        self.power, self.radius = power, radius
+        self.power, self.radius = check_positive("power", power), radius
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Return the weight of each similarity, in the same shape."""
@@ -258,7 +261,7 @@ class Sigmoid(WeightFunction):
         threshold: Cosine similarity in [-1, 1] at which the weight is 0.5.
 
     Raises:
-        ValueError: If `threshold` is not a cosine similarity.
+        ValueError: If `threshold` is not a cosine similarity, or `scale` is not finite.
 
     Example:
         >>> Sigmoid(scale=10, threshold=0.5)(torch.tensor([0.5, 1.0]))
@@ -267,7 +270,7 @@ class Sigmoid(WeightFunction):
 
     def __init__(self, scale: float = 10.0, threshold: float = 0.5) -> None:
         super().__init__()
-        self.scale, self.threshold = scale, check_similarity("threshold", threshold)
+        self.scale, self.threshold = check_finite("scale", scale), check_similarity("threshold", threshold)
 
     def forward(self, similarity: Tensor) -> Tensor:
         """Return the weight of each similarity, in the same shape."""
@@ -275,11 +278,13 @@ class Sigmoid(WeightFunction):
 
 
 class Band(WeightFunction):
-    r"""Weighs pairs between two similarities 1 and the others 0: hard pairs, but not those that may be mislabelled.
+    r"""Gives pairs between two similarities the weight 1 and all others 0: hard pairs without the hardest.
 
     $$
     w(s) = \mathbb{1}[\text{low} < s < \text{high}]
     $$
+
+    The most similar pairs of different classes may be mislabelled, and a band leaves them out.
 
     Args:
         low: Lower edge, a cosine similarity in [-1, 1]. The edge itself has weight 0.
@@ -322,7 +327,7 @@ class Piecewise(WeightFunction):
 
     Raises:
         ValueError: If the numbers of similarities and weights differ or are below 2, similarities do not ascend, or a
-            weight is negative.
+            weight is below 0 or not finite.
 
     Example:
         >>> Piecewise([0.0, 0.5, 1.0], [0.0, 1.0, 0.5])(torch.tensor([-1.0, 0.25, 0.75]))
@@ -336,9 +341,9 @@ class Piecewise(WeightFunction):
                 f"Expected as many `weights` as `similarities`, at least two, but got {len(weights)} and "
                 f"{len(similarities)}. Pass one weight for each similarity."
             )
-        if any(a >= b for a, b in zip(similarities, similarities[1:])):  # noqa: B905, RUF007 (3.10 has both, this reads)
+        if not all(a < b for a, b in zip(similarities, similarities[1:])):  # noqa: B905, RUF007 (3.10 has both, this reads)
             raise ValueError(f"Expected ascending `similarities` but got {list(similarities)}. Sort the points.")
-        if min(weights) < 0:
+        if not all(0 <= weight < torch.inf for weight in weights):
             raise ValueError(f"Expected `weights` of at least 0 but got {list(weights)}. Leave out negative weights.")
         self.similarities, self.weights = list(similarities), list(weights)
         self.zero_below = _last_zero(self.similarities, self.weights)
@@ -358,6 +363,6 @@ def _last_zero(similarities: list[float], weights: list[float]) -> float:
 
 
 def _check_at_least_zero(name: str, value: float) -> float:
-    if value < 0:
+    if not 0 <= value < torch.inf:
         raise ValueError(f"Expected `{name}` of at least 0 but got {value}. Pass 0 or a positive number.")
     return value

@@ -79,14 +79,7 @@ class MomentumEncoder:
         batch_norm: BatchNorm = "batch",
         factory: Callable[[], nn.Module] | None = None,
     ) -> None:
-        check_momentum("momentum", momentum)
-        if ramp < 1:
-            raise ValueError(f"Expected `ramp` of at least 1 but got {ramp}. Pass 1 for no ramp.")
-        if batch_norm not in get_args(BatchNorm):
-            raise ValueError(
-                f"Expected `batch_norm` to be one of {', '.join(get_args(BatchNorm))} but got {batch_norm!r}. Pass one "
-                "of these names."
-            )
+        check_average(momentum, ramp, batch_norm)
         self.momentum = momentum
         self.ramp = ramp
         self.batch_norm = batch_norm
@@ -178,6 +171,28 @@ def check_momentum(name: str, momentum: float) -> None:
     if not 0 <= momentum < 1:
         raise ValueError(
             f"Expected `{name}` in [0, 1) but got {momentum}. At 1 nothing would ever change; pass 0.99, for example."
+        )
+
+
+def check_average(momentum: float, ramp: float, batch_norm: str, prefix: str = "") -> None:
+    """Check the options of a `MomentumEncoder`.
+
+    Args:
+        momentum: The momentum, in [0, 1).
+        ramp: The ramp, at least 1.
+        batch_norm: With which statistics the copy normalises.
+        prefix: What the names of the options begin with in the caller.
+
+    Raises:
+        ValueError: If one is out of range; the message names it.
+    """
+    check_momentum(f"{prefix}momentum", momentum)
+    if not ramp >= 1:
+        raise ValueError(f"Expected `{prefix}ramp` of at least 1 but got {ramp}. Pass 1 for no ramp.")
+    if batch_norm not in get_args(BatchNorm):
+        raise ValueError(
+            f"Expected `{prefix}batch_norm` to be one of {', '.join(get_args(BatchNorm))} but got {batch_norm!r}. Pass "
+            "one of these names."
         )
 
 

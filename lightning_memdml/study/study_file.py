@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lightning_memdml.backbones import nearest
+from lightning_memdml.config_merging import StrictLoader
 from lightning_memdml.study.overrides import Config, class_name, merged, with_callback
 from lightning_memdml.study.search import Search
 from lightning_memdml.study.statistics import EXPECTATIONS, Expectation
@@ -165,26 +166,12 @@ def read_study(path: Path | str) -> Study:
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a repeated key in a mapping. Plain YAML silently keeps the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(
-                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: expected every key once but {key!r} "
-                    "is repeated. Rename or remove one."
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"Expected a YAML file but there is no file {path}. Check the path.")
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _StrictLoader)  # a SafeLoader
+            content = yaml.load(file, StrictLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected YAML in {path} but it cannot be parsed: {error}. Correct the file.") from error
     if not isinstance(content, dict):

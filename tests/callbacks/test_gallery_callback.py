@@ -205,9 +205,17 @@ def test_nothing_to_show_is_a_warning(tmp_path: Path) -> None:
         Trainer(callbacks=[GalleryLogger(dirpath=str(tmp_path))], **QUIET).test(Plain(), alone, verbose=False)
 
 
-def test_numbers_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="Expected `neighbours` of at least 1 but got 0"):
-        GalleryLogger(neighbours=0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"neighbours": 0}, "Expected `neighbours` of at least 1 but got 0"),
+        ({"order": "best"}, "Expected `order` to be 'hardest' or 'random' but got 'best'"),
+        ({"embedding_map": "tsne"}, "Expected `embedding_map` to be 'pca', 'umap' or None but got 'tsne'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_the_training(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GalleryLogger(**arguments)
 
 
 def test_pictures_and_page_go_to_wandb(glyph_cache: str, tmp_path: Path, offline_wandb: ModuleType) -> None:

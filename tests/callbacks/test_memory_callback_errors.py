@@ -111,7 +111,19 @@ def test_a_memory_term_without_the_callback_is_refused() -> None:
         fit(Short())
 
 
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"start_step": -1}])
-def test_impossible_arguments_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="Expected"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "`size` of at least 1 but got 0"),
+        ({"start_step": -1}, "`start_step` of at least 0 optimiser steps but got -1"),
+        ({"encoder_momentum": 1}, r"`encoder_momentum` in \[0, 1\) but got 1"),
+        ({"encoder_momentum": 0.9, "encoder_ramp": 0}, "`encoder_ramp` of at least 1 but got 0"),
+        (
+            {"encoder_momentum": 0.9, "encoder_batch_norm": "mean"},
+            "`encoder_batch_norm` to be one of batch, running but got 'mean'",
+        ),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
         MemoryCallback(**arguments)

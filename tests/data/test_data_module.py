@@ -176,6 +176,8 @@ def test_what_is_lacking_is_named_when_it_is_asked_for(listed, loader, message):
         ({"batch_size": 6, "images_per_class": 4}, "multiple of `images_per_class`"),
         ({"val_fraction": 1.0}, r"`val_fraction`.* in \[0, 1\) but got 1.0"),
         ({"val_fraction": -0.1}, "`val_fraction`"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` of at least 1 but got 0"),
+        ({"image_size": 0}, "`image_size` of at least 1 but got 0"),
     ],
 )
 def test_wrong_arguments_are_named_at_once(options, message):

@@ -155,7 +155,7 @@ def test_classes_are_drawn_in_proportion_to_the_groups_they_have_left():
     [
         ({"batch_size": 10, "images_per_class": 4}, r"multiple of `images_per_class`.*\. Pass batch_size=8 or 12\."),
         ({"batch_size": 2, "images_per_class": 4}, r"Pass batch_size=4\."),
-        ({"batch_size": 8, "images_per_class": 0}, "both positive"),
+        ({"batch_size": 8, "images_per_class": 0}, "`images_per_class` of at least 1 but got 0"),
         (
             {"batch_size": 16, "images_per_class": 4},
             "at most 3 classes per batch, the number of training classes, .*Pass batch_size=12 or less",

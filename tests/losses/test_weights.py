@@ -1,5 +1,6 @@
 """The contract of every weight function: its formula, where it is 0, and the arguments it refuses."""
 
+import inspect
 import re
 
 import pytest
@@ -60,6 +61,8 @@ def test_every_weight_function_is_exported_and_documented(cls):
         (lambda: ml.Piecewise([0.0], [1.0]), "at least two"),
         (lambda: ml.Piecewise([0.0, 0.0], [1.0, 1.0]), "ascending"),
         (lambda: ml.Piecewise([0.0, 1.0], [1.0, -1.0]), "at least 0"),
+        (lambda: ml.Piecewise([0.0, 1.0], [1.0, float("nan")]), "at least 0"),
+        (lambda: ml.Piecewise([0.0, float("nan")], [1.0, 1.0]), "ascending"),
         (lambda: ml.ContrastiveLoss(2.0), "`margin` to be a cosine similarity"),
         (lambda: ml.MultiSimilarityLoss(beta=0.0), "`beta` above 0 but got 0"),
         (lambda: ml.MarginLoss(beta=3.0), r"`beta` to be a distance in \(0, 2\)"),
@@ -74,6 +77,23 @@ def test_every_weight_function_is_exported_and_documented(cls):
 def test_arguments_out_of_range_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NUMBERS = [
+    (cls, name)
+    for cls in (getattr(ml, name) for name in ml.__all__)
+    if isinstance(cls, type) and issubclass(cls, ml.PairLoss | ml.WeightFunction)
+    for name, parameter in inspect.signature(cls).parameters.items()
+    if type(parameter.default) is float
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), NUMBERS, ids=[f"{cls.__name__}-{name}" for cls, name in NUMBERS])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_named(cls, name, wrong):
+    first = (ml.ContrastiveLoss(), ml.ContrastiveLoss()) if cls is ml.HybridLoss else ()
+    with pytest.raises(ValueError, match=rf"Expected `{name}` .*{wrong}"):
+        cls(*first, **{name: wrong})
 
 
 @pytest.mark.parametrize("side", ["positive", "negative"])

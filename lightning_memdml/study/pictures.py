@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from lightning_memdml.curves.reading import SIDES
 from lightning_memdml.picture_style import INK, STYLES, as_label, new_figure, plain_axes
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
-from lightning_memdml.study.tables import score_name
+from lightning_memdml.study.statistics import Judgement
+from lightning_memdml.study.tables import interval_in_words, score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,30 +176,63 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
     ]
     if not lines:
         return None
-    figure = new_figure(9, 0.5 * len(lines) + 0.9)
+    figure = new_figure(9.5, 0.5 * len(lines) + 0.9)
     panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
-    ends = [value for _, _, one, _ in lines if one for value in (*_finite(one.interval), one.estimate.mean)]
-    reach = max([abs(end) for end in ends] + [claim.by for claim, *_ in lines] + [0.5]) * 1.15
+    reach = _reach([_extent(judgement) for _, _, judgement, _ in lines if judgement], [claim.by for claim, *_ in lines])
     for axes, (claim, label, judgement, verdict) in zip(panels, lines, strict=True):
         color = VERDICT_COLORS[verdict]
         region = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
         if judgement is not None:
             axes.axvspan(*region[claim.expects], color="#0072B2", alpha=0.08, linewidth=0)
             axes.axvline(0, color="0.75", linewidth=0.8)
-            low, high = judgement.interval
-            axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if label else 5, alpha=0.4)
-            axes.plot([judgement.estimate.mean], [0], "o", color=color, markersize=4 if label else 6)
+            _draw_difference(axes, judgement, reach, color, is_part=bool(label))
         axes.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[])
         name = break_name(f"on {label}" if label else claim.name, 28)
         size = "x-small" if "\n" in name else "small" if label else "medium"
         axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, fontsize=size)
-        axes.text(1.01, 0.5, verdict, transform=axes.transAxes, color=color, va="center", weight="bold")
+        place = "bottom" if judgement else "center"
+        axes.text(1.01, 0.5, verdict, transform=axes.transAxes, color=color, va=place, weight="bold")
         _bare(axes, "left")
         if axes is not panels[-1]:
             axes.tick_params(labelbottom=False, length=0)
             axes.spines["bottom"].set_visible(False)
     panels[-1].set_xlabel("difference in points; shaded: the region of the claim")
     return figure
+
+
+def _extent(judgement: Judgement) -> float:
+    return max(map(abs, (*_finite(judgement.interval), judgement.estimate.mean)))
+
+
+def _reach(extents: Sequence[float], edges: Sequence[float]) -> float:
+    """Return half the width of the axis. The largest few differences lie beyond it if they would squeeze the others.
+
+    Example:
+        >>> round(_reach([1.0, 2.0, 3.0, 41.0], [0.0]), 2), round(_reach([1.0, 9.0], [0.0]), 2)
+        (3.45, 10.35)
+    """
+    ordered = sorted(extents)
+    most = next(
+        (low for low, high in pairwise(ordered[len(ordered) // 2 :]) if high > 4 * max(low, *edges, 0.5)),
+        ordered[-1] if ordered else 0.0,
+    )
+    return max(most, *edges, 0.5) * 1.15
+
+
+def _draw_difference(axes: Axes, judgement: Judgement, reach: float, color: str, is_part: bool) -> None:
+    """Draw the difference with its interval, or an arrow where it lies beyond the axis, and write both beside it."""
+    low, high = judgement.interval
+    mean = judgement.estimate.mean
+    if abs(mean) > reach:
+        axes.annotate(
+            "", (math.copysign(reach, mean), 0), (math.copysign(0.9 * reach, mean), 0),
+            arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2},
+        )  # fmt: skip
+    else:
+        axes.plot([max(low, -reach), min(high, reach)], [0, 0], color=color, linewidth=3 if is_part else 5, alpha=0.4)
+        axes.plot([mean], [0], "o", color=color, markersize=4 if is_part else 6)
+    numbers = f"{mean:+.1f} {interval_in_words(judgement.interval, signed=True)}"
+    axes.text(1.01, 0.45, numbers, transform=axes.transAxes, color=INK, va="top", fontsize="x-small")
 
 
 # -------------------------------------------------------------------------------------------------------------- trend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.text import Annotation
 from support.studies import results
 
 from lightning_memdml.study.pictures import plot_claims, plot_training
@@ -27,6 +28,20 @@ def test_the_picture_of_claims_draws_no_interval_that_hides_a_difference(tmp_pat
         assert figure is not None
         assert len(figure.axes) == 3
         assert sum(any(line.get_marker() == "o" for line in axes.lines) for axes in figure.axes) == drawn
+
+
+def test_a_difference_that_would_squeeze_the_others_is_an_arrow_at_the_edge(tmp_path: Path) -> None:
+    differences = {"w": 1, "x": 2, "y": 3, "z": 60}
+    means = {name: {"a": 10 + difference, "b": 10} for name, difference in differences.items()}
+    figure = plot_claims(results(tmp_path, means).claims())
+    assert figure is not None
+    _joint, *parts = figure.axes
+    assert parts[0].get_xlim()[1] < 5
+    assert [any(line.get_marker() == "o" for line in axes.lines) for axes in parts] == [True, True, True, False]
+    for axes, difference in zip(parts, differences.values(), strict=True):
+        (written,) = (text.get_text() for text in axes.texts if text.get_text().startswith("+"))
+        assert abs(float(written.split()[0]) - difference) < 1
+    assert [any(isinstance(text, Annotation) for text in axes.texts) for axes in parts] == [False, False, False, True]
 
 
 def test_runs_that_validate_once_have_no_curve_of_the_validation(tmp_path: Path) -> None:

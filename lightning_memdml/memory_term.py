@@ -70,8 +70,9 @@ def loss_term(
             options["ranks"] = rows.ranks
         if rows.bounds is not None:
             options["max_shared"] = rows.bounds
-        # A `forward` of the user's own may not know this option, which changes no result.
-        if rows.rounded is not None and type(loss).forward is PairLoss.forward and not torch.compiler.is_compiling():
+        # A `forward` of the user's own may not know this option, which changes no result. Asked first, so that a
+        # compiled step does not depend on how `rounded` was made.
+        if not torch.compiler.is_compiling() and rows.rounded is not None and type(loss).forward is PairLoss.forward:
             options["ref_rounded"] = rows.rounded
         return loss(embeddings, labels, ref_embeddings, ref_labels, **options)
     if rows.ranks is not None:
@@ -219,7 +220,10 @@ class MinedLoss(torch.nn.Module):
 
 def _is_of_pytorch_metric_learning(made: Any, part: str) -> bool:
     """Whether an object is a loss or a miner of pytorch-metric-learning, without importing it."""
-    return any(base.__module__.startswith(f"pytorch_metric_learning.{part}") for base in type(made).__mro__)
+    # All of them are modules. For a function, torch 2.10 cannot compile the next line.
+    return isinstance(made, torch.nn.Module) and any(
+        base.__module__.startswith(f"pytorch_metric_learning.{part}") for base in type(made).__mro__
+    )
 
 
 def _takes_four(parameters: Iterable[inspect.Parameter]) -> bool:

@@ -23,7 +23,9 @@ from lightning_memdml.inference.sources import FromFile
 Format = Literal["onnx", "torch"]
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 PREPROCESSING = "preprocessing.json"
-CLOSE = 1e-4  # largest accepted difference of an embedding's entries
+# Largest accepted difference of the entries of an embedding. A head that whitens can magnify roundings of 1e-6 by
+# hundreds; a wrong operation changes far more.
+CLOSE = 1e-3
 
 
 def export_network(

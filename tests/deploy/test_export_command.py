@@ -149,7 +149,7 @@ def test_a_model_that_differs_from_the_network_is_not_kept(
         export._write_program(learner.model, shape, path)
 
     monkeypatch.setitem(export.WRITERS, "torch", (another, export._read_program))
-    with pytest.raises(SystemExit, match=r"Expected model.pt2 to equal the network to 1e-04 but it differs by"):
+    with pytest.raises(SystemExit, match=r"Expected model.pt2 to equal the network to 1e-03 but it differs by"):
         main(f"export --ckpt_path {LAST} --formats [torch] --output {tmp_path}".split())
     assert not list(tmp_path.iterdir())
 

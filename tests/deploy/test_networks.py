@@ -14,6 +14,7 @@ from PIL import Image
 from lightning_memdml import MetricLearner
 from lightning_memdml.cli import main
 from lightning_memdml.data.transforms import EvaluationTransform
+from lightning_memdml.inference.export import CLOSE
 
 RunIn = Callable[[Path], AbstractContextManager[None]]
 LAST = "runs/memdml/version_0/checkpoints/last.ckpt"
@@ -78,6 +79,6 @@ def test_exported_files_equal_the_network(trained: Path) -> None:
     main(f"export --ckpt_path {LAST} --output exported".split())
     session = onnxruntime.InferenceSession("exported/model.onnx")
     (by_onnx,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    np.testing.assert_allclose(by_onnx, expected, atol=1e-4)
+    np.testing.assert_allclose(by_onnx, expected, atol=CLOSE)
     program = torch.export.load("exported/model.pt2").module()
-    np.testing.assert_allclose(program(images).detach().numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(program(images).detach().numpy(), expected, atol=CLOSE)

@@ -40,7 +40,7 @@ LAST = "runs/latest/checkpoints/last.ckpt"
 SWITCHES = ("--flip", "--whiten", "--rerank")
 COMMANDS: dict[str, Command] = {
     "fit": Command(
-        "Train.",
+        "Train a network.",
         TRAINER,
         "--model.backbone SmallConvNet --model.loss ContrastiveLoss --trainer.max_epochs 5",
         ("train", "run", "start", "resume", "continue"),
@@ -58,33 +58,33 @@ COMMANDS: dict[str, Command] = {
         other_names=("config", "recipes", "presets", "list"),
     ),
     "data": Command(
-        "Look at a data set (`data check`): counts, damaged images, a contact sheet.",
+        "Check a data set (`data check`): counts, damaged images, a contact sheet.",
         "lightning_memdml.data_check:data_command",
         "check --data CUB200 --data.root DIR",
         ("check", "dataset", "datasets", "inspect"),
         options="lightning_memdml.data_check:check_data",
     ),
     "demo": Command(
-        "Train on characters without and with a memory: a table and a picture.",
+        "Train on characters, without and with a memory: a table and a picture.",
         "lightning_memdml.demo:demo",
         other_names=("example", "tour"),
     ),
     "freeze": Command(
-        "Write the features of all images once, so that heads train in seconds.",
+        "Write the features of all images once, so that a head trains on them in seconds.",
         "lightning_memdml.deploy.freeze:freeze",
         "my/images features.npz --weights DEFAULT",
         ("features",),
         options="lightning_memdml.deploy.freeze:freeze_images",
     ),
     "weight-curves": Command(
-        "Draw the weights of a loss, or of a checkpoint.",
+        "Draw the weight that a loss gives a pair of each similarity.",
         "lightning_memdml.study.commands:weight_curves",
         "--loss ContrastiveLoss",
         ("curves", "weights", "plot"),
         options="lightning_memdml.study.commands:draw_weight_curves",
     ),
     "study": Command(
-        "Compare arms over seeds and data sets, with verdicts and a report.",
+        "Compare settings over seeds and data sets, with verdicts and a report.",
         "lightning_memdml.lightning_cli:run_study",
         "STUDY.yaml",
         ("compare", "sweep", "experiment"),

@@ -12,7 +12,7 @@ from lightning_memdml.data import RetrievalDataModule
 from lightning_memdml.data.checking import contact_sheet, describe, in_words, sets_of
 
 DESCRIPTION = """\
-Look at a data set before training on it: the files found, the sets, images per class, missing and damaged images, and
+Check a data set before training on it: the files found, the sets, images per class, missing and damaged images, and
 a contact sheet. Exits with 1 if there is a problem.
 
   memdml data check --data StanfordOnlineProducts --data.root DIR

@@ -19,16 +19,16 @@ from lightning_memdml.retrieval import retrieval_examples, save_gallery
 from lightning_memdml.verbosity import quiet
 
 DESCRIPTION = """\
-Train on characters drawn from fonts, without and with a memory: a table of scores and a picture of what was found.
-About a minute on two CPU cores, without downloads.
+Train on characters drawn from fonts, without and with a memory: a table of scores, and a picture of queries and their
+neighbours. It takes about a minute on two CPU cores and downloads nothing.
 
   memdml demo
   memdml demo --seeds 0 1 2 --untrained
   memdml demo --configs glyphs_memory glyphs_momentum --trainer.max_steps 500
 
-Each configuration is one arm. All arms of a seed start from the same weights and see the same batches; the number of
-steps is that of the configuration. Scores are those of the last step on the test classes, which are never trained on,
-and nothing is selected on them. Other options are passed to all runs, as to `memdml fit`."""
+With each seed, all configurations start from the same weights and see the same batches. The number of steps is that of
+the configuration. Scores are those of the last step on the test classes, which are never trained on, and on which
+nothing is selected. Other options are passed to all runs, as to `memdml fit`."""
 QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false")
 SCORES = ("recall_at_1", "map_at_r", "r_precision")
 

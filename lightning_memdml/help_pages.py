@@ -37,8 +37,8 @@ TRAINING: dict[str, list[tuple[str, str, tuple[str, str] | str]]] = {
         ("--model.memory_weight", "weight of the memory term", LEARNER),
         ("--model.embedding_dim", "width of the embedding", LEARNER),
         ("--model.head_init", "`whitening` for pretrained features", LEARNER),
-        ("--model.backbone_lr", "learning rate of the backbone, if another", LEARNER),
-        ("--model.layer_decay", "slower learning of earlier blocks, such as 0.75", LEARNER),
+        ("--model.backbone_lr", "learning rate of the backbone; by default the same", LEARNER),
+        ("--model.layer_decay", "factor of the rate per block, from the last to the first", LEARNER),
         ("--model.optimizer", "with --model.optimizer.lr and others", "AdamW"),
         ("--model.lr_scheduler", "WarmupCosine, or a scheduler of torch", LEARNER),
     ],
@@ -70,7 +70,7 @@ TRAINING: dict[str, list[tuple[str, str, tuple[str, str] | str]]] = {
 CONFIG = ("--config", "a packaged configuration by its name, or a file", "")
 CKPT = {
     "fit": ("--ckpt_path", "resume this run, such as runs/latest/checkpoints/last.ckpt", ""),
-    "": ("--ckpt_path", "the checkpoint, such as runs/latest/checkpoints/last.ckpt; it has all other options", ""),
+    "": ("--ckpt_path", "the checkpoint, such as runs/latest/checkpoints/last.ckpt; it holds all other options", ""),
 }
 OWN: dict[str, list[tuple[str, str, str]]] = {
     "fit": [
@@ -79,15 +79,15 @@ OWN: dict[str, list[tuple[str, str, str]]] = {
         ("--reference", "compare with the frozen features of --model.weights", "true"),
         ("--report", "write report.html: scores, failures, curves, a map", "true"),
         ("--seed_everything", "seed of weights and batches", "0"),
-        ("--trust", "let a checkpoint build what is not on the closed list", ""),
+        ("--trust", "let the checkpoint run what it names, if you trust its author", ""),
         ("--verbose", "print what Lightning and other libraries report", ""),
     ],
-    "validate": [CKPT[""], CONFIG, ("--trust", "let the checkpoint build whatever it names", "")],
+    "validate": [CKPT[""], CONFIG, ("--trust", "let the checkpoint run what it names, if you trust its author", "")],
     "test": [
         CKPT[""],
         CONFIG,
         ("--report", "write report.html: scores with intervals, failures, a map, the data", "true"),
-        ("--trust", "let the checkpoint build whatever it names", ""),
+        ("--trust", "let the checkpoint run what it names, if you trust its author", ""),
     ],
     "predict": [
         CKPT[""],
@@ -95,7 +95,7 @@ OWN: dict[str, list[tuple[str, str, str]]] = {
         ("--file_format", "`parquet`: one table; `npy`: an array beside a .csv", "parquet"),
         ("--flip", "average with the mirrored image, in twice the time", "false"),
         ("--skip_damaged", "leave out images that cannot be opened, and list them", "false"),
-        ("--trust", "let the checkpoint build whatever it names", ""),
+        ("--trust", "let the checkpoint run what it names, if you trust its author", ""),
     ],
 }
 EXAMPLES = {
@@ -168,7 +168,7 @@ def _rows(options: list[Option]) -> Iterator[str]:
     """Yield the options, each in as few lines as its description takes."""
     column = min(30, max((len(option.name) for option in options), default=0)) + 4
     for option in options:
-        default = f" [{option.default}]" if option.default not in ("", "None", "False") else ""
+        default = f" [{option.default}]" if option.default not in ("", "None", "false") else ""
         start = f"  {option.name}"
         lines = textwrap.wrap(f"{option.help}{default}", _width() - column) or [""]
         if len(start) >= column - 1:
@@ -241,7 +241,14 @@ def _defaults(function: ast.FunctionDef) -> dict[str, str]:
         for name, value in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
         if value is not None
     ]
-    return {name.arg: ast.unparse(value) for name, value in pairs}
+    return {name.arg: _as_typed(ast.unparse(value)) for name, value in pairs}
+
+
+def _as_typed(default: str) -> str:
+    """Return a default as a user would type it: a tuple as a list, a truth value in small letters."""
+    if default.startswith("("):
+        return f"[{default.strip('()').rstrip(',')}]".replace("'", "")
+    return default.lower() if default in ("True", "False") else default
 
 
 def _default(option: str, place: tuple[str, str] | str) -> str:
@@ -266,4 +273,7 @@ def _parser_options(tree: ast.Module) -> Iterator[Option]:
         default = ast.unparse(options["default"]) if "default" in options else ""
         path = re.fullmatch(r"Path\('(.*)'\)", default)
         shown = path[1] if path else "" if default.startswith("[") else default.strip("'\"")
-        yield Option(name if name.startswith("-") else name.upper(), text, shown)
+        if not name.startswith("-"):
+            is_optional = "nargs" in options and ast.literal_eval(options["nargs"]) == "?"
+            name = f"[{name.upper()}]" if is_optional else name.upper()
+        yield Option(name, text, shown)

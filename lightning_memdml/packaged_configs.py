@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "configs"
 FIELDS = ("Command", "Hardware", "Cost", "Expected")
 DESCRIPTION = """\
 List the configurations that come with the package: what each trains, what it costs, and what to expect. `--config`
-takes their names in place of a file. Without a path, a file of that name in the working directory comes first.
+takes a file or one of these names; a file that is called exactly so comes first.
 
   memdml configs
   memdml configs glyphs_memory > mine.yaml     print one, to change a copy of it

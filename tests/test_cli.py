@@ -333,7 +333,7 @@ def test_help_shows_the_commands_and_the_docstrings(memdml: Command, capsys: pyt
     for sentence in (
         *(COMMANDS[name].help for name in ("fit", "validate", "test", "predict")),
         "memdml weight-curves",
-        "Train. `memdml configs` lists what --config takes by name.",
+        "Train a network. `memdml configs` lists what --config takes by name.",
         "memdml data check --data FolderDataModule",
         __version__,
         "memdml test --ckpt_path",

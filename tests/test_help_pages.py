@@ -74,6 +74,13 @@ def test_options_and_defaults_of_a_training_are_those_of_the_classes() -> None:
     assert all(name in " ".join(page.split()) for name in config_names())
 
 
+def test_defaults_are_shown_as_they_are_typed() -> None:
+    assert re.search(r"--k  .*\[\[1, 10, 100, 1000\]\]", page_of("score"))
+    assert "[[onnx, torch]]" in page_of("export")
+    assert "[true]" in page_of("data")
+    assert page_of("configs").startswith("usage: memdml configs [NAME] [OPTIONS]")
+
+
 def test_own_options_of_the_trainer_commands_exist() -> None:
     from lightning_memdml.command_options import FIT, PREDICT, REPORT
 

@@ -36,7 +36,7 @@ def export_model(
         ckpt_path: A checkpoint of `memdml fit`, or of a learner trained or saved in Python.
         output: Folder of the files.
         formats: What to write: `onnx` (extra `export`), `torch`.
-        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
+        trust: Let the checkpoint build and run whatever it names: only if you trust its author.
 
     Returns:
         File name -> largest difference from the network in the entries of unit embeddings, over batches of 1 and 5.

@@ -44,8 +44,9 @@ Embed images with a trained network, and build an index of them.
   memdml index --ckpt_path last.ckpt --source catalogue.csv --kind ivf --nprobe 16
   memdml index --ckpt_path last.ckpt --flip --whiten
 
-Without --source, it indexes the images of the checkpoint's own data, by default those that its test searches. Of a
-folder it takes all images, at any depth. It resumes after an interruption, and reports recall against exact search."""
+Without --source, it indexes the gallery of the checkpoint's own test set (--images names another part). Of a folder it
+takes all images, at any depth. It resumes after an interruption. At the end it prints how many of the exact neighbours
+the index finds."""
 
 
 def index(arguments: list[str]) -> None:
@@ -124,7 +125,7 @@ def index_images(
         output: Folder of the index; an index there is replaced when the new one is finished.
         device: Where the network runs, `cpu` or `cuda`; on `cuda`, faiss trains the index there too.
         kind: Kind of index: `flat` (exact, the default), `ivf`, `hnsw` or `pq`. `--help_all` lists their options.
-        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
+        trust: Let the checkpoint build and run whatever it names: only if you trust its author.
         skip_damaged: Leave out images that are missing or damaged, and list them. All images are opened once more.
         flip: Average the embedding of each image with that of its mirrored copy; a search then does the same.
         whiten: Whiten (PCA) the embeddings on the training images; a search then does the same.

@@ -71,7 +71,7 @@ def score_files(
         gallery: File of a gallery, or several that the same queries search one by one.
         k: Recall levels.
         groups: A column, such as the camera: references of the query's label and group are left out.
-        mean_average_precision: Also compute the rank of every match, however deep.
+        mean_average_precision: Also print the mean average precision, which needs the rank of every match.
         intervals: Add 95 % confidence intervals, from 1,000 bootstrap samples of classes.
         nmi: Add the normalised mutual information of k-means clusters of the queries and their classes.
         ckpt_path: Score the test images of this checkpoint, instead of files.
@@ -89,7 +89,7 @@ def score_files(
         map_method: Method of the map; `umap` needs the extra of this name.
         seed: Seed of intervals, clusters and map.
         device: Where the network runs, `cpu` or `cuda`.
-        trust: Let the checkpoint build whatever it names.
+        trust: Let the checkpoint build and run whatever it names: only if you trust its author.
 
     Returns:
         Scores by gallery; without a gallery, under the name of the file itself. Those that are not plain have prefixes:

@@ -79,7 +79,7 @@ def search_images(
         html: Also write the result to this HTML page.
         png: Also write the result to this picture.
         device: Where the network runs, `cpu` or `cuda`.
-        trust: Let the index and its checkpoint build whatever they name, also what is not on the closed list.
+        trust: Let the index and its checkpoint build and run whatever they name: only if you trust their author.
         rerank: Order the candidates by k-reciprocal neighbours, and print the earlier place in brackets.
         candidates: Images that are re-ranked for each image file, at least `k`.
         k1: Neighbours among which re-ranking searches reciprocal ones.

@@ -27,8 +27,8 @@ Draw the weight that a loss gives a pair of each similarity, and write the numbe
   memdml weight-curves --loss+ ContrastiveLoss --loss.margin 0.6 --loss+ MultiSimilarityLoss
   memdml weight-curves --ckpt_path runs/latest/checkpoints/last.ckpt
 
-Where the weight depends on the similarity alone, the curve is exact. Where other pairs change it, real pairs are
-weighed: of a checkpoint, a training batch against its memory; without one, characters compared pixel by pixel."""
+If the weight depends on the similarity alone, the curve is exact. Otherwise it is measured: with a checkpoint on a
+training batch against its memory, without one on characters that are compared pixel by pixel."""
 PIXEL_BATCHES = 32  # that stand for a memory where there is none
 
 
@@ -53,9 +53,8 @@ def draw_weight_curves(
 ) -> None:
     """Draw the weight that a loss gives a pair of each similarity, and write the numbers beside the picture.
 
-    Where the weight depends on the similarity alone, the curve is exact. Where other pairs change it, real pairs are
-    weighed: of a checkpoint, a training batch against its memory; without a checkpoint, characters compared pixel
-    by pixel.
+    If the weight depends on the similarity alone, the curve is exact. Otherwise it is measured: with a checkpoint on a
+    training batch against its memory, without one on characters that are compared pixel by pixel.
 
     Args:
         loss: A loss, or several that are drawn over each other: `--loss+ A --loss+ B`, or a list in YAML. By default
@@ -64,7 +63,7 @@ def draw_weight_curves(
             compared with the memory in the checkpoint.
         data: Where the images come from; by default the data of the checkpoint, or glyphs without one.
         output: Folder for the picture and the tables.
-        trust: Let the checkpoint build whatever it names, also what is not on the closed list.
+        trust: Let the checkpoint build and run whatever it names: only if you trust its author.
 
     Raises:
         ValueError: If there is neither a loss nor a checkpoint, or one of them cannot be used.

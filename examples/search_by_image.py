@@ -1,8 +1,10 @@
 """A page in the browser that searches an index by image.
 
-pip install gradio
-memdml index --ckpt_path runs/latest/checkpoints/last.ckpt --output runs/index
-python examples/search_by_image.py runs/index
+Install Gradio, make an index, and start the page:
+
+    pip install gradio
+    memdml index --ckpt_path runs/latest/checkpoints/last.ckpt --output runs/index
+    python examples/search_by_image.py runs/index
 """
 
 import sys

@@ -99,9 +99,9 @@ def loss_term(
 def against_memory(
     module: LightningModule, loss: Loss, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of a batch against the memory of `MemoryCallback`, and let it store the batch after the step.
+    """Return the loss of a batch against the memory of `MemoryCallback`, which then stores the batch after the step.
 
-    The shorter way to add a memory: `training_step` need not return embeddings and labels:
+    This is the shortest way to add a memory, since `training_step` need not return embeddings and labels:
 
         loss = self.loss(z, y) + against_memory(self, self.loss, z, y)
 
@@ -109,8 +109,8 @@ def against_memory(
         module: The LightningModule in training.
         loss: A `PairLoss`, a loss of pytorch-metric-learning, or a function, which is called as
             `loss(embeddings, labels, ref_embeddings, ref_labels)`, see `loss_term`.
-        embeddings: `(B, D)`.
-        labels: `(B,)`.
+        embeddings: Embeddings of the batch, of unit length, `(B, D)`.
+        labels: Their classes, `(B,)`.
         indices: `(B,)`, the data-set index of each row's image; pairs of one image are left out.
 
     Returns:
@@ -193,11 +193,14 @@ def check_loss(name: str, loss: Any) -> None:
 
 
 class MinedLoss(torch.nn.Module):
-    """A loss and a miner of pytorch-metric-learning as one loss, in the batch and against a memory.
+    """Combines a loss and a miner of pytorch-metric-learning to one loss, for the batch and against a memory.
 
     Args:
         loss: A loss of pytorch-metric-learning.
         miner: A miner of pytorch-metric-learning, which chooses the pairs or triplets.
+
+    Raises:
+        TypeError: If `loss` or `miner` is something else, such as a loss of this package, which takes no pairs.
 
     Example:
         >>> def miner(embeddings, labels, *references): return labels > 0  # any function that chooses
@@ -208,6 +211,16 @@ class MinedLoss(torch.nn.Module):
 
     def __init__(self, loss: torch.nn.Module, miner: torch.nn.Module) -> None:
         super().__init__()
+        if isinstance(loss, PairLoss) or not callable(loss) or _is_of_pytorch_metric_learning(loss, "miners"):
+            raise TypeError(
+                f"Expected `loss` to be a loss of pytorch-metric-learning but got {loss!r}. Pass one, such as "
+                "TripletMarginLoss(). Losses of this package need no miner."
+            )
+        if not callable(miner) or _is_of_pytorch_metric_learning(miner, "losses"):
+            raise TypeError(
+                f"Expected `miner` to be a miner of pytorch-metric-learning but got {miner!r}. Pass one, such as "
+                "TripletMarginMiner()."
+            )
         self.loss, self.miner = loss, miner
 
     def forward(

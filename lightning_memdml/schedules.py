@@ -23,13 +23,19 @@ class Schedule(ABC):
 
 
 class LinearRamp(Schedule):
-    """A straight line from one number to another, constant before and after.
+    r"""A number that changes linearly between two optimiser steps, such as `memory_weight`.
+
+    $$
+    f(t) = a + (b - a) \min\Big(1, \max\Big(0, \frac{t - t_0}{t_1 - t_0}\Big)\Big)
+    $$
+
+    from $a$ = `start` at $t_0$ = `start_step` to $b$ = `stop` at $t_1$ = `stop_step`.
 
     Args:
         start_step: Optimiser step until which the number is `start`.
         stop_step: Optimiser step from which on it is `stop`, above `start_step`.
-        start: The number before.
-        stop: The number after.
+        start: The number at and before `start_step`.
+        stop: The number at and after `stop_step`.
 
     Raises:
         ValueError: If `stop_step` is not above `start_step`, or `start` or `stop` is not finite.

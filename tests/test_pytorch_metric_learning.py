@@ -85,6 +85,18 @@ def test_a_mined_loss_is_the_loss_of_what_the_miner_chose() -> None:
     trainer(MemoryCallback(size=SIZE)).fit(learner(loss=mined), loader())
 
 
+@pytest.mark.parametrize("loss", [miners.TripletMarginMiner(), ContrastiveLoss(), 3])
+def test_a_mined_loss_of_what_is_no_loss_of_that_library_is_refused(loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Expected `loss` to be a loss of pytorch-metric-learning but got"):
+        MinedLoss(loss, miners.TripletMarginMiner())
+
+
+@pytest.mark.parametrize("miner", [losses.TripletMarginLoss(), None])
+def test_a_mined_loss_without_a_miner_is_refused(miner: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Expected `miner` to be a miner of pytorch-metric-learning but got"):
+        MinedLoss(losses.TripletMarginLoss(), miner)
+
+
 def test_a_miner_in_the_place_of_a_loss_is_refused_by_name() -> None:
     for options in ({"loss": miners.TripletMarginMiner()}, {"memory_loss": miners.TripletMarginMiner()}):
         (name,) = options

@@ -33,19 +33,19 @@ class MemoryTerm(NamedTuple):
 
 
 class MemoryChoice(Callback):
-    """Chooses the weight of the memory term of a `MetricLearner`, or that there is none, before the training.
+    """Chooses before the training, by short trials, whether a `MetricLearner` uses the memory, and with which weight.
 
-    The memory holds many more positives of an anchor than the batch, and how much they may outweigh the batch differs
-    between data sets: what gains two points on one costs two on another. So this callback trains the network for a few
-    steps in each of these ways, always from the same start and on the same batches:
+    The memory holds many more positives of an anchor than the batch. How much they should count differs between data
+    sets: what gains two points on one costs two on another. So this callback trains the network for a few steps in each
+    of these ways, always from the same start and on the same batches:
 
     - without a memory;
     - with the `memory_loss` and `memory_weight` of the learner, the weight multiplied by each of `factors`;
     - if the loss against the memory is contrastive, with the weights of the positives of every anchor, and those of its
       negatives, scaled to each of `side_sums`: 3 is the sum of the positives in a batch of 4 images per class.
 
-    The way with the best MAP@R on the validation classes is used for the training, which starts where it would have
-    started without the trials. The learning rates of a trial are those of the learner, and fall to 0 in a straight
+    The training then uses the way with the best MAP@R on the validation classes, and starts where it would have started
+    without the trials. The learning rates of a trial are those of the learner, and fall to 0 in a straight
     line. Rows are stored after a tenth of its steps, in an `EmbeddingMemory` without a momentum encoder.
 
     Under DDP every rank trains on its own part of the batches, and the mean score decides. A resumed run keeps the
@@ -58,8 +58,8 @@ class MemoryChoice(Callback):
         side_sums: Sums of the weights of each side, above 0.
 
     Attributes:
-        chosen: Name of the way that was chosen; None before the fit.
-        scores: Name of every way -> its MAP@R on the validation classes.
+        chosen: Name of the chosen way; None before the fit.
+        scores: The MAP@R of every way on the validation classes, by its name.
 
     Raises:
         ValueError: If an argument is out of range; in `fit`, without a `MemoryCallback` or with another module than a

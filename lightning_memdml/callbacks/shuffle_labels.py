@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class ShuffleLabels(Callback):
-    """Trains with shuffled labels, as a control.
+    """Shuffles the training labels, as a control.
 
-    A comparison that does not detect the difference from a training with true labels shows nothing. Every class keeps
-    its number of training images. Labels of validation and test stay as they are.
+    A comparison that cannot tell a training with shuffled labels from one with true labels shows nothing. Every class
+    keeps its number of training images. Labels of validation and test stay as they are.
 
     Args:
         seed: Seed of the shuffle.

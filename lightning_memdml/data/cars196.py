@@ -20,9 +20,9 @@ BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 class Cars196(PublishedDataModule):
     """Cars196 (Krause et al. 2013, Stanford Cars, 3dRR-13): 16,185 photographs of 196 models of cars.
 
-    The 8,054 images of the first 98 classes train; every one of the 8,131 images of the others is query, all the
-    others are its gallery. The released split into train and test is one for classification, with all classes on both
-    sides: both parts are read, and cut by class. Either layout of the release will do:
+    The 8,054 images of the first 98 classes are for training; each of the 8,131 images of the others is a query that
+    searches among the rest of them. The released split into train and test is one for classification, with all classes
+    on both sides, so both parts are read and split by class. Both layouts of the release are read:
 
         root/                                    or root/stanford_cars/
             cars_annos.mat                       the old one

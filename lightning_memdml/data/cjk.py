@@ -74,10 +74,10 @@ MIN_FONTS = 2  # of each script, so that a class is drawn in more than one way
 class CJKDataModule(RetrievalDataModule):
     """Chinese and Korean characters in nine free fonts: as many classes and images as Stanford Online Products.
 
-    11,318 characters with 59,551 pictures train, 11,316 others with 60,502 test. A character has 2 to 12 pictures,
-    each in another font as long as there are fonts, turned and bent a little. The pictures are drawn once, in about a
-    minute, and then read from a cache of 130 MB. Which characters these are, and how many pictures each has, is the
-    same on every machine with these fonts.
+    11,318 characters with 59,551 pictures are for training, 11,316 others with 60,502 for testing. A character has 2 to
+    12 pictures, each in another font as long as there are fonts, turned and bent a little. The pictures are drawn once,
+    in about a minute, and then read from a cache of 130 MB. Which characters these are, and how many pictures each has,
+    is the same on every machine with these fonts.
 
     The fonts are not part of this package: without them, the error names the packages of Debian and Ubuntu that have
     them. Elsewhere copy their files to a folder for fonts of the system or the user. `lightning_memdml.data.cjk.FONTS`

@@ -19,9 +19,9 @@ CLASSES = 200
 class CUB200(PublishedDataModule):
     """Caltech-UCSD Birds-200-2011 (Wah et al. 2011, CNS-TR-2011-001): 11,788 photographs of 200 kinds of birds.
 
-    The 5,864 images of the first 100 classes train; every one of the 5,924 images of the others is query, all the
-    others are its gallery. `train_test_split.txt` of the archive is a split for classification, with all classes on
-    both sides: it is not read. The files:
+    The 5,864 images of the first 100 classes are for training; each of the 5,924 images of the others is a query that
+    searches among the rest of them. `train_test_split.txt` of the archive is a split for classification, with all
+    classes on both sides, and is not read. The files:
 
         root/                        or root/CUB_200_2011/
             images.txt               image_id path

@@ -24,7 +24,7 @@ class DeepFashion2(PublishedDataModule):
     A garment is named by its pair and its style, which counts within the pair. The garments of `train` train, both
     photographs of consumers (`user`) and of the shop. Of `validation`, those on photographs of consumers are queries,
     those of the shop are the gallery (labels of the official test set are not released). Style 0 means that a garment
-    has no partner: such a garment of the shop stays in the gallery, where no query should find it; others are not used.
+    has no partner: such a garment of the shop stays in the gallery, where it matches no query; others are not used.
     Boxes come from the annotations, not from a detector, so scores are not those of the official challenge. The files:
 
         root/
@@ -35,6 +35,7 @@ class DeepFashion2(PublishedDataModule):
 
     Args:
         root: The folder of the released files.
+        download: Must be false: there is no official direct address, and the error names the files to ask for.
 
     Raises:
         FileNotFoundError: If a folder is missing.

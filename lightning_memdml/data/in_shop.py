@@ -21,8 +21,8 @@ BOX_LIST = "list_bbox_inshop.txt"
 class InShop(PublishedDataModule):
     """In-Shop Clothes Retrieval (Liu et al. 2016, DeepFashion, CVPR): 52,712 photographs of 7,982 garments of a shop.
 
-    25,882 images of 3,997 garments train; of the 3,985 others, 14,218 images are queries that search in a gallery of
-    12,612 other images. The files:
+    25,882 images of 3,997 garments are for training; of the 3,985 others, 14,218 images are queries that search in a
+    gallery of 12,612 other images. The files:
 
         root/                                    or root/In-shop Clothes Retrieval Benchmark/, root/Inshop_Clothes/
             Eval/list_eval_partition.txt         or in the root itself

@@ -21,9 +21,9 @@ SPECIES = 8142
 class INaturalist2018(PublishedDataModule):
     """iNaturalist 2018 (Van Horn et al. 2018, arXiv 1707.06642) in the retrieval split of Smooth-AP.
 
-    325,846 photographs of 5,690 species train; every one of the 136,093 images of the 2,452 others is query, all the
-    others are its gallery (Brown et al. 2020, arXiv 2007.12163). The released split into train, val and test is one for
-    classification. The files:
+    325,846 photographs of 5,690 species are for training; each of the 136,093 images of the 2,452 others is a query
+    that searches among the rest of them (Brown et al. 2020, arXiv 2007.12163). The released split into train, val and
+    test is one for classification. The files:
 
         root/                                    or root/Inaturalist/
             Inat_dataset_splits/Inaturalist_train_set1.txt     a path per line; or in the root itself
@@ -35,6 +35,7 @@ class INaturalist2018(PublishedDataModule):
 
     Args:
         root: The folder of the released files.
+        download: Must be false: there is no official direct address, and the error names the files to fetch.
 
     Raises:
         FileNotFoundError: If a list file is missing.

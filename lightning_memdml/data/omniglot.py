@@ -21,9 +21,9 @@ PARTS: tuple[tuple[str, Role], ...] = (("images_background", "train"), ("images_
 class Omniglot(PublishedDataModule):
     """Omniglot (Lake et al. 2015, Science 350): 1,623 handwritten characters of 50 alphabets, by 20 people each.
 
-    The 19,280 images of the 964 characters of the background set train; every one of the 13,180 images of the 659
-    characters of the evaluation set is query, all the others are its gallery. The same number of character in two
-    alphabets is two classes. The files:
+    The 19,280 images of the 964 characters of the background set are for training; each of the 13,180 images of the 659
+    characters of the evaluation set is a query that searches among the rest of them. Characters of the same number in
+    two alphabets are two classes. The files:
 
         root/                            or root/python/, root/omniglot-py/ (where torchvision puts it)
             images_background/<alphabet>/character01/0001_01.png

@@ -21,8 +21,8 @@ SPLITS: tuple[tuple[str, Role, int, int], ...] = (
 class StanfordOnlineProducts(PublishedDataModule):
     """Stanford Online Products (Song et al. 2016, arXiv 1511.06452): 120,053 photographs of 22,634 items on eBay.
 
-    59,551 images of 11,318 items train; every one of the 60,502 images of the 11,316 others is query, all the others
-    are its gallery. Items have 2 to 12 images. The files:
+    59,551 images of 11,318 items are for training; each of the 60,502 images of the 11,316 others is a query that
+    searches among the rest of them. Items have 2 to 12 images. The files:
 
         root/                    or root/Stanford_Online_Products/
             Ebay_train.txt       image_id class_id super_class_id path

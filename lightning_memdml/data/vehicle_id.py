@@ -20,10 +20,10 @@ COLUMNS = ("image_id", "vehicle_id")
 class VehicleID(PublishedDataModule):
     """PKU VehicleID (Liu et al. 2016, CVPR): 221,763 photographs of 26,267 vehicles by surveillance cameras.
 
-    About 110,000 images of 13,000 vehicles train (published counts differ); 800, 1,600 or 2,400 other vehicles test,
-    by one of two protocols, whose scores must not be compared with each other:
+    About 110,000 images of 13,000 vehicles are for training (published counts differ), and 800, 1,600 or 2,400 other
+    vehicles for testing, by one of two protocols, whose scores must not be compared with each other:
 
-    - `retrieval`, of metric learning (XBM, Smooth-AP): every test image is query, all the others are its gallery;
+    - `retrieval`, of metric learning (XBM, Smooth-AP): each test image is a query that searches among the others;
     - `re_identification` (FastReID): one image of each vehicle, drawn at random, is the gallery, all the others are
       queries. Papers average 10 draws: `draw` 0 to 9. `one_image_each` draws from embeddings without running the
       network again.

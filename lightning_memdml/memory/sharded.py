@@ -37,10 +37,10 @@ class ShardedMemory(Memory):
     partial sums combine to the loss against the whole memory, to rounding. The arithmetic per rank is the same for any
     number of ranks, the bytes are `1 / W`, and a step has three more collectives: for the anchors `(W B, D)`, for the
     few rows of their classes, and for the sums `(W B, D + 4)`. Losses whose negatives depend on the positives (mined
-    multi-similarity, triplet) have two small ones beside. On one rank, and outside of distributed training, it is an
-    `EmbeddingMemory` with that loss.
+    multi-similarity, triplet) need two more small ones. On one rank, and outside of distributed training, it works as
+    an `EmbeddingMemory`.
 
-    The loss has to be called with `ranks`. `MetricLearner` and `against_memory` do it by themselves; otherwise write:
+    The loss has to be called with `ranks`, as `MetricLearner` and `against_memory` do. In code of your own write:
 
         rows = memory.read()
         loss(z, y, rows.embeddings, rows.labels, ranks=rows.ranks)

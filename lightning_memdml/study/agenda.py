@@ -75,6 +75,19 @@ class Agenda:
             self.records[run.key] = record
             self._update()
 
+    def leave_out(self, data: str) -> int:
+        """Start no more runs on a data set of which no reference can be scored; return how many are left out.
+
+        Without references to score, as where images are missing, every other run would fail in the same way. As long as
+        one reference is finished or not tried yet, all runs stay.
+        """
+        references = [run for run in self.runs if run.stage == "reference" and run.data == data]
+        if any(run.key in self.records or run in self._left for run in references):
+            return 0
+        before = len(self._left)
+        self._left = [run for run in self._left if run.data != data]
+        return before - len(self._left) + sum(run.data == data for run in self._later)
+
     @staticmethod
     def _group(run: Run) -> tuple[str, int | None, str]:
         return run.stage, run.seed if run.stage == "test" else None, run.data

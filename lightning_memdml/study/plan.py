@@ -74,6 +74,8 @@ class Run:
 
     def in_words(self) -> str:
         """Describe the run in a few words."""
+        if self.stage == "reference":
+            return f"the network before the training, on {self.data}"
         tried = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.choice.items())
         return f"{self.arm} on {self.data}, seed {self.seed}" + (f", {tried}" if tried else "")
 

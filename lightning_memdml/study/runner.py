@@ -73,7 +73,10 @@ def run_all(
             agenda.finish(run)
             show(run.images)
             if reason is not None:
-                failed.append(f"{run.in_words()}: {reason.strip().splitlines()[-1]} ({folder.fail(run, reason)})")
+                said = f"{run.in_words()}: {reason.strip().splitlines()[-1]} ({folder.fail(run, reason)})"
+                left_out = agenda.leave_out(run.data) if run.stage == "reference" else 0
+                others = f"\n  {left_out} runs on {run.data} were not started: they would fail in the same way."
+                failed.append(said + (others if left_out else ""))
     if failed:
         trained = sum(run.stage != "reference" for run in agenda.planned)
         raise FailedRunsError(

@@ -154,6 +154,22 @@ def test_training_that_stops_early_is_a_failed_run_and_the_others_are_kept(write
     assert "1 of 2 runs" in Path("out/report.md").read_text()
 
 
+def test_runs_on_data_that_cannot_be_read_are_not_started_and_those_on_other_data_are(write: Write) -> None:
+    """Without this, every run fails with the same message."""
+    missing = {
+        "class_path": "FolderDataModule",
+        "init_args": {"root": "nowhere", "batch_size": 8, "images_per_class": 2},
+    }
+    data = {"missing": {"data": missing}, "glyphs": {}}
+    path = write(arms={"batch": {}, "memory": MEMORY}, data=data, seeds=[0, 1], claims={})
+    with pytest.raises(FailedRunsError, match="1 of 8 runs failed") as failure:
+        run_study(path, MemdmlCLI, output="out")
+    said = str(failure.value)
+    assert re.search(r"the network before the training, on missing: .*nowhere, which does not exist", said)
+    assert said.endswith("4 runs on missing were not started: they would fail in the same way.")
+    assert sorted(run["data"] for run in finished(Path("out")).values()) == ["glyphs"] * 4
+
+
 @pytest.mark.filterwarnings("ignore:.* NaN, infinite or zero")
 def test_run_that_diverges_is_a_losing_result_and_no_accident(write: Write) -> None:
     """Its weights retrieve nothing: it is scored 0, marked, and never chosen by a search."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
-from lightning_memdml.losses.row_ops import HOST_DEVICES, WIDENING_DEVICES, exp_, flatnonzero, row_max
+from lightning_memdml.losses.listed_pairs import ListedPairs, list_pairs
+from lightning_memdml.losses.row_ops import HOST_DEVICES, WIDENING_DEVICES, exp_, row_max
 from lightning_memdml.losses.shared_references import LeftOut
 
 SAMPLE = 256  # columns that are looked at first
-DENSE_SHARE = 0.5  # above this share of columns to be kept, gathering them costs more than it saves
-SPARSE_SHARE = 0.25  # up to this share the prefilter is tried, which keeps some more
+# Above this share of pairs with a weight, to list them costs more than it saves. Products use all threads and lists use
+# one, so this is divided by their number.
+LISTED_SHARE = 0.1
 
 Columns = slice | Tensor
 
@@ -43,14 +46,23 @@ class NegativeAccumulator:
         self.hardest = anchors.new_full((rows,), -torch.inf)
         self.sums = anchors.new_zeros(rows, 0)
 
-    def add(self, similarity: Tensor, references: Tensor, columns: Columns, excluded: Tensor | None = None) -> None:
-        """Add a block.
+    def add(
+        self,
+        similarity: Tensor,
+        references: Tensor,
+        columns: Columns,
+        excluded: Tensor | None = None,
+        pairs: ListedPairs | None = None,
+    ) -> None:
+        """Add a block, or only some of its pairs: all that have a weight, and any others.
 
         Args:
-            similarity: Similarities of all anchors to the block, `(B, n)`. It is overwritten.
+            similarity: Similarities of all anchors to the block, `(B, n)`, or those of `pairs`, padded, `(B, P)`. It is
+                overwritten.
             references: The block, `(n, D)`.
             columns: Where the block is among all references.
-            excluded: The pairs that are not negatives, see `fill`.
+            excluded: The pairs that are not negatives, or padding, see `fill`.
+            pairs: The pairs to add, on a CPU. `None` for all.
         """
         if self.loss.needs_hardest:
             similarity = fill(similarity, excluded, -torch.inf)
@@ -68,7 +80,9 @@ class NegativeAccumulator:
                 self.total.add_(fill(values, excluded, 0.0).sum(dim=1))
         if self.gradient is None:
             return
-        if references.dtype == weights.dtype:
+        if pairs is not None:
+            self.gradient.add_(pairs.weigh(weights, references))
+        elif references.dtype == weights.dtype:
             self.gradient.addmm_(weights, references)
         else:
             add_product_in_16_bits(self.gradient, weights, references)
@@ -137,10 +151,19 @@ class HardestNegativeAccumulator(NegativeAccumulator):
         self.similarity = anchors.new_zeros(anchors.shape[0], 0)
         self.columns = torch.zeros(anchors.shape[0], 0, dtype=torch.int64, device=anchors.device)
 
-    def add(self, similarity: Tensor, references: Tensor, columns: Columns, excluded: Tensor | None = None) -> None:
+    def add(
+        self,
+        similarity: Tensor,
+        references: Tensor,
+        columns: Columns,
+        excluded: Tensor | None = None,
+        pairs: ListedPairs | None = None,
+    ) -> None:
         """Keep the hardest of those kept so far and of the block."""
         similarity = fill(similarity, excluded, -torch.inf)
         best, places = similarity.topk(min(self.kept, similarity.shape[1]), dim=1)
+        if pairs is not None:
+            places = pairs.pad(pairs.columns).gather(1, places)
         self._keep(best, places + columns.start if isinstance(columns, slice) else columns[places])
 
     def _keep(self, similarity: Tensor, columns: Tensor) -> None:
@@ -189,11 +212,11 @@ def make_accumulators(
 
 def add_block(
     accumulators: list[NegativeAccumulator], references: Tensor, left_out: LeftOut, columns: slice, scratch: Tensor
-) -> bool:
+) -> float:
     """Add a block of negatives to all accumulators: one product for all, and a second one for each.
 
-    On a CPU, a loss with a threshold (`LossDefinition.negative_threshold`) skips the columns in which no anchor is
-    above it: they take part in the first product only. With a trained network these are nearly all.
+    On a CPU, a loss with a threshold (`LossDefinition.negative_threshold`) takes the pairs above it one by one, if they
+    are few: the others take part in the first product only. With a trained network these are nearly all.
 
     Args:
         accumulators: Of the parts of one loss, with the same anchors.
@@ -203,7 +226,8 @@ def add_block(
         scratch: At least `B * n` numbers, overwritten.
 
     Returns:
-        Whether few columns have a similarity above a threshold. Always false on a GPU, where they are not counted.
+        The largest share of pairs above the threshold of a part; 1 where they are many. On a GPU, where they are not
+        counted, always 1.
     """
     anchors, block = accumulators[0].anchors, references[columns]
     on_host = anchors.device.type in HOST_DEVICES
@@ -216,42 +240,42 @@ def add_block(
         torch.mm(anchors, block.T, out=similarity)
     else:
         torch.mm(anchors.to(block.dtype), block.T, out_dtype=anchors.dtype, out=similarity)
-    few = True
+    excluded, share = left_out.in_block(columns), 0.0
     for accumulator in accumulators:
-        kept = columns_above(similarity, accumulator.threshold, left_out.is_shared[columns]) if on_host else None
-        few &= kept is not None and kept.shape[0] <= SPARSE_SHARE * block.shape[0]
-        if kept is None:
+        own_share, listed = pairs_above(similarity, accumulator.threshold, excluded) if on_host else (1.0, None)
+        share = max(share, own_share)
+        if listed is None:
             own = similarity if accumulator is accumulators[-1] else similarity.clone()  # it is overwritten
-            accumulator.add(own, block, columns, left_out.in_block(columns))
+            accumulator.add(own, block, columns, excluded)
         else:
-            own, rows = similarity.index_select(1, kept), block.index_select(0, kept)
-            accumulator.add(own, rows, kept + columns.start, left_out.in_block(columns, kept))
-    return few
+            values = similarity.view(-1).index_select(0, listed.columns.add(listed.rows, alpha=block.shape[0]))
+            accumulator.add(listed.pad(values), block.contiguous(), columns, ~listed.exists, listed)
+    return share
 
 
-def columns_above(similarity: Tensor, threshold: Tensor | float, is_shared: Tensor) -> Tensor | None:
-    """Return the columns in which an anchor is above its threshold, or `None` where it pays to take them all.
+def pairs_above(
+    similarity: Tensor, threshold: Tensor | float, excluded: Tensor | None
+) -> tuple[float, ListedPairs | None]:
+    """Return the share of pairs that are above the threshold of their anchor, and these pairs. On a CPU.
 
     Args:
         similarity: `(B, n)`.
         threshold: One number, or one per anchor `(B,)`.
-        is_shared: Columns to return in any case, `(n,)`.
+        excluded: The pairs that are not negatives, see `fill`.
 
     Returns:
-        Ascending numbers of columns. `None` if more than half of all columns, or of the first 256, are above.
+        The share, 1 where many are above it already among the first references; and the pairs, or `None` where it pays
+        to take all.
     """
     if not isinstance(threshold, Tensor) and threshold <= -1.0:
-        return None
-    for width in (min(SAMPLE, similarity.shape[1]), similarity.shape[1]):
-        block = similarity[:, :width]
-        # The largest similarity of a column is compared, not each of them: a mask of all pairs costs more.
-        if isinstance(threshold, Tensor):
-            is_above = (block - threshold[:, None]).amax(dim=0) > 0
-        else:
-            is_above = block.amax(dim=0) > threshold
-        if is_above.count_nonzero() > DENSE_SHARE * width:
-            return None
-    return flatnonzero(is_above | is_shared)
+        return 1.0, None
+    numbers, limit = similarity.numpy(), threshold[:, None].numpy() if isinstance(threshold, Tensor) else threshold
+    first = numbers[:, :SAMPLE]
+    if np.count_nonzero(first > limit) > LISTED_SHARE * first.size:
+        return 1.0, None
+    mask = fill(torch.from_numpy(numbers > limit), excluded, False)
+    share = np.count_nonzero(mask.numpy()) / mask.numel()
+    return share, list_pairs(mask) if share <= LISTED_SHARE / torch.get_num_threads() else None
 
 
 def fill(block: Tensor, excluded: Tensor | None, value: float) -> Tensor:

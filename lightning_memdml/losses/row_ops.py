@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +16,6 @@ HOST_DEVICES = {"cpu"}
 #: Types of devices on which torch multiplies 16-bit numbers with sums in float32, `torch.mm(out_dtype=)`. Elsewhere
 #: (Apple's MPS, for example) references in 16 bits are widened before they are multiplied.
 WIDENING_DEVICES = {"cuda"}
-
-
-def flatnonzero(mask: Tensor) -> Tensor:
-    """Return the numbers of the true entries of a mask on a CPU, flattened. `Tensor.nonzero` takes 6 times as long."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def row_max(block: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_memdml.losses.accumulators import make_accumulators
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
+from lightning_memdml.losses.listed_pairs import list_pairs
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 from lightning_memdml.losses.shared_references import GPU_BLOCK_ELEMENTS, LeftOut, find_shared, shared_blocks
 from lightning_memdml.losses.streaming import add_negatives, finish
@@ -75,8 +76,8 @@ def evaluate_sharded(loss: LossDefinition, pairs: Pairs, ranks: Ranks) -> tuple[
     if anchors.device.type in HOST_DEVICES:
         is_negative = pair_masks(all_labels, ref_labels[columns], all_indices, ref_indices[columns])[1]
         number = number + is_negative.sum(dim=1)
-        rows, places = (~is_negative).nonzero().unbind(dim=1)
-        left_out, columns = LeftOut(shared.mask, (rows, columns[places])), columns[:0]
+        listed = list_pairs(~is_negative)
+        left_out, columns = LeftOut(shared.mask, listed._replace(columns=columns[listed.columns])), columns[:0]
     for block in columns.split(max(256, GPU_BLOCK_ELEMENTS // all_anchors.shape[0])):
         rows = references[block].to(anchors.dtype)
         is_negative = pair_masks(all_labels, ref_labels[block], all_indices, ref_indices[block])[1]

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_memdml import compat
 from lightning_memdml.losses.definition import Context, LossDefinition, Pairs, pair_masks
-from lightning_memdml.losses.row_ops import HOST_DEVICES, flatnonzero
+from lightning_memdml.losses.listed_pairs import ListedPairs, flatnonzero, list_pairs
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 
 GPU_BLOCK_ELEMENTS = 1 << 24  # similarities of a block on a GPU, where a block costs a dozen kernel launches
 MAX_PAIRS_PER_CHUNK = 1 << 19  # pairs of anchors and shared references that are held at once; on a GPU a block of them
@@ -42,20 +42,41 @@ class SharedReferences(NamedTuple):
     valid: Tensor | None
 
 
-class ListedPairs(NamedTuple):
-    """The pairs of anchors and shared references that are not negatives, one by one, anchor after anchor.
+class LeftOut:
+    """What the blocks of references have to leave out.
 
-    Attributes:
-        rows: The anchor of each pair, `(N,)`.
-        columns: The number of its reference among all, `(N,)`.
-        starts: How many positive pairs the anchors before have, `(B + 1,)`.
-        positives: The reference of each positive pair, a row of `SharedBlock.references`.
+    Args:
+        is_shared: Which references are shared, `(M,)`.
+        pairs: The pairs to leave out, of anchors and all references. `None`: every pair with a shared reference.
     """
 
-    rows: Tensor
-    columns: Tensor
-    starts: Tensor
-    positives: Tensor
+    def __init__(self, is_shared: Tensor, pairs: ListedPairs | None) -> None:
+        self.is_shared, self._pairs = is_shared, None
+        if pairs is not None:
+            columns, order = pairs.columns.sort(stable=True)
+            self._pairs = pairs.rows.index_select(0, order), columns, columns.numpy()
+
+    def in_block(self, block: slice, kept: Tensor | None = None) -> Tensor | None:
+        """Return what to leave out of a block of n references, in the form that `fill` takes.
+
+        Args:
+            block: Which references.
+            kept: Those of them that make up the n references, ascending, all shared ones included. `None` for all.
+
+        Returns:
+            The numbers of the pairs, `row * n + column`; or the mask of whole columns `(n,)`; or `None` for nothing.
+        """
+        is_shared = self.is_shared[block]
+        if self._pairs is None:
+            return is_shared if kept is None else is_shared[kept]
+        rows, columns, in_order = self._pairs
+        first, last = in_order.searchsorted((block.start, block.stop))
+        if first == last:
+            return None
+        columns, width = columns[first:last] - block.start, len(is_shared)
+        if kept is not None:
+            columns, width = torch.searchsorted(kept, columns), len(kept)
+        return columns.add_(rows[first:last], alpha=width)
 
 
 class SharedBlock(NamedTuple):
@@ -72,7 +93,8 @@ class SharedBlock(NamedTuple):
         negative: Mask of the negative pairs, `(B, Q)`.
         number: How many negatives each anchor has among all references, `(B,)`.
         contexts: The statistics of the positives, one entry for each part of the loss.
-        pairs: On a CPU, the pairs that are not negatives.
+        listed: On a CPU, the positive pairs.
+        left_out: What is not to be added as a negative after this block.
     """
 
     rows: Tensor | slice
@@ -84,60 +106,8 @@ class SharedBlock(NamedTuple):
     negative: Tensor
     number: Tensor
     contexts: list[Context]
-    pairs: ListedPairs | None
-
-    def subtract_positives(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        """Subtract the positives' weights times their references from a gradient `(B, D)`, in place.
-
-        Args:
-            gradient: `(B, D)`.
-            weights: `(B, P)`, read only where the mask is true.
-        """
-        if self.pairs is None:
-            return gradient.addmm_(torch.where(self.positive, weights, 0.0), self.references, alpha=-1.0)
-        _, _, starts, positives = self.pairs
-        weights = weights.to(gradient.dtype).masked_select(self.positive)
-        pulls = F.embedding_bag(positives, self.references, starts[:-1], mode="sum", per_sample_weights=weights)
-        return gradient.sub_(pulls)
-
-
-class LeftOut:
-    """What the blocks of references have to leave out.
-
-    Args:
-        is_shared: Which references are shared, `(M,)`.
-        pairs: The pairs to leave out: their anchors and their references, both `(N,)`. `None`: every pair with a shared
-            reference.
-    """
-
-    def __init__(self, is_shared: Tensor, pairs: tuple[Tensor, Tensor] | None) -> None:
-        self.is_shared, self._pairs = is_shared, None
-        if pairs is not None:
-            rows, columns = pairs
-            columns, order = columns.sort(stable=True)
-            self._pairs = rows[order], columns, columns.numpy()
-
-    def in_block(self, block: slice, kept: Tensor | None = None) -> Tensor | None:
-        """Return what to leave out of a block of n references, in the form that `fill` takes.
-
-        Args:
-            block: Which references.
-            kept: Those of them that make up the n references, ascending, all shared ones included. `None` for all.
-
-        Returns:
-            The numbers of the pairs, `row * n + column`; or the mask of whole columns `(n,)`; or `None` for nothing.
-        """
-        is_shared = self.is_shared[block]
-        if self._pairs is None:
-            return is_shared if kept is None else is_shared[kept]
-        rows, columns, in_order = self._pairs
-        first, last = np.searchsorted(in_order, [block.start, block.stop])
-        if first == last:
-            return None
-        columns, width = columns[first:last] - block.start, len(is_shared)
-        if kept is not None:
-            columns, width = torch.searchsorted(kept, columns), len(kept)
-        return columns.add_(rows[first:last], alpha=width)
+    listed: ListedPairs | None
+    left_out: LeftOut
 
 
 def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -> Iterator[SharedBlock]:
@@ -170,14 +140,22 @@ def shared_blocks(loss: LossDefinition, pairs: Pairs, by_triton: bool = False) -
     if any(part.wants_most_positives_first for part in parts):
         rows = positive.sum(dim=1).argsort(descending=True)
         anchors, positive, negative, number = (tensor[rows] for tensor in (anchors, positive, negative, number))
-    listed = None
     if on_host:
-        listed = list_pairs(positive, negative, shared.columns, is_gathered)
-        similarity, positive = compare_positives(anchors, references, listed)
+        excluded = list_pairs(~negative)
+        left_out = LeftOut(shared.mask, excluded._replace(columns=shared.columns.index_select(0, excluded.columns)))
+        # The others are pairs of an image with itself.
+        all_positive = np.count_nonzero(positive.numpy()) == len(excluded.columns)
+        listed = excluded if all_positive else list_pairs(positive)
+        if not is_gathered:
+            listed = listed._replace(columns=shared.columns.index_select(0, listed.columns))
+        similarity = listed.pad(compat.products_of_pairs(listed.starts, listed.columns, anchors, references))
+        positive = listed.exists
     else:
-        similarity = anchors @ references.T
+        listed, left_out, similarity = None, LeftOut(shared.mask, None), anchors @ references.T
     contexts = [part.context(similarity, positive) for part in parts]
-    yield SharedBlock(rows, anchors, shared, references, similarity, positive, negative, number, contexts, listed)
+    yield SharedBlock(
+        rows, anchors, shared, references, similarity, positive, negative, number, contexts, listed, left_out
+    )
 
 
 def _masks(pairs: Pairs, shared: SharedReferences) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,41 +168,6 @@ def _masks(pairs: Pairs, shared: SharedReferences) -> tuple[Tensor, Tensor, Tens
     if shared.valid is not None:
         positive, negative, total = positive & shared.valid, negative & shared.valid, shared.valid.sum()
     return positive, negative, negative.sum(dim=1) + (pairs.references.shape[0] - total)
-
-
-def list_pairs(positive: Tensor, negative: Tensor, columns: Tensor, is_gathered: bool) -> ListedPairs:
-    """List the pairs that are not negatives. On a CPU.
-
-    Args:
-        positive: Mask of the positive pairs, `(B, Q)`.
-        negative: Mask of the negative pairs, `(B, Q)`.
-        columns: The numbers of the shared references among all, `(Q,)`.
-        is_gathered: Whether positives are given by their place among the shared references, in place of that among all.
-    """
-    numbers = flatnonzero(~negative)
-    rows = numbers.div(len(columns), rounding_mode="floor")
-    places = numbers.sub(rows, alpha=len(columns))
-    columns = columns.index_select(0, places)
-    of_positives, positives = rows, places if is_gathered else columns
-    is_positive = positive.view(-1).index_select(0, numbers)
-    if not is_positive.all():  # some are pairs of an image with itself
-        of_positives, positives = of_positives[is_positive], positives[is_positive]
-    number = torch.bincount(of_positives, minlength=len(positive))
-    return ListedPairs(rows, columns, F.pad(number.cumsum(dim=0), (1, 0)), positives)
-
-
-def compare_positives(anchors: Tensor, references: Tensor, pairs: ListedPairs) -> tuple[Tensor, Tensor]:
-    """Return the similarities to the positives, padded, and the mask of those that are no padding, both `(B, P)`.
-
-    Args:
-        anchors: `(B, D)`.
-        references: What `pairs.positives` are rows of.
-        pairs: The positive pairs.
-    """
-    values = compat.products_of_pairs(pairs.starts, pairs.positives, anchors, references)
-    number = pairs.starts.diff()
-    exists = torch.arange(int(number.max()) if len(number) else 0) < number[:, None]
-    return anchors.new_zeros(exists.shape).masked_scatter_(exists, values), exists
 
 
 def find_shared(pairs: Pairs, by_triton: bool = False) -> SharedReferences:

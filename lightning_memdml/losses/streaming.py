@@ -4,8 +4,8 @@ Two observations make this as fast as the two matrix products alone:
 
 - Few references share a class or an image with the batch. Among these *shared* references are the positives and the
   pairs to leave out (see `shared_references`). With all others every pair is a negative, which needs no mask.
-- A loss that has a threshold below which a negative has no weight lets the references below it skip the second product
-  and all element-wise work. With a trained network these are nearly all.
+- A loss that has a threshold below which a negative has no weight lets the pairs below it skip the second product and
+  all element-wise work. With a trained network these are nearly all.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
         if left:
             made = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
             accumulators = [made[k] for k in left]
-            for accumulator in accumulators if block.pairs is None else ():
+            for accumulator in accumulators if block.listed is None else ():
                 accumulator.add(block.similarity.clone(), block.references, block.shared.columns, ~block.negative)
-            left_out = LeftOut(block.shared.mask, None if block.pairs is None else block.pairs[:2])
-            add_negatives(accumulators, pairs.references, left_out, "blocks", pairs.read_rounded)
+            add_negatives(accumulators, pairs.references, block.left_out, "blocks", pairs.read_rounded)
             for k, accumulator in zip(left, accumulators, strict=True):
                 totals = accumulator.totals(block.number)  # which completes the gradient
                 found[k] = totals, accumulator.gradient
@@ -87,8 +86,8 @@ def add_negatives(
 ) -> None:
     """Add all negatives that are not left out, by the chosen backend, and block by block where it does not apply.
 
-    Where a block has few references above a threshold, the next one goes through the prefilter. Where the prefilter
-    keeps too many, the block is added as a whole.
+    Where a block has few pairs above a threshold, the next one goes through the prefilter. Where the prefilter keeps
+    too many, the block is added as a whole.
 
     Args:
         accumulators: Of the parts of one loss, with the same anchors.
@@ -102,7 +101,7 @@ def add_negatives(
         accumulators = _add_by_triton(accumulators, references, left_out.is_shared)
         if not accumulators:
             return
-    prefilter = active = None
+    prefilter = way = None
     in_float32 = anchors.dtype == references.dtype == torch.float32
     if in_float32 and anchors.shape[1] >= bfloat16.SMALLEST_DIM and bfloat16.has_fast_bf16_matmul(anchors.device):
         prefilter = BFloat16Prefilter(anchors, read_rounded)
@@ -120,10 +119,11 @@ def add_negatives(
     scratch = anchors.new_empty(anchors.shape[0] * min(largest, references.shape[0]))
     columns = slice(0, first)
     while columns.start < references.shape[0]:
-        if active is None or not active.add_block(accumulators, references, left_out, columns):
-            few = add_block(accumulators, references, left_out, columns, scratch)
-            active = prefilter if few and active is None else None  # not again at once where it kept too many
-        columns = slice(columns.stop, columns.stop + (width if active is None else largest))
+        if way is None or not way(accumulators, references, left_out, columns):
+            share = add_block(accumulators, references, left_out, columns, scratch)
+            # Not again at once where it kept too many.
+            way = prefilter.choose(share) if prefilter is not None and way is None else None
+        columns = slice(columns.stop, columns.stop + (width if way is None else largest))
 
 
 def _add_by_triton(
@@ -175,4 +175,7 @@ def finish(
     given: Any = (block.contexts, totals) if loss.parts else (block.contexts[0], totals[0])
     terms = loss.combine(block.similarity, block.positive, *given)
     gradient.mul_(terms.negative_weight_scale[:, None])
-    return terms.value, block.subtract_positives(gradient, terms.positive_weights)
+    if block.listed is not None:
+        return terms.value, gradient.sub_(block.listed.weigh(terms.positive_weights, block.references))
+    weights = torch.where(block.positive, terms.positive_weights, 0.0)
+    return terms.value, gradient.addmm_(weights, block.references, alpha=-1.0)

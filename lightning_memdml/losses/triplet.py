@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_memdml.checks import check_finite
+from lightning_memdml.losses.listed_pairs import flatnonzero
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums, powers
-from lightning_memdml.losses.row_ops import HOST_DEVICES, flatnonzero
+from lightning_memdml.losses.row_ops import HOST_DEVICES
 
 FEW_TRIPLETS = 1 << 17  # that are compared at once: beyond, a tensor of all of them costs more than calls of torch
 # Up to this number of positives per anchor, comparing a block with each of them is faster than a table.

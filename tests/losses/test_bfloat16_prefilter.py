@@ -1,4 +1,4 @@
-"""The bfloat16 prefilter skips no reference that has a weight, and its error bound holds."""
+"""The bfloat16 prefilter skips no reference and no pair that has a weight, and its error bound holds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import lightning_memdml as ml
 from lightning_memdml import bfloat16
 from lightning_memdml.bfloat16_copy import round_rows
 from lightning_memdml.losses import accumulators, streaming
+from lightning_memdml.losses.backends import bfloat16_prefilter
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.losses.definition import Pairs
 
@@ -32,13 +33,20 @@ def filtered(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Use the prefilter on any processor, in blocks of 512 columns. The list collects its result for each block."""
     monkeypatch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: True)
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1)
-    reached, found = BFloat16Prefilter.may_be_above, []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    found: list[Tensor] = []
 
-    def recorded(self: BFloat16Prefilter, *args: Any) -> Tensor:
-        found.append(reached(self, *args))
-        return found[-1]
+    def record(name: str) -> None:
+        reached = getattr(BFloat16Prefilter, name)
 
-    monkeypatch.setattr(BFloat16Prefilter, "may_be_above", recorded)
+        def recorded(self: BFloat16Prefilter, *args: Any) -> Tensor:
+            found.append(reached(self, *args))
+            return found[-1]
+
+        monkeypatch.setattr(BFloat16Prefilter, name, recorded)
+
+    record("may_be_above")
+    record("pairs_that_may_be_above")
     return found
 
 
@@ -56,15 +64,20 @@ def evaluated(loss: ml.PairLoss, *args: Tensor) -> tuple[Tensor, Tensor]:
     return streaming.evaluate(loss, Pairs(x, y, r, ry, None, None))
 
 
+@pytest.mark.parametrize("by_pairs", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_prefilter_changes_no_result(name: str, scale: float, filtered: list[Tensor]) -> None:
+def test_the_prefilter_changes_no_result(
+    name: str, scale: float, by_pairs: bool, filtered: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of the negatives with weight are mislabelled, so blocks have few of them but all have some."""
+    monkeypatch.setattr(bfloat16_prefilter, "SPARSE_SHARE", -1.0 if by_pairs else torch.inf)
     loss = LOSSES[name]
     (x, y), (r, ry) = rows(12, 128, 0.5, seed=0), rows(3000, 128, 0.5, seed=1)
     ry = torch.where(torch.arange(3000) % 40 == 0, 50, ry)
     value, gradient = evaluated(loss, x, y, scale * r, ry)
     assert len(filtered) >= 3
+    assert {reached.ndim for reached in filtered} == {2 if by_pairs else 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bfloat16, "has_fast_bf16_matmul", lambda device: False)
         plain = evaluated(loss, x, y, scale * r, ry)
@@ -95,6 +108,9 @@ def test_no_column_above_a_threshold_is_skipped(
     reached = BFloat16Prefilter(x).may_be_above(round_rows(r), thresholds)
     assert (reached | (similarity <= lowest).all(dim=0)).all()
     assert (~reached | (similarity > lowest - 0.025 * scale).any(dim=0)).all()
+    pairs = BFloat16Prefilter(x).pairs_that_may_be_above(round_rows(r), thresholds)
+    assert (pairs | (similarity <= lowest)).all()
+    assert (~pairs | (similarity > lowest - 0.025 * scale) | (lowest < 0.025 * scale)).all(), "near 0 all are kept"
 
 
 @pytest.mark.parametrize(("rows", "anchors"), [(1, 1), (7, 3), (256, 16), (2048, 64)])
@@ -102,6 +118,16 @@ def test_a_product_is_not_rounded_before_the_threshold_is_subtracted(rows: int, 
     """The bound relies on it: 257 in bfloat16 is 256."""
     x, r = torch.ones(anchors, 257).bfloat16(), torch.ones(rows, 257).bfloat16()
     assert (F.linear(r, x, torch.full((anchors,), -256.0).bfloat16()) == 1.0).all()
+
+
+@pytest.mark.parametrize(("rows", "anchors"), [(1, 1), (7, 3), (256, 16), (2048, 64)])
+def test_a_product_is_rounded_once(rows: int, anchors: int) -> None:
+    """To the nearest number or toward 0: one that is above a number of bfloat16 is not below it when it is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x, r = (torch.rand(count, 300, generator=generator).bfloat16() for count in (anchors, rows))
+    exact = x.double() @ r.double().T
+    rounded_down = (exact.float() * (1 - 2.0**-14)).view(torch.int32) >> 16
+    assert (torch.mm(x, r.T).view(torch.int16) >= rounded_down).all()
 
 
 @pytest.mark.parametrize("length", [1.0, 2.0**-20, 2.0**20])
@@ -113,25 +139,57 @@ def test_roundings_in_one_direction_skip_no_column(length: float) -> None:
         thresholds = [similarity * (1 - 1e-6), torch.tensor([similarity * (1 - 1e-6)])]
         for threshold in thresholds:
             assert BFloat16Prefilter(x).may_be_above(round_rows(length * x), [threshold]).all()
+            assert BFloat16Prefilter(x).pairs_that_may_be_above(round_rows(length * x), [threshold]).all()
         assert not BFloat16Prefilter(x).may_be_above(round_rows(length * x), [1.03 * similarity]).any()
+        assert not BFloat16Prefilter(x).pairs_that_may_be_above(round_rows(length * x), [1.03 * similarity]).any()
 
 
 @pytest.mark.parametrize("one_threshold", [True, False])
-def test_columns_above_are_those_above_a_threshold(one_threshold: bool) -> None:
-    """`None` means more than half of all columns, or of the first ones."""
+def test_pairs_above_are_those_above_a_threshold(one_threshold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`None` means more than a tenth of all pairs, or of those with the first references."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     similarity = torch.zeros(3, 2000)
     threshold = 0.5 if one_threshold else torch.tensor([0.5, 0.7, 0.9])
-    is_shared = torch.zeros(2000, dtype=torch.bool)
-    hits = torch.tensor([3, 300, 1999])
-    similarity[torch.tensor([0, 1, 0]), hits] = 0.95
-    is_shared[[300, 301]] = True
-    assert accumulators.columns_above(similarity, threshold, is_shared).tolist() == [3, 300, 301, 1999]
+    rows, columns = torch.tensor([0, 0, 1, 2]), torch.tensor([3, 1999, 300, 700])
+    similarity[rows, columns] = 0.95
+
+    def found(similarity: Tensor, excluded: Tensor | None = None) -> list[list[int]] | None:
+        share, pairs = accumulators.pairs_above(similarity, threshold, excluded)
+        assert pairs is None or share == len(pairs.rows) / similarity.numel()
+        return None if pairs is None else torch.stack([pairs.rows, pairs.columns], dim=1).tolist()
+
+    assert found(similarity) == [[0, 3], [0, 1999], [1, 300], [2, 700]]
+    assert found(similarity, torch.tensor([3, 2300])) == [[0, 1999], [2, 700]]
+    assert found(similarity, torch.arange(2000) < 400) == [[0, 1999], [2, 700]]
     similarity[1, : accumulators.SAMPLE] = 0.95
-    assert accumulators.columns_above(similarity, threshold, is_shared) is None
-    assert accumulators.columns_above(similarity.flip(1), threshold, is_shared).shape[0] == accumulators.SAMPLE + 4
+    assert found(similarity) is None
+    assert len(found(similarity.flip(1)) or ()) == accumulators.SAMPLE + 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert found(similarity.flip(1)) is None, "products use all threads, lists one"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     similarity[1] = 0.95
     similarity[1, : accumulators.SAMPLE] = 0.0
-    assert accumulators.columns_above(similarity, threshold, is_shared) is None
+    assert found(similarity) is None
+
+
+@pytest.mark.parametrize(
+    ("margin", "threads", "ways"),
+    [(0.95, 16, {1}), (0.62, 1, {2}), (0.62, 16, set()), (-0.5, 1, set())],
+    ids=["references", "pairs", "pairs on many threads", "none"],
+)
+def test_the_share_of_pairs_decides_what_is_skipped(
+    margin: float, threads: int, ways: set[int], filtered: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    (x, y), (r, _) = rows(64, 128, 0.7, seed=0), rows(3000, 128, 0.7, seed=1)
+    nowhere = torch.full((3000,), 99)
+    share = (x @ r.T > margin).double().mean()
+    assert {0.95: share < 0.25 / 64, 0.62: 0.1 / 16 < share < 0.1, -0.5: share > 0.1}[margin]
+    value, _ = evaluated(ml.ContrastiveLoss(margin), x, y, r, nowhere)
+    assert {reached.ndim for reached in filtered} == ways
+    similarity = x.double() @ r.double().T
+    wanted = torch.where(similarity > margin, similarity, 0.0).sum(dim=1)
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_it_is_not_used_where_many_columns_are_above_a_threshold(filtered: list[Tensor]) -> None:

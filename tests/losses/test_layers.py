@@ -14,7 +14,7 @@ PREFIX = "lightning_memdml.losses."
 # From the bottom to the top. What stands in one line does not import each other.
 LAYERS = [
     {"constants"},
-    {"row_ops", "polynomials", "weights", "weight_mass"},
+    {"row_ops", "listed_pairs", "polynomials", "weights", "weight_mass"},
     {"definition"},
     {"backends.triton.shared"},
     {"shared_references"},

@@ -20,7 +20,7 @@ class MomentMatchedMemory(EmbeddingMemory):
     Means $\mu$ and standard deviations $\sigma$ are per dimension, over the stored rows $m$ and over the batch $b$. As
     the network changes, stored rows fall behind its embeddings. A shift and a scale per dimension correct a part of
     this drift without a second network: it is the cheapest rival of a `MomentumEncoder`. The moments of a small batch
-    are noisy, so batches should have 64 rows or more.
+    are noisy, so batches should have 64 rows or more. With 16 and 32 they ruined trainings.
 
     Rows are moved when a batch is stored, before its own rows are added. That reads and writes the memory three times
     per step. A batch of one row moves nothing.

@@ -146,7 +146,18 @@ def _wrong_parameters(message: str) -> Iterator[str]:
         owners.setdefault(name, owner)
     for name, owner in owners.items():
         sentence = f"{f'{owner} has' if owner else 'There is'} no option {name!r}."
-        yield sentence + nearest(name, names, f" Options: {listed}." if listed else "")
+        yield sentence + nearest(
+            name, names, _data_module_with(name, owner) or (f" Options: {listed}." if listed else "")
+        )
+
+
+def _data_module_with(option: str, owner: str) -> str:
+    """Return which data module to take for an option that another one does not have."""
+    found = [name for name in data.__all__ if option in parameters_of(getattr(data, name))]
+    if not found or owner not in data.__all__:
+        return ""
+    first = next((name for name in ("FolderDataModule", "TableDataModule") if name in found), found[0])
+    return f" It is an option of {first}: `--data {first} --data.{option} ...`."
 
 
 def find_class(path: str) -> Any:
@@ -211,7 +222,8 @@ def _missing(message: str, key: str, options: Sequence[str]) -> Iterator[str]:
         shown = ", ".join(f"--{name}" if key or f"--{name}" in options else name for name in typed)
         evaluated = re.match(r"(validate|test|predict)\.", names)
         checkpoint = ", or a checkpoint of `memdml fit` as --ckpt_path" if evaluated else ""
-        yield f"Expected {shown}, on the command line or in a file given with --config{checkpoint}."
+        example = " For example: `memdml fit --config glyphs_memory`." if names.startswith("fit.model.") else ""
+        yield f"Expected {shown}, on the command line or in a file given with --config{checkpoint}.{example}"
     if find("no command", message):
         yield unknown_command("")
 

@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.lightning_cli import MemdmlCLI
+from lightning_memdml.plain_parser import PlainParser
 from lightning_memdml.retrieval import retrieval_examples, save_gallery
 from lightning_memdml.verbosity import quiet
 
@@ -51,9 +52,7 @@ class StepClock(Callback):
 
 def demo(arguments: list[str]) -> None:
     """Run `memdml demo` with what follows it on the command line."""
-    parser = argparse.ArgumentParser(
-        "memdml demo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = PlainParser("memdml demo", DESCRIPTION)
     parser.add_argument(
         "--configs",
         nargs="+",

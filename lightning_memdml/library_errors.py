@@ -87,6 +87,20 @@ SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
             f"Expected --trainer.devices to be a number of at least 1, or auto, but got {found[1]!r}. Pass 1."
         ),
     ),
+    (
+        r"`(max_steps|max_epochs)` must be a non-negative integer or -1.*?You passed in (\S+?)\.?$",
+        lambda found: (
+            f"Expected --trainer.{found[1]} of at least 0, or -1 for no limit, but got {found[2]}. Pass 1000."
+        ),
+    ),
+    (
+        r"`val_check_interval` should be an integer or .* when `check_val_every_n_epoch=None`",
+        lambda _: (
+            "Expected --trainer.val_check_interval to be a number of steps but got a share of an epoch, which needs "
+            "--trainer.check_val_every_n_epoch. Pass steps, such as 500, or --trainer.check_val_every_n_epoch 1."
+        ),
+    ),
+    (r"ReduceLROnPlateau conditioned on metric (\S+) which is not available.*?are: (.*)", _monitor),
     (r"Early stopping conditioned on metric `([^`]*)` which is not available.*?following: (.*)", _monitor),
     (r"ModelCheckpoint\(monitor='([^']*)'\)` could not find the monitored key.*?: (.*?)\. HINT", _monitor),
     (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import textwrap
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
+
+from lightning_memdml.plain_parser import PlainParser
 
 FOLDER = Path(__file__).parent / "configs"
 FIELDS = ("Command", "Hardware", "Cost", "Expected")
@@ -120,12 +121,7 @@ def read_header(file: Path) -> Header:
 
 def configs(arguments: list[str]) -> None:
     """Run `memdml configs` with what follows it on the command line."""
-    parser = argparse.ArgumentParser(
-        "memdml configs",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = PlainParser("memdml configs", DESCRIPTION)
     parser.add_argument("name", nargs="?", help="print this configuration")
     given = parser.parse_args(arguments)
     if given.name is not None:

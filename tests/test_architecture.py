@@ -76,7 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readable_repr": set(),
     "commands": {"help_pages"},
     "cli_messages": {"schedules", "losses", "callbacks", "data", "memory", "backbones", "commands", "compat"},
-    "packaged_configs": set(),
+    "plain_parser": set(),
+    "packaged_configs": {"plain_parser"},
     "config_merging": {"cli_messages", "packaged_configs"},
     "checkpoint_config": {"config_merging", "runs"},
     "warnings_filter": set(),
@@ -95,7 +96,7 @@ MAY_IMPORT |= {
     "deploy": ROOMS,
     "command_options": {"deploy"},
     "lightning_cli": {*ROOMS, "study", "deploy", "command_options"},
-    "demo": {"atomic_write", "lightning_cli", "retrieval", "verbosity"},
+    "demo": {"atomic_write", "lightning_cli", "plain_parser", "retrieval", "verbosity"},
     "argument_paths": {"data"},
     "cli": {
         *("argument_paths", "atomic_write", "commands", "cli_messages", "latest_run", "library_errors", "verbosity"),

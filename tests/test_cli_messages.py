@@ -108,7 +108,7 @@ def test_wrong_name_in_yaml(text: str, expected: str, memdml: Command, capsys: p
         ),
         ("test", "or a checkpoint of `memdml fit` as --ckpt_path."),
         (f"fit {LOSS} --model.loss HybridLoss", "Expected --model.loss.positive, --model.loss.negative, on the comm"),
-        (f"fit {NET} {LOSS} --data.path f.npz", "data: GlyphDataModule has no option 'path'."),
+        (f"fit {NET} {LOSS} --data.path f.npz", "data: GlyphDataModule has no option 'path'. It is an option of Tabl"),
         (
             f"fit {NET} {LOSS} --data.seed=1 --data FolderDataModule",
             "Expected --data before --data.seed, which it would",

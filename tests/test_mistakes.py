@@ -50,10 +50,37 @@ MISTAKES = {
         "Expected a command before the option --config. Write `memdml fit --config ...`."
     ),
     "": f"Expected a command: {COMMAND_LIST}. `memdml --help` describes them.",
-    "fit": "Expected --model.backbone, --model.loss, on the command line or in a file given with --config.",
+    "fit": (
+        "Expected --model.backbone, --model.loss, on the command line or in a file given with --config. For example: "
+        "`memdml fit --config glyphs_memory`."
+    ),
+    "FIT --data.root my/images": (
+        "data: GlyphDataModule has no option 'root'. It is an option of FolderDataModule: `--data FolderDataModule "
+        "--data.root ...`."
+    ),
+    "FIT --trainer.max_steps -5": (
+        "Expected --trainer.max_steps of at least 0, or -1 for no limit, but got -5. Pass 1000."
+    ),
+    "FIT --trainer.val_check_interval 0.5 --trainer.check_val_every_n_epoch null": (
+        "Expected --trainer.val_check_interval to be a number of steps but got a share of an epoch, which needs "
+        "--trainer.check_val_every_n_epoch. Pass steps, such as 500, or --trainer.check_val_every_n_epoch 1."
+    ),
     "test": (
         "Expected --model.backbone, --model.loss, on the command line or in a file given with --config, or a "
         "checkpoint of `memdml fit` as --ckpt_path."
+    ),
+    "study": "Expected CONFIG but got nothing. `memdml study --help` describes the options.",
+    "study a.yaml --processes 0": (
+        "Expected --processes of at least 1 but got 0. `memdml study --help` describes the options."
+    ),
+    "study a.yaml --time_limit soon": (
+        "Expected --time_limit to be a number but got 'soon'. `memdml study --help` describes the options."
+    ),
+    "demo --seeds one": (
+        "Expected --seeds to be a whole number but got 'one'. `memdml demo --help` describes the options."
+    ),
+    "configs photos --width 3": (
+        "Expected no further options but got --width 3. `memdml configs --help` describes the options."
     ),
     "export": "Expected --ckpt_path, on the command line or in a file given with --config.",
     "score": (

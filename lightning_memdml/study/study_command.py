@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from lightning_memdml.plain_parser import PlainParser
 from lightning_memdml.study.agenda import Agenda
 from lightning_memdml.study.notes import (
     budgets_in_words,
@@ -66,13 +66,8 @@ def study(arguments: list[str], cli: CLI) -> None:
         ValueError: If the study file or one of its configurations is wrong.
         SystemExit: If runs failed, after all others are finished and reported.
     """
-    parser = argparse.ArgumentParser(
-        "memdml study",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", nargs="+", help="one or more study files, run one after the other")
+    parser = PlainParser("memdml study", DESCRIPTION)
+    parser.add_argument("config", nargs="+", metavar="CONFIG", help="one or more study files, run one after the other")
     parser.add_argument(
         "--output", default="runs/study", help="folder for the runs and the report of each file: <output>/<file name>"
     )
@@ -96,9 +91,9 @@ def study(arguments: list[str], cli: CLI) -> None:
     )
     given, options = parser.parse_known_args(arguments)
     if given.processes < 1:
-        parser.error(f"argument --processes: expected at least 1 but got {given.processes}")
+        parser.error(f"Expected --processes of at least 1 but got {given.processes}.")
     if given.time_limit is not None and given.time_limit <= 0:
-        parser.error(f"argument --time_limit: expected minutes above 0 but got {given.time_limit}")
+        parser.error(f"Expected --time_limit, in minutes, above 0 but got {given.time_limit}.")
     asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only", "time_limit")}
     for config in given.config:
         Plan(read_study_beside(config), cli, options)  # errors in any file appear before the first run

@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
 help:
 	@echo "make demo         train the glyphs without and with a memory: a table and a picture (about 2 minutes)"
-	@echo "make study        rerun the studies: glyphs, CJK (needs fonts), and photographs if in data/ (210 minutes)"
+	@echo "make study        rerun the studies: glyphs, CJK (needs fonts), and photographs if in data/ (7 hours)"
 	@echo "make test         run the test suite on the locked versions"
 	@echo "make test-oldest  run it on the lowest versions that are allowed    make test-newest  on the newest"
 	@echo "make check        format, lint, types, documentation, wheel and tests"

@@ -12,7 +12,7 @@ from lightning_memdml.study.notes import control_in_words
 from lightning_memdml.study.results import JudgedClaim, Results
 from lightning_memdml.study.statistics import Interval, Judgement, Verdict
 from lightning_memdml.study.study_file import Claim
-from lightning_memdml.study.tables import group_in_words, interval_in_words, score_name
+from lightning_memdml.study.tables import group_in_words, interval_in_words, largest_shown, score_name
 
 
 class Difference(NamedTuple):
@@ -117,9 +117,11 @@ def to_html(findings: Sequence[Finding], lines: Sequence[str]) -> str:
     """Format findings as a list in which every difference is drawn, at any width, with its interval."""
     reach = _reach(findings)
     items = "".join(_item(one, reach) for one in findings)
+    is_beyond = any(abs(part.judgement.estimate.mean) > reach for one in findings for part in one.differences)
+    arrow = "; arrow: beyond the axis" if is_beyond else ""
     axis = (
         f'<div class="axis"><span>-{reach:g}</span><span>0</span><span>+{reach:g}</span></div>'
-        "<p>Difference in points. Bar: the interval that decides. Blue: where the claim holds.</p>"
+        f"<p>Difference in points. Bar: the interval that decides{arrow}. Blue: where the claim holds.</p>"
         if any(one.differences for one in findings)
         else ""
     )
@@ -141,14 +143,11 @@ def code_in_html(text: str) -> str:
 
 
 def _reach(findings: Sequence[Finding]) -> float:
-    """Return a round number of points that all intervals and regions stay within."""
-    ends = [0.5]
-    for one in findings:
-        ends.append(one.claim.by)
-        for part in one.differences:
-            ends += [abs(end) for end in (*part.judgement.interval, part.judgement.estimate.mean) if math.isfinite(end)]
-    size = 10.0 ** math.floor(math.log10(max(ends))) / 2
-    return math.ceil(1.05 * max(ends) / size) * size
+    """Return a round number of points for the end of the axis."""
+    judgements = [part.judgement for one in findings for part in one.differences]
+    most = largest_shown(judgements, [one.claim.by for one in findings])
+    size = 10.0 ** math.floor(math.log10(most)) / 2
+    return math.ceil(1.05 * most / size) * size
 
 
 def _item(one: Finding, reach: float) -> str:
@@ -161,12 +160,15 @@ def _item(one: Finding, reach: float) -> str:
 def _bar(claim: Claim, part: Difference, reach: float) -> str:
     regions = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
     low, high = part.judgement.interval
-    within = Interval(max(low, -reach), min(high, reach))
     name, mean = part.verdict.replace(" ", "-"), part.judgement.estimate.mean
+    if abs(mean) > reach:
+        drawn = f'<span class="beyond {"right" if mean > 0 else "left"} {name}"></span>'
+    else:
+        within = Interval(max(low, -reach), min(high, reach))
+        drawn = _span(f"range {name}", within, reach) + _span(f"dot {name}", (mean, mean), reach)
     return (
         '<div class="bar" aria-hidden="true">'
-        f"{_span('region', regions[claim.expects], reach)}{_span('zero', (0.0, 0.0), reach)}"
-        f"{_span(f'range {name}', within, reach)}{_span(f'dot {name}', (mean, mean), reach)}</div>"
+        f"{_span('region', regions[claim.expects], reach)}{_span('zero', (0.0, 0.0), reach)}{drawn}</div>"
     )
 
 
@@ -187,6 +189,9 @@ STYLE = """
 .bar .zero { top: 0; bottom: 0; border-left: 1px solid var(--faint); }
 .bar .range { top: 6px; height: 6px; border-radius: 3px; opacity: .55; }
 .bar .dot { top: 3px; height: 12px; min-width: 12px; margin-left: -6px; border-radius: 50%; }
+.bar .beyond { top: 3px; width: 14px; height: 12px; }
+.bar .beyond.right { right: 0; clip-path: polygon(0 0, 100% 50%, 0 100%); }
+.bar .beyond.left { left: 0; clip-path: polygon(100% 0, 0 50%, 100% 100%); }
 .axis { display: flex; justify-content: space-between; font-size: 12.5px; font-variant-numeric: tabular-nums; }
 h3 { margin: .75rem 0 .25rem; font-size: 1rem; }
 section ul { margin: 0; padding-left: 1.2rem; }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from lightning_memdml.picture_style import INK, STYLES, as_label, new_figure, pl
 from lightning_memdml.study.recording import BINS
 from lightning_memdml.study.results import JudgedClaim, Record, Results
 from lightning_memdml.study.statistics import Judgement
-from lightning_memdml.study.tables import interval_in_words, score_name
+from lightning_memdml.study.tables import interval_in_words, largest_shown, score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,7 +177,7 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
         return None
     figure = new_figure(9.5, 0.5 * len(lines) + 0.9)
     panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
-    reach = _reach([_extent(judgement) for _, _, judgement, _ in lines if judgement], [claim.by for claim, *_ in lines])
+    reach = 1.15 * largest_shown([one for _, _, one, _ in lines if one], [claim.by for claim, *_ in lines])
     for axes, (claim, label, judgement, verdict) in zip(panels, lines, strict=True):
         color = VERDICT_COLORS[verdict]
         region = {"more": (claim.by, reach), "not more": (-reach, claim.by), "same": (-claim.by, claim.by)}
@@ -198,25 +197,6 @@ def plot_claims(judged: Sequence[JudgedClaim]) -> Figure | None:
             axes.spines["bottom"].set_visible(False)
     panels[-1].set_xlabel("difference in points; shaded: the region of the claim")
     return figure
-
-
-def _extent(judgement: Judgement) -> float:
-    return max(map(abs, (*_finite(judgement.interval), judgement.estimate.mean)))
-
-
-def _reach(extents: Sequence[float], edges: Sequence[float]) -> float:
-    """Return half the width of the axis. The largest few differences lie beyond it if they would squeeze the others.
-
-    Example:
-        >>> round(_reach([1.0, 2.0, 3.0, 41.0], [0.0]), 2), round(_reach([1.0, 9.0], [0.0]), 2)
-        (3.45, 10.35)
-    """
-    ordered = sorted(extents)
-    most = next(
-        (low for low, high in pairwise(ordered[len(ordered) // 2 :]) if high > 4 * max(low, *edges, 0.5)),
-        ordered[-1] if ordered else 0.0,
-    )
-    return max(most, *edges, 0.5) * 1.15
 
 
 def _draw_difference(axes: Axes, judgement: Judgement, reach: float, color: str, is_part: bool) -> None:

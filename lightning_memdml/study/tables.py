@@ -6,13 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_memdml.csv_table import as_text_cell
 from lightning_memdml.study.results import JudgedClaim, Results
-from lightning_memdml.study.statistics import OPPOSITES
+from lightning_memdml.study.statistics import OPPOSITES, Judgement
 from lightning_memdml.study.study_file import Claim, Study
 
 MASS_FACTOR = 3  # between sums of weights, from which on arms differ in scale
@@ -127,6 +128,32 @@ def group_in_words(arms: Sequence[str]) -> str:
 def _question(claim: Claim) -> str:
     words = {"more": f"more than {claim.by:+g}", "not more": f"less than {claim.by:+g}", "same": f"within {claim.by:g}"}
     return f"{words[claim.expects]} points of {score_name(claim.score)}"
+
+
+def largest_shown(judgements: Sequence[Judgement], edges: Sequence[float]) -> float:
+    """Return the largest difference that an axis for all of these has to show, at least 0.5.
+
+    The largest few are left out where they would squeeze the others: an arrow at the edge stands for them.
+
+    Args:
+        judgements: What is drawn, each a difference with its interval.
+        edges: The edges of the regions of the claims, which are always shown.
+
+    Example:
+        >>> from lightning_memdml.study.statistics import Estimate
+        >>> def judged(mean):
+        ...     return Judgement("supported", Estimate(mean, 0.1, 4), 0.95, (mean, mean), 0.01)
+        >>> largest_shown([*map(judged, [1.0, 2.0, 3.0, 41.0])], [0.0])
+        3.0
+        >>> largest_shown([*map(judged, [1.0, 9.0])], [0.0])
+        9.0
+    """
+    extents = sorted(
+        max(abs(end) for end in (*one.interval, one.estimate.mean) if math.isfinite(end)) for one in judgements
+    )
+    upper_half = pairwise(extents[len(extents) // 2 :])
+    most = next((low for low, high in upper_half if high > 4 * max(low, *edges, 0.5)), max(extents, default=0.0))
+    return max(most, *edges, 0.5)
 
 
 def interval_in_words(interval: Sequence[float], signed: bool = False) -> str:

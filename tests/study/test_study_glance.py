@@ -89,6 +89,19 @@ def test_every_difference_is_drawn_within_the_page(tmp_path: Path) -> None:
     assert 'class="bar"' not in to_html([], [])
 
 
+def test_a_difference_that_would_squeeze_the_others_is_an_arrow_at_the_edge(tmp_path: Path) -> None:
+    means = {name: {"a": 10 + difference, "b": 10} for name, difference in {"w": 1, "x": 2, "y": 3, "z": 60}.items()}
+    findings = find(results(tmp_path, means, claims={"claim": SAYS}).claims())
+    page = to_html(findings, [])
+    bars = re.findall(r'<div class="bar".*?</div>', page)
+    assert [bar.count('class="dot') for bar in bars[:4]] == [1, 1, 1, 0]
+    assert ['class="beyond right' in bar for bar in bars[:4]] == [False, False, False, True]
+    assert float(re.findall(r"<span>\+(\S+)</span>", page)[0]) < 5
+    assert "arrow: beyond the axis" in page
+    few = results(tmp_path, {"birds": {"a": 15, "b": 10}}, claims={"claim": SAYS})
+    assert "beyond" not in to_html(find(few.claims()), [])
+
+
 def test_the_report_begins_with_it(tmp_path: Path) -> None:
     found = results(tmp_path, {"birds": {"a": 15, "b": 10}}, claims={"claim": SAYS})
     markdown, page = write_report(found, tmp_path / "out")

@@ -170,7 +170,9 @@ def test_blocks_of_a_copy_do_not_shrink_with_the_dimension(
     monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 1 << 15)
     widths = []
     monkeypatch.setattr(
-        BFloat16Prefilter, "add_block", lambda *arguments: (widths.append(arguments[4].stop - arguments[4].start), True)
+        BFloat16Prefilter,
+        "add_references",
+        lambda *arguments: (widths.append(arguments[4].stop - arguments[4].start), True),
     )
     (x, r), y = torch.eye(512).split([8, 504]), torch.arange(512)
     copy = BFloat16Copy(r)

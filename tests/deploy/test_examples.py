@@ -27,7 +27,7 @@ def test_an_example_is_short_and_says_how_it_is_run(file: Path) -> None:
     text = file.read_text()
     code = text.partition('"""\n\n')[2]  # after what it says of itself
     assert code.count("\n") <= 40
-    assert f"\npython examples/{file.name}" in text
+    assert f"\n    python examples/{file.name}" in text
     assert f"(../examples/{file.name})" in (REPOSITORY / "docs" / "evaluation.md").read_text()
 
 

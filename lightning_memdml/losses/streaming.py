@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from lightning_memdml.losses.definition import LossDefinition, NegativeTotals, P
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 from lightning_memdml.losses.shared_references import GPU_BLOCK_ELEMENTS, LeftOut, SharedBlock, shared_blocks
 
+if TYPE_CHECKING:
+    from lightning_memdml.losses.backends.triton.launching import Launch
+
 BLOCK_ELEMENTS = 1 << 19  # for each thread, of a block and of its similarities on a CPU: 2 MiB each stay in its cache
 MOST_THREADS = 16  # that blocks grow with: beyond, their memory would be more than 32 MiB each
 TRITON_DEVICES = {"cuda"}
@@ -34,16 +37,13 @@ TRITON_DEVICES = {"cuda"}
 def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
     value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
-    by_triton = (AUTO if loss.backend == "auto" else loss.backend) == "triton" and len(pairs.references) > 0
-    if by_triton and (reason := _reason_against_triton(pairs.anchors, pairs.references)) is not None:
-        _warn_of_blocks(reason)
-        by_triton = False
+    launch = _choose_launch(loss.backend, pairs.anchors, pairs.references) if len(pairs.references) else None
     parts = loss.parts or (loss,)
-    for block in shared_blocks(loss, pairs, by_triton):
+    for block in shared_blocks(loss, pairs, by_triton=launch is not None):
         # Of each part: the totals of all negatives, and their gradient; `None` where Triton has no kernel for it.
         found: list[tuple[NegativeTotals, Tensor | None] | None] = [None] * len(parts)
-        if by_triton:
-            found = _total_by_triton(parts, block, pairs.references)
+        if launch is not None:
+            found = _total_by_triton(parts, block, pairs.references, launch)
         left = [k for k, totals in enumerate(found) if totals is None]
         if left:
             made = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
@@ -65,13 +65,13 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _total_by_triton(
-    parts: Sequence[LossDefinition], block: SharedBlock, references: Tensor
+    parts: Sequence[LossDefinition], block: SharedBlock, references: Tensor, launch: Launch
 ) -> list[tuple[NegativeTotals, Tensor | None] | None]:
     """Return the totals of all negatives and their gradient, for each part of a loss that has a kernel."""
-    from lightning_memdml.losses.backends.triton import kernel
+    from lightning_memdml.losses.backends.triton.launching import SharedNegatives, total_negatives
 
-    shared = kernel.SharedNegatives(block.shared.columns, block.negative, block.number)
-    found, reason = kernel.total_negatives(parts, block.contexts, block.anchors, references, block.shared.mask, shared)
+    shared, mask = SharedNegatives(block.shared.columns, block.negative, block.number), block.shared.mask
+    found, reason = total_negatives(parts, block.contexts, block.anchors, references, mask, shared, launch)
     if reason is not None:
         _warn_of_blocks(reason)
     return found
@@ -97,8 +97,12 @@ def add_negatives(
         read_rounded: Returns the references in bfloat16, if a memory keeps them.
     """
     anchors = accumulators[0].anchors
-    if (AUTO if backend == "auto" else backend) == "triton":
-        accumulators = _add_by_triton(accumulators, references, left_out.is_shared)
+    if (launch := _choose_launch(backend, anchors, references)) is not None:
+        from lightning_memdml.losses.backends.triton.launching import add_plain_negatives
+
+        accumulators, reason = add_plain_negatives(accumulators, references, left_out.is_shared, launch)
+        if reason is not None:
+            _warn_of_blocks(reason)
         if not accumulators:
             return
     prefilter = way = None
@@ -126,27 +130,19 @@ def add_negatives(
         columns = slice(columns.stop, columns.stop + (width if way is None else largest))
 
 
-def _add_by_triton(
-    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
-) -> list[NegativeAccumulator]:
-    """Add every reference that is not shared by the kernel, and return the accumulators it cannot serve."""
-    reason = _reason_against_triton(accumulators[0].anchors, references)
-    if reason is None:
-        from lightning_memdml.losses.backends.triton import kernel
+def _choose_launch(backend: Backend, anchors: Tensor, references: Tensor) -> Launch | None:
+    """Return what adds negatives by Triton; `None` for blocks, with a warning where Triton was asked for in vain."""
+    if (AUTO if backend == "auto" else backend) == "blocks":
+        return None
+    if references.device.type in TRITON_DEVICES:
+        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
 
-        accumulators, reason = kernel.add_plain_negatives(accumulators, references, is_shared)
-    if reason is not None:
-        _warn_of_blocks(reason)
-    return accumulators
-
-
-def _reason_against_triton(anchors: Tensor, references: Tensor) -> str | None:
-    """Return what the Triton backend cannot serve, or `None` if it can serve both."""
-    if references.device.type not in TRITON_DEVICES:
-        return f"references on {references.device}"
-    from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
-
-    return kernel.reason_against(anchors, references)
+        if (reason := kernel.reason_against(anchors, references)) is None:
+            return kernel.launch
+    else:
+        reason = f"references on {references.device}"
+    _warn_of_blocks(reason)
+    return None
 
 
 def _warn_of_blocks(reason: str) -> None:

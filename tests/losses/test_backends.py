@@ -36,7 +36,7 @@ def test_an_unknown_backend_is_refused(kind: type[ml.PairLoss]) -> None:
 def test_the_environment_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_MEMDML_FUSED", "1")
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu"})
-    monkeypatch.setattr(streaming, "_reason_against_triton", pytest.fail)
+    monkeypatch.setattr(streaming, "_warn_of_blocks", pytest.fail)
     ml.ContrastiveLoss()(*inputs())
 
 

@@ -16,7 +16,7 @@ from lightning_memdml.losses.pair_loss import PrecomputedGradient
 
 pytest.importorskip("triton", reason="comes with torch for CUDA")
 
-from lightning_memdml.losses.backends.triton import kernel, merging, shared
+from lightning_memdml.losses.backends.triton import kernel, launching, merging, shared
 
 KERNELS = {kernel: ["_add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}
 # Launches of a step, forward and backward, by blocks and with the kernels. Lower them when a change saves launches.
@@ -50,7 +50,7 @@ class FakeKernel:
 
 
 def count_step(name: str, backend: Backend, rows: int, memory: int, fake_gpu: Any, patch: pytest.MonkeyPatch) -> Count:
-    patch.setattr(kernel, "_device", lambda device: kernel._Device(9, 132, 227 << 10))
+    patch.setattr(launching, "device_of", lambda tensor: launching.Device(9, 132, 227 << 10))
     passes, finish = [], streaming.finish
     patch.setattr(streaming, "finish", lambda *args: (passes.append(1), finish(*args))[1])
     with fake_gpu, Count() as counted:

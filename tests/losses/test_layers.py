@@ -21,6 +21,7 @@ LAYERS = [
     {"accumulators"},
     {"backends.bfloat16_prefilter", "backends.triton.codegen"},
     {"backends.triton.merging"},
+    {"backends.triton.launching"},
     {"backends.triton.kernel"},
     {"streaming"},
     {"sharded"},

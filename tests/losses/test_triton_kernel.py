@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
 import triton.language as tl  # noqa: E402
 
-from lightning_memdml.losses.backends.triton import kernel, shared  # noqa: E402
+from lightning_memdml.losses.backends.triton import kernel, launching, shared  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
@@ -76,7 +76,7 @@ def skip_without_loops() -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Use the kernel on any device and in any precision. The list collects the shape of each launch's result."""
     shapes: list[tuple] = []
-    launch, reason_against = kernel._launch, kernel.reason_against
+    launch, reason_against = kernel.launch, kernel.reason_against
 
     def recorded(*args: object) -> Tensor:
         states = launch(*args)
@@ -89,9 +89,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             skip_without_loops()
         return reason
 
-    monkeypatch.setattr(kernel, "_launch", recorded)
+    monkeypatch.setattr(kernel, "launch", recorded)
     monkeypatch.setattr(kernel, "reason_against", first_skip)
-    monkeypatch.setattr(kernel, "DTYPES", (torch.float16, DTYPE))
+    monkeypatch.setattr(launching, "DTYPES", (torch.float16, DTYPE))
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
     for loss in (*LOSSES.values(), *WITHOUT_KERNEL.values()):
         monkeypatch.setattr(loss, "backend", "triton")
@@ -178,7 +178,7 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
 def test_gpus_of_other_generations_take_the_blocks(
     generation: int, launches: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_device", lambda device: kernel._Device(generation, 132, 227 << 10))
+    monkeypatch.setattr(launching, "device_of", lambda tensor: launching.Device(generation, 132, 227 << 10))
     with pytest.warns(UserWarning, match=f"but got a GPU of compute capability {generation}"):
         check(LOSSES["contrastive"], pairs(4, 50, 16, DTYPE), TOLERANCE)
     assert launches == []
@@ -242,7 +242,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import lightning_memdml as ml
 from lightning_memdml.losses import shared_references, streaming
-from lightning_memdml.losses.backends.triton import kernel, merging, shared
+from lightning_memdml.losses.backends.triton import kernel, launching, merging, shared
 from lightning_memdml.losses.definition import Pairs
 
 class Driver:
@@ -281,7 +281,7 @@ for capability, kilobytes, dim, loss in (
     (80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive), (90, 227, 128, soft)
 ):
     driver.set_active(Driver(capability))
-    kernel._device = lambda device: kernel._Device(capability // 10, 132, kilobytes << 10)
+    launching.device_of = lambda tensor: launching.Device(capability // 10, 132, kilobytes << 10)
     with FakeTensorMode():
         x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
         y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))

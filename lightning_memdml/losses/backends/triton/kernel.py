@@ -10,10 +10,6 @@ The kernel runs once for the plain negatives, and once for those among the share
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import linecache
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_memdml.losses.accumulators import NegativeAccumulator
-from lightning_memdml.losses.backends.triton.codegen import Terms, UnsupportedOpError, generate_terms
-from lightning_memdml.losses.backends.triton.merging import merge
-from lightning_memdml.losses.definition import Context, LossDefinition, NegativeTotals
+from lightning_memdml.losses.backends.triton import launching
+from lightning_memdml.losses.backends.triton.codegen import Terms
+from lightning_memdml.losses.backends.triton.launching import SharedNegatives, compile_terms
+from lightning_memdml.losses.definition import LossDefinition
 
-DTYPES = (torch.float16, torch.bfloat16)
 # Compute capabilities. Triton does not use older tensor cores; newer ones keep the sums elsewhere and need other tiles.
 GENERATIONS = (8, 9)
 
@@ -147,23 +142,6 @@ def _add_negatives(  # type: ignore[no-untyped-def]
         tl.store(places, sums, mask=is_anchor[:, None] & (s < num_sums)[None, :])
 
 
-@functools.lru_cache
-def compile_terms(text: str, num_columns: int) -> triton.JITFunction:
-    """Return the lines of a loss as a function that the kernel calls."""
-    name = f"terms_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    loads = [
-        f"column{k} = tl.load(columns + i * num_columns + {k}, mask=is_anchor)[:, None]" for k in range(num_columns)
-    ]
-    lines = [f"def {name}(similarity, columns, i, is_anchor, constants, num_columns: tl.constexpr):"]
-    lines += [f"    {line}" for line in [*loads, *text.splitlines()]]
-    file = f"<{name}>"
-    # Triton reads the source of what it compiles; no file is needed for that.
-    linecache.cache[file] = (0, None, [f"{line}\n" for line in lines], file)
-    namespace = {"tl": tl, "__name__": __name__}
-    exec(compile("\n".join(lines), file, "exec"), namespace)
-    return triton.jit(namespace[name])
-
-
 def reason_against(anchors: Tensor, references: Tensor) -> str | None:
     """Return what the kernel cannot serve, or `None` if it can serve both.
 
@@ -171,101 +149,15 @@ def reason_against(anchors: Tensor, references: Tensor) -> str | None:
         anchors: `(B, D)`.
         references: `(M, D)`.
     """
-    generation = _device(references.device).generation
-    if references.dtype not in DTYPES:
-        return f"{references.dtype}".removeprefix("torch.")
-    if anchors.dtype != torch.float32:
-        return f"embeddings in {anchors.dtype}".replace("torch.", "")
+    if (reason := launching.reason_against(anchors, references)) is not None:
+        return reason
     if references.shape[1] > max(TILES):
         return f"{references.shape[1]} numbers"
-    if not references.is_contiguous():
-        return "references that are not contiguous"
+    generation = launching.device_of(references).generation
     return None if generation in GENERATIONS else f"a GPU of compute capability {generation}"
 
 
-class SharedNegatives(NamedTuple):
-    """The shared references, among which only some pairs are negatives.
-
-    Attributes:
-        columns: Their numbers, `(Q,)`, -1 where there is none.
-        negative: Mask of the negative pairs, `(B, Q)`.
-        number: How many of all references are negatives of each anchor, `(B,)`.
-    """
-
-    columns: Tensor
-    negative: Tensor
-    number: Tensor
-
-
-def total_negatives(
-    parts: Sequence[LossDefinition],
-    contexts: Sequence[Context],
-    anchors: Tensor,
-    references: Tensor,
-    is_shared: Tensor,
-    shared: SharedNegatives,
-) -> tuple[list[tuple[NegativeTotals, Tensor | None] | None], str | None]:
-    """Return the totals over all negatives for each part of a loss, and for the first part their gradient.
-
-    Args:
-        parts: The parts of the loss.
-        contexts: What their `context` returned.
-        anchors: `(B, D)`.
-        references: `(M, D)`.
-        is_shared: True for the references that are not plain negatives, `(M,)`.
-        shared: Which of the pairs with these are negatives.
-
-    Returns:
-        Totals and gradient of each part, `None` for a part for which there is no kernel, and why there is none.
-    """
-    found: list[tuple[NegativeTotals, Tensor | None] | None] = []
-    reason, anchors = None, anchors.contiguous()
-    for part, context in zip(parts, contexts, strict=True):
-        with_gradient = part is parts[0]
-        terms = _terms_or_reason(part, context, anchors.shape[0])
-        if isinstance(terms, str):
-            found.append(None)
-            reason = terms
-            continue
-        states = _launch(part, terms, anchors, references, is_shared, with_gradient, shared)
-        found.append(merge(part, states, anchors, shared.number, terms.num_sums, with_gradient))
-    return found, reason
-
-
-def add_plain_negatives(
-    accumulators: list[NegativeAccumulator], references: Tensor, is_shared: Tensor
-) -> tuple[list[NegativeAccumulator], str | None]:
-    """Add every reference that is not shared.
-
-    Args:
-        accumulators: Of the parts of one loss, with the same anchors.
-        references: `(M, D)`.
-        is_shared: True for the references to leave out, `(M,)`.
-
-    Returns:
-        The accumulators for whose loss there is no kernel, and why.
-    """
-    left, reason = [], None
-    for accumulator in accumulators:
-        terms = _terms_or_reason(accumulator.loss, accumulator.context, accumulator.anchors.shape[0])
-        if isinstance(terms, str):
-            left.append(accumulator)
-            reason = terms
-        elif references.shape[0]:
-            anchors, with_gradient = accumulator.anchors.contiguous(), accumulator.gradient is not None
-            accumulator.merge(_launch(accumulator.loss, terms, anchors, references, is_shared, with_gradient))
-    return left, reason
-
-
-def _terms_or_reason(loss: LossDefinition, context: Context, rows: int) -> Terms | str:
-    """Return the lines of a loss of one part, or why there are none."""
-    try:
-        return generate_terms(loss, context, rows)
-    except UnsupportedOpError as error:
-        return f"a loss whose weights need {error}"
-
-
-def _launch(
+def launch(
     loss: LossDefinition,
     terms: Terms,
     anchors: Tensor,
@@ -275,11 +167,10 @@ def _launch(
     shared: SharedNegatives | None = None,
 ) -> Tensor:
     """Return the state of every share of the references, and of the `shared` ones, `(shares, B, 3 + D + S)`."""
-    (rows, dim), device = anchors.shape, _device(references.device)
+    (rows, dim), device = anchors.shape, launching.device_of(references)
     padded_dim, tiles = choose_tiles(rows, dim, device.shared_memory)
     groups = triton.cdiv(rows, tiles.anchors)
-    values = [column.to(anchors).expand(rows, 1) for column in terms.columns]
-    columns = torch.cat(values, dim=1) if values else anchors
+    columns, num_columns = launching.stack_columns(terms, anchors), len(terms.columns)
     rounded = anchors.to(references.dtype)  # in the kernel it would cost registers, of which it has none left
 
     def share_of(references: int) -> tuple[int, int]:
@@ -298,7 +189,7 @@ def _launch(
         _add_negatives[(groups, len(part))](
             rounded, references, marked.view(torch.uint8), places, columns, part,
             rows, number, share_of(number)[0], terms.constants or (0.0,), float(loss.fill_value),
-            dim=dim, padded_dim=padded_dim, num_columns=len(values), terms=compile_terms(terms.text, len(values)),
+            dim=dim, padded_dim=padded_dim, num_columns=num_columns, terms=compile_terms(terms.text, num_columns),
             exponential=loss.exponential, has_values=terms.has_values, needs_hardest=loss.needs_hardest,
             with_gradient=with_gradient, num_sums=terms.num_sums, padded_sums=terms.padded_sums, gathered=gathered,
             anchors_per_program=tiles.anchors, references_per_tile=tiles.references,
@@ -316,20 +207,3 @@ def choose_tiles(rows: int, dim: int, shared_memory: int) -> tuple[int, Tiles]:
         if tiles.shared_memory(padded_dim) <= shared_memory and tiles.anchors <= max(rows, 64)
     ]
     return padded_dim, (fitting or TILES[padded_dim][-1:])[0]
-
-
-class _Device(NamedTuple):
-    """Compute capability without the minor number, multiprocessors, and bytes of memory that a program may share."""
-
-    generation: int
-    processors: int
-    shared_memory: int
-
-
-def _device(device: torch.device) -> _Device:
-    if device.type == "cpu":  # Triton's interpreter
-        return _Device(generation=9, processors=4, shared_memory=1 << 17)
-    properties = torch.cuda.get_device_properties(device)
-    # Missing from torch's type annotations.
-    shared_memory: int = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009
-    return _Device(properties.major, properties.multi_processor_count, shared_memory)

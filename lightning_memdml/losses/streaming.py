@@ -11,7 +11,7 @@ Two observations make this as fast as the two matrix products alone:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,7 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
         # Of each part: the totals of all negatives, and their gradient; `None` where Triton has no kernel for it.
         found: list[tuple[NegativeTotals, Tensor | None] | None] = [None] * len(parts)
         if launch is not None:
-            found = _total_by_triton(parts, block, pairs.references, launch)
+            found = _total_by_triton(loss, block, pairs.references, launch)
         left = [k for k, totals in enumerate(found) if totals is None]
         if left:
             made = make_accumulators(loss, block.contexts, block.anchors, pairs.references)
@@ -65,15 +65,16 @@ def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _total_by_triton(
-    parts: Sequence[LossDefinition], block: SharedBlock, references: Tensor, launch: Launch
+    loss: LossDefinition, block: SharedBlock, references: Tensor, launch: Launch
 ) -> list[tuple[NegativeTotals, Tensor | None] | None]:
     """Return the totals of all negatives and their gradient, for each part of a loss that has a kernel."""
     from lightning_memdml.losses.backends.triton.launching import SharedNegatives, total_negatives
 
     shared, mask = SharedNegatives(block.shared.columns, block.negative, block.number), block.shared.mask
+    parts = loss.parts or (loss,)
     found, reason = total_negatives(parts, block.contexts, block.anchors, references, mask, shared, launch)
     if reason is not None:
-        _warn_of_blocks(reason)
+        _warn_of_blocks(loss.backend, reason)
     return found
 
 
@@ -102,7 +103,7 @@ def add_negatives(
 
         accumulators, reason = add_plain_negatives(accumulators, references, left_out.is_shared, launch)
         if reason is not None:
-            _warn_of_blocks(reason)
+            _warn_of_blocks(backend, reason)
         if not accumulators:
             return
     prefilter = way = None
@@ -132,24 +133,28 @@ def add_negatives(
 
 def _choose_launch(backend: Backend, anchors: Tensor, references: Tensor) -> Launch | None:
     """Return what adds negatives by Triton; `None` for blocks, with a warning where Triton was asked for in vain."""
-    if (AUTO if backend == "auto" else backend) == "blocks":
+    backend = AUTO if backend == "auto" else backend
+    if backend == "blocks":
         return None
     if references.device.type in TRITON_DEVICES:
-        from lightning_memdml.losses.backends.triton import kernel  # Triton is not everywhere
+        from lightning_memdml.losses.backends.triton import elementwise, kernel  # Triton is not everywhere
 
-        if (reason := kernel.reason_against(anchors, references)) is None:
-            return kernel.launch
+        module = kernel if backend == "triton" else elementwise
+        if (reason := module.reason_against(anchors, references)) is None:
+            return module.launch
     else:
         reason = f"references on {references.device}"
-    _warn_of_blocks(reason)
+    _warn_of_blocks(backend, reason)
     return None
 
 
-def _warn_of_blocks(reason: str) -> None:
+def _warn_of_blocks(backend: Backend, reason: str) -> None:
+    backend = AUTO if backend == "auto" else backend
+    width, other = (" of at most 512 numbers", ", try `triton_blocks`") if backend == "triton" else ("", "")
     warnings.warn(
-        "Expected contiguous references in float16 or bfloat16 of at most 512 numbers on an NVIDIA GPU, and a loss "
-        f'with element-wise weights, for `backend="triton"` but got {reason}. Blocks are used instead: leave '
-        "`backend` out, or store the memory in 16 bits.",
+        f"Expected contiguous references in float16 or bfloat16{width} on an NVIDIA GPU, and a loss with element-wise "
+        f'weights, for `backend="{backend}"` but got {reason}. Blocks are used instead: leave `backend` out{other}, or '
+        "store the memory in 16 bits.",
         stacklevel=3,
     )
 

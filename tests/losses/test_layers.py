@@ -22,7 +22,7 @@ LAYERS = [
     {"backends.bfloat16_prefilter", "backends.triton.codegen"},
     {"backends.triton.merging"},
     {"backends.triton.launching"},
-    {"backends.triton.kernel"},
+    {"backends.triton.elementwise", "backends.triton.kernel"},
     {"streaming"},
     {"sharded"},
     {"pair_loss"},

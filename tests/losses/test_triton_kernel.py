@@ -1,4 +1,4 @@
-"""The Triton kernel, on a GPU if there is one and in Triton's interpreter otherwise, against the blocks in float64."""
+"""The backends of Triton, on a GPU if there is one and in its interpreter otherwise, against the blocks in float64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml.losses import shared_references, streaming
+from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.definition import Pairs, pair_masks
 
 triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
 import triton.language as tl  # noqa: E402
 
-from lightning_memdml.losses.backends.triton import kernel, launching, shared  # noqa: E402
+from lightning_memdml.losses.backends.triton import elementwise, kernel, launching, shared  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
@@ -72,11 +73,17 @@ def skip_without_loops() -> None:
         pytest.skip(f"Triton {triton.__version__} cannot loop in its interpreter with this NumPy")
 
 
-@pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Use the kernel on any device and in any precision. The list collects the shape of each launch's result."""
+@pytest.fixture(params=["triton", "triton_blocks"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture
+def launches(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Use a backend on any device and in any precision. The list collects the shape of each launch's result."""
     shapes: list[tuple] = []
-    launch, reason_against = kernel.launch, kernel.reason_against
+    module = kernel if backend == "triton" else elementwise
+    launch, reason_against = module.launch, module.reason_against
 
     def recorded(*args: object) -> Tensor:
         states = launch(*args)
@@ -89,12 +96,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             skip_without_loops()
         return reason
 
-    monkeypatch.setattr(kernel, "launch", recorded)
-    monkeypatch.setattr(kernel, "reason_against", first_skip)
+    monkeypatch.setattr(module, "launch", recorded)
+    monkeypatch.setattr(module, "reason_against", first_skip)
     monkeypatch.setattr(launching, "DTYPES", (torch.float16, DTYPE))
+    # Small memories still have several blocks, of several pieces, and a rest.
+    monkeypatch.setattr(elementwise, "SHORTEST_PIECE", 256)
+    monkeypatch.setattr(elementwise, "BLOCK_ELEMENTS", 20 * 512)
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
     for loss in (*LOSSES.values(), *WITHOUT_KERNEL.values()):
-        monkeypatch.setattr(loss, "backend", "triton")
+        monkeypatch.setattr(loss, "backend", backend)
     return shapes
 
 
@@ -131,6 +141,7 @@ def test_the_kernel_computes_what_the_blocks_compute(name: str, launches: list) 
     assert launches[0][0] > 1, "several shares are merged"
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_error_in_half_precision_is_that_of_rounding_the_weights(name: str) -> None:
     check(LOSSES[name], pairs(20, 700, 24, torch.float16), 2e-3)
@@ -151,21 +162,28 @@ def test_a_loss_without_a_kernel_takes_the_blocks(name: str, launches: list) -> 
     rows=st.integers(1, 70), references=st.integers(1, 400), dim=st.sampled_from([1, 16, 17, 128, 130]),
     name=st.sampled_from(sorted(LOSSES)), seed=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.usefixtures("launches")
 def test_any_shape(rows: int, references: int, dim: int, name: str, seed: int) -> None:
     check(LOSSES[name], pairs(rows, references, dim, DTYPE, seed), 10 * TOLERANCE, least=0.1)  # in 1-d all may cancel
 
 
-def test_weights_beyond_half_precision() -> None:
+@pytest.mark.usefixtures("launches")
+def test_weights_beyond_half_precision(backend: Backend) -> None:
     """In float16, 65,504 is the largest number and 6e-8 the smallest: weights are scaled by the row."""
     for center in (-1.0, 2.0):  # weights up to e^40, and up to e^-20
-        loss = ml.DirectWeightLoss(negative=ml.Exponential(20, center), backend="triton")
+        loss = ml.DirectWeightLoss(negative=ml.Exponential(20, center), backend=backend)
         check(loss, pairs(20, 700, 24, torch.float16), 2e-3)
 
 
-def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
+def test_references_that_do_not_fit_take_the_blocks(backend: Backend, launches: list) -> None:
     wide = pairs(4, 50, 513, DTYPE)
-    with pytest.warns(UserWarning, match="of at most 512 numbers on an NVIDIA GPU.* but got 513 numbers"):
+    if backend == "triton":
+        expected = "of at most 512 numbers on an NVIDIA GPU.* but got 513 numbers.*, try `triton_blocks`"
+        with pytest.warns(UserWarning, match=expected):
+            check(LOSSES["contrastive"], wide, TOLERANCE)
+    else:
         check(LOSSES["contrastive"], wide, TOLERANCE)
+        assert launches.pop()[2] == 3 + 513
     narrow = pairs(4, 50, 16, DTYPE)
     with pytest.warns(UserWarning, match="but got references that are not contiguous"):
         check(LOSSES["contrastive"], narrow._replace(references=narrow.references.T.contiguous().T), TOLERANCE)
@@ -174,7 +192,9 @@ def test_references_that_do_not_fit_take_the_blocks(launches: list) -> None:
     assert launches == []
 
 
-@pytest.mark.parametrize("generation", [7, 10])
+@pytest.mark.parametrize(
+    ("backend", "generation"), [("triton", 7), ("triton", 10), ("triton_blocks", 7)], indirect=["backend"]
+)
 def test_gpus_of_other_generations_take_the_blocks(
     generation: int, launches: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +235,7 @@ def test_the_kernels_find_and_compare_the_shared_references() -> None:
                 shared_references.find_shared(given._replace(max_shared=[number - 1]), by_triton=True)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", ["multi-similarity", "soft triplet", "triplet"])
 def test_anchors_with_too_many_shared_references_are_compared_in_halves(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -236,57 +257,25 @@ def test_tiles_fit_the_device() -> None:
 
 
 COMPILE = """
-import json, torch, triton
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+import json
 import lightning_memdml as ml
-from lightning_memdml.losses import shared_references, streaming
-from lightning_memdml.losses.backends.triton import kernel, launching, merging, shared
-from lightning_memdml.losses.definition import Pairs
+from support.compiling import compile_only, compile_step
+from lightning_memdml.losses.backends.triton import kernel, merging, shared
 
-class Driver:
-    def __init__(self, capability):
-        self.capability = capability
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-    def get_current_device(self):
-        return self.capability  # by whose number Triton remembers what it compiled
-    def get_current_stream(self, device):
-        return 0
+def report(name, grid, options, built):
+    if name != "_add_negatives":
+        return
+    cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
+    estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
+    loop = next(line for line in built.asm["ttir"].splitlines() if "scf.for" in line)
+    products = built.asm["ptx"].count("wgmma.mma_async")
+    print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop, options["gathered"]]))
 
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            args = [triton.MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
-            built = self.kernel.warmup(*args, grid=grid, **options)
-            if self.kernel.__name__ != "_add_negatives":
-                return
-            cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
-            estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
-            loop = next(line for line in built.asm["ttir"].splitlines() if "scf.for" in line)
-            products = built.asm["ptx"].count("wgmma.mma_async")
-            print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop, options["gathered"]]))
-        return launch
-
-for module, names in ((kernel, ["_add_negatives"]), (merging, ["_merge"]), (shared, ["_find", "_compare", "_gather"])):
-    for name in names:
-        setattr(module, name, Compiled(getattr(module, name)))
-contrastive, mined = ml.ContrastiveLoss(backend="triton"), ml.MultiSimilarityLoss(backend="triton")
-hybrid = ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton")
-soft = ml.TripletLoss(soft=True, backend="triton")
-for capability, kilobytes, dim, loss in (
-    (80, 163, 128, mined), (90, 227, 256, hybrid), (90, 227, 512, contrastive), (90, 227, 128, soft)
-):
-    driver.set_active(Driver(capability))
-    launching.device_of = lambda tensor: launching.Device(capability // 10, 132, kilobytes << 10)
-    with FakeTensorMode():
-        x, r = torch.empty(512, dim, device="cuda"), torch.empty(2**20, dim, device="cuda", dtype=torch.bfloat16)
-        y, ry = (torch.empty(rows, dtype=torch.int64, device="cuda") for rows in (512, 2**20))
-        value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=[512]))
-    assert (value.shape, gradient.shape) == ((512,), (512, dim))
+compile_only({kernel: ["_add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}, report)
+compile_step(ml.MultiSimilarityLoss(backend="triton"), 80, 163, 128)
+compile_step(ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton"), 90, 227, 256)
+compile_step(ml.ContrastiveLoss(backend="triton"), 90, 227, 512)
+compile_step(ml.TripletLoss(soft=True, backend="triton"), 90, 227, 128)
 """
 
 

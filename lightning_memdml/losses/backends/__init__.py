@@ -6,6 +6,8 @@
 - `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products and all
   references, and small ones for the references that share a class or an image with the batch. The negatives of other
   losses are then added block by block.
+- `triton_blocks` serves the same losses, and rows of any width: for each block of references two products of torch, and
+  one kernel for all that is between them.
 
 A loss names its backend in its argument `backend`, and `lightning_memdml.losses.streaming.evaluate` uses it.
 """
@@ -14,8 +16,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Backend = Literal["auto", "blocks", "triton"]
-#: What `auto` means, on every device: the Triton kernel becomes the default when a GPU has shown it to be faster.
+Backend = Literal["auto", "blocks", "triton", "triton_blocks"]
+#: What `auto` means, on every device: kernels of Triton become the default when a GPU has shown them to be faster.
 AUTO: Backend = "blocks"
 
 
@@ -26,5 +28,7 @@ def check_backend(backend: Backend) -> Backend:
         ValueError: If there is no such backend.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f'Expected `backend` to be "auto", "blocks" or "triton" but got {backend!r}. Leave it out.')
+        raise ValueError(
+            f'Expected `backend` to be "auto", "blocks", "triton" or "triton_blocks" but got {backend!r}. Leave it out.'
+        )
     return backend

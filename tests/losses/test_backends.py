@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lightning_memdml as ml
 from lightning_memdml.losses import accumulators, streaming
-from lightning_memdml.losses.backends import AUTO
+from lightning_memdml.losses.backends import AUTO, Backend
 from lightning_memdml.losses.definition import Pairs
 from lightning_memdml.losses.row_ops import HOST_DEVICES
 
@@ -29,7 +29,9 @@ def test_auto_is_blocks() -> None:
 
 @pytest.mark.parametrize("kind", [ml.ContrastiveLoss, ml.InfoNCELoss, ml.TripletLoss, ml.DirectWeightLoss])
 def test_an_unknown_backend_is_refused(kind: type[ml.PairLoss]) -> None:
-    with pytest.raises(ValueError, match=r'^Expected `backend` to be "auto", "blocks" or "triton" but got \'cuda\'\. '):
+    with pytest.raises(
+        ValueError, match=r'^Expected `backend` to be "auto", .* or "triton_blocks" but got \'cuda\'\. '
+    ):
         kind(backend="cuda")
 
 
@@ -40,9 +42,11 @@ def test_the_environment_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     ml.ContrastiveLoss()(*inputs())
 
 
-def test_triton_on_a_cpu_warns_and_computes_by_blocks() -> None:
-    with pytest.warns(UserWarning, match="but got references on cpu. Blocks are used instead: leave `backend` out"):
-        value = ml.ContrastiveLoss(backend="triton")(*inputs())
+@pytest.mark.parametrize("backend", ["triton", "triton_blocks"])
+def test_triton_on_a_cpu_warns_and_computes_by_blocks(backend: Backend) -> None:
+    expected = f'for `backend="{backend}"` but got references on cpu. Blocks are used instead: leave `backend` out'
+    with pytest.warns(UserWarning, match=expected):
+        value = ml.ContrastiveLoss(backend=backend)(*inputs())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert value == ml.ContrastiveLoss(backend="blocks")(*inputs())

@@ -19,7 +19,7 @@ from torch import Tensor
 import lightning_memdml as ml
 from lightning_memdml.losses import shared_references, streaming
 from lightning_memdml.losses.backends import Backend
-from lightning_memdml.losses.definition import Pairs, pair_masks
+from lightning_memdml.losses.definition import Context, NegativeTerms, Pairs, pair_masks
 
 triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
@@ -102,6 +102,7 @@ def launches(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     # Small memories still have several blocks, of several pieces, and a rest.
     monkeypatch.setattr(elementwise, "SHORTEST_PIECE", 256)
     monkeypatch.setattr(elementwise, "BLOCK_ELEMENTS", 20 * 512)
+    monkeypatch.setattr(elementwise, "ADDED_AT_ONCE", 128)
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
     for loss in (*LOSSES.values(), *WITHOUT_KERNEL.values()):
         monkeypatch.setattr(loss, "backend", backend)
@@ -173,6 +174,24 @@ def test_weights_beyond_half_precision(backend: Backend) -> None:
     for center in (-1.0, 2.0):  # weights up to e^40, and up to e^-20
         loss = ml.DirectWeightLoss(negative=ml.Exponential(20, center), backend=backend)
         check(loss, pairs(20, 700, 24, torch.float16), 2e-3)
+
+
+class ScaledCircle(ml.CircleLoss):
+    """Multiplies the softmax by another factor."""
+
+    def negative_terms(self, similarity: Tensor, context: Context) -> NegativeTerms:
+        logits, factor, _ = super().negative_terms(similarity, context)
+        assert factor is not None
+        return NegativeTerms(logits, factor * self.factor)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("backend", ["triton_blocks"], indirect=True)
+@pytest.mark.parametrize("factor", [1e-8, 1e4])
+def test_the_factor_of_a_softmax_may_be_beyond_half_precision(factor: float, backend: Backend) -> None:
+    loss = ScaledCircle(backend=backend)
+    loss.factor = factor
+    check(loss, pairs(20, 700, 24, torch.float16), 2e-3)
 
 
 def test_references_that_do_not_fit_take_the_blocks(backend: Backend, launches: list) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_memdml.losses.backends.triton import launching
 from lightning_memdml.losses.backends.triton.codegen import Terms
 from lightning_memdml.losses.backends.triton.launching import SharedNegatives, compile_terms
+from lightning_memdml.losses.backends.triton.shared import gather
 from lightning_memdml.losses.definition import LossDefinition
 from lightning_memdml.losses.row_ops import WIDENING_DEVICES
 from lightning_memdml.losses.shared_references import GPU_BLOCK_ELEMENTS
@@ -185,7 +186,7 @@ def launch(
     pieces = choose_pieces(rows, dim, len(references), launching.device_of(references).processors)
     sources = [(references, is_shared, False)]
     if shared is not None and len(shared.columns):
-        sources.append((references.index_select(0, shared.columns.clamp_min(0)), shared.negative, True))
+        sources.append((gather(references, shared.columns, dtype), shared.negative, True))
     blocks = [(*source, *block) for source in sources for block in pieces.cut(len(source[0]))]
     states = anchors.new_empty(len(blocks), rows, 3 + (dim if with_gradient else 0) + sums)
     # All blocks share this memory.
@@ -200,11 +201,11 @@ def launch(
     }  # fmt: skip
     for state, (source, marked, gathered, block, number) in zip(states, blocks, strict=True):
         part, marked = source[block], marked[..., block]
-        width, shape = len(part) // number, (rows, len(part))
-        similarity = similarities[: rows * len(part)].view(shape)
+        size, width = rows * len(part), len(part) // number
+        similarity, halves = similarities[:size].view(rows, -1), weights[: size if with_gradient else 1]
         _multiply(rounded, part.T, similarity)
         _weigh[(rows, number)](
-            similarity, weights, marked.view(torch.uint8), columns, totals, rows, width,
+            similarity, halves, marked.view(torch.uint8), columns, totals[:number], rows, width,
             marked.stride(0) if gathered else 0, terms.constants or (0.0,), float(loss.fill_value),
             piece=pieces.length, num_columns=len(terms.columns), terms=compile_terms(terms.text, len(terms.columns)),
             has_values=terms.has_values, needs_hardest=loss.needs_hardest, gathered=gathered,
@@ -212,11 +213,11 @@ def launch(
             num_warps=8 if pieces.length > 2048 else 4, **options,
         )  # fmt: skip
         if with_gradient:
-            halves = weights[: similarity.numel()].view(rows, number, width).transpose(0, 1)
+            halves = halves.view(rows, number, width).transpose(0, 1)
             _multiply(halves, part.view(number, width, dim), gradients[:number])
         _add_pieces[(rows, triton.cdiv(dim, ADDED_AT_ONCE) if with_gradient else 1)](
-            totals, gradients, state, number, rows, dim, padded_pieces=triton.next_power_of_2(pieces.number),
-            at_once=ADDED_AT_ONCE, **options,
+            totals[:number], gradients[:number], state, number, rows, dim,
+            padded_pieces=triton.next_power_of_2(pieces.number), at_once=ADDED_AT_ONCE, **options,
         )  # fmt: skip
     return states
 

@@ -87,7 +87,7 @@ def _gather(  # type: ignore[no-untyped-def]
     column = tl.load(columns + q, mask=q < num_columns, other=-1).to(tl.int64)[:, None]
     row = tl.load(references + column * dim + d, mask=(column >= 0) & (d < dim), other=0.0)
     place = q.to(tl.int64)[:, None] * dim + d
-    tl.store(rows + place, row.to(tl.float32), mask=(q < num_columns)[:, None] & (d < dim))
+    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=(q < num_columns)[:, None] & (d < dim))
 
 
 class ComparedRows(NamedTuple):
@@ -122,6 +122,17 @@ def find_shared(pairs: Pairs) -> Tensor:
     return is_shared
 
 
+def gather(references: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the references of some columns, `(Q, D)`, and zeros where the column is -1."""
+    rows = references.new_empty(len(columns), references.shape[1], dtype=dtype)
+    if len(columns):
+        _gather[(triton.cdiv(len(columns), GATHERED_PER_PROGRAM),)](
+            references, columns, rows, len(columns), dim=rows.shape[1],
+            padded_dim=triton.next_power_of_2(rows.shape[1]), rows_per_program=GATHERED_PER_PROGRAM,
+        )  # fmt: skip
+    return rows
+
+
 def compare(pairs: Pairs, columns: Tensor) -> ComparedRows:
     """Compare the anchors with some references.
 
@@ -129,21 +140,16 @@ def compare(pairs: Pairs, columns: Tensor) -> ComparedRows:
         pairs: The anchors, and all references.
         columns: The numbers of the references, `(Q,)`, -1 for none.
     """
-    (anchors, dim), device = pairs.anchors.shape, pairs.anchors.device
+    anchors, device = len(pairs.anchors), pairs.anchors.device
     columns, labels, ref_labels = columns.contiguous(), pairs.labels.contiguous(), pairs.ref_labels.contiguous()
     shape = anchors, len(columns)
     positive, negative = (torch.empty(shape, dtype=torch.bool, device=device) for _ in range(2))
     number = torch.empty(anchors, dtype=torch.int64, device=device)
-    rows = torch.empty(len(columns), dim, device=device)
+    rows = gather(pairs.references, columns, torch.float32)
     indices = ref_indices = number  # in the place of images that are not known
     has_indices = pairs.indices is not None and pairs.ref_indices is not None
     if pairs.indices is not None and pairs.ref_indices is not None:
         indices, ref_indices = pairs.indices.contiguous(), pairs.ref_indices.contiguous()
-    if len(columns):
-        _gather[(triton.cdiv(len(columns), GATHERED_PER_PROGRAM),)](
-            pairs.references, columns, rows, len(columns), dim=dim, padded_dim=triton.next_power_of_2(dim),
-            rows_per_program=GATHERED_PER_PROGRAM,
-        )  # fmt: skip
     _compare[(anchors,)](
         labels, indices, columns, ref_labels, ref_indices, positive.view(torch.uint8), negative.view(torch.uint8),
         number, len(columns), len(ref_labels), has_indices=has_indices, columns_at_once=COMPARED_AT_ONCE,

@@ -12,7 +12,7 @@ import torch
 Step = Callable[[], object]
 CLOCKS = ("cpu", "elapsed", "wall", "device", "graph")
 FLUSHED_BYTES = 1 << 28  # more than the L2 cache of any GPU
-FLUSHES = 20  # which keep a GPU busy for about 2 ms, while the host enqueues the step
+FLUSHES = 100  # which keep a GPU busy for 5 to 10 ms, while the host enqueues the step
 
 
 def time_step(run: Step, clock: str) -> float:

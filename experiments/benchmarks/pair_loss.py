@@ -36,12 +36,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clocks import CLOCKS, Step, least_seconds, peak_on_gpu, profile, read_status
+from engine import set_engine
 from torch import Tensor
 
 import lightning_memdml as ml
-from lightning_memdml import compat
 from lightning_memdml.bfloat16_copy import BFloat16Copy
-from lightning_memdml.losses import streaming
+from lightning_memdml.losses.backends import Backend
 from lightning_memdml.memory.shared_rows import SharedRowCounts
 
 OURS: dict[str, ml.PairLoss] = {
@@ -62,6 +62,7 @@ OURS: dict[str, ml.PairLoss] = {
     "SupCon": ml.SupConLoss(),
     "NCA": ml.NCALoss(),
 }
+BACKENDS: tuple[Backend, ...] = ("triton", "triton_blocks")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -152,7 +153,7 @@ def step(loss: Callable[..., Tensor], inputs: Inputs, **options: object) -> Step
 
 
 def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact", with_copy: bool = True) -> dict[str, Step]:
-    """Return this package's losses. On a GPU with references in 16 bits, return them with the Triton kernel too.
+    """Return this package's losses. On a GPU with references in 16 bits, return them with the kernels of Triton too.
 
     Args:
         inputs: The batch and the memory.
@@ -169,10 +170,9 @@ def ours(inputs: Inputs, names: list[str] | None, bound: str = "exact", with_cop
         max_shared = counts.bounds()
     chosen = {name: loss for name, loss in OURS.items() if not names or name in names}
     if references.is_cuda and references.dtype != torch.float32:
-        for name, loss in list(chosen.items()):
-            by_triton = copy.deepcopy(loss)
-            by_triton.backend = "triton"
-            chosen[f"{name} (Triton)"] = by_triton
+        for (name, loss), backend in product(list(chosen.items()), BACKENDS):
+            chosen[f"{name} ({backend})"] = by_triton = copy.deepcopy(loss)
+            by_triton.backend = backend
     rounded = functools.partial(BFloat16Copy(references).read, slice(0, len(references))) if with_copy else None
     return {name: step(loss, inputs, max_shared=max_shared, ref_rounded=rounded) for name, loss in chosen.items()}
 
@@ -274,19 +274,6 @@ def as_rows(size: dict, best: dict[str, float]) -> list[dict]:
         if floor_16 is not None:
             rows[-1] |= {"floor_16_ms": round(1e3 * floor_16, 3), "ratio_16": round(value / floor_16, 2)}
     return rows
-
-
-def set_engine(options: argparse.Namespace) -> None:
-    """Use the given sizes of blocks and tiles, and instructions, in place of those the package chooses."""
-    if options.block:
-        name = "GPU_BLOCK_ELEMENTS" if options.device == "cuda" else "BLOCK_ELEMENTS"
-        setattr(streaming, name, options.block)
-    if options.no_bfloat16:
-        compat.has_avx512_bf16 = lambda: False
-    if options.tiles:
-        from lightning_memdml.losses.backends.triton import kernel
-
-        kernel.TILES = {dim: [kernel.Tiles(*options.tiles)] for dim in kernel.TILES}
 
 
 def to_device(inputs: Inputs, device: str, dtype: str) -> Inputs:

@@ -46,12 +46,15 @@ def test_a_machine_without_a_gpu_is_refused() -> None:
         run_python(SCRIPT, env={"CUDA_VISIBLE_DEVICES": ""})
 
 
-def rows(triton: float = 0.5, wall: float = 1.0, error: float = 1e-4, **others: Any) -> list[dict]:
-    size = {"batch": 64, "memory": 65_536, "dim": 128, "method": "contrastive"}
-    loss = {**size, "section": "losses", "regime": "trained", "error": error}
+def rows(triton: float = 0.5, wall: float = 1.0, error: float = 1e-4, dim: int = 128, **others: Any) -> list[dict]:
+    size = {"batch": 64, "memory": 65_536, "dim": dim, "method": "contrastive"}
+    loss = {**size, "section": "losses", "regime": "trained"}
+    fused = {"failed": "a shape"} if others.get("broken") else {"device": triton, "wall": wall, "error": error}
     return [
-        {**loss, "backend": "blocks", "device": 1.0, "wall": 1.0},
-        {**loss, "backend": "triton", "device": triton, "wall": wall},
+        {**loss, "method": "floor", "device": 0.1},
+        {**loss, "backend": "blocks", "device": 1.0, "wall": 1.0, "error": error},
+        {**loss, "backend": "triton", **fused},
+        {**loss, "backend": "triton_blocks", "device": others.get("between", 0.6), "wall": 1.0, "error": 1e-4},
         {**size, "section": "rivals", "device": others.get("compiled", 2.0)},
         {**size, "section": "graphs", **({"failed": "a wait"} if others.get("failed") else {"device": 0.1})},
         {"section": "enqueue", "waits": others.get("waits", 1)},
@@ -63,8 +66,28 @@ def answers(script: ModuleType, given: list[dict]) -> list[str]:
 
 
 def test_the_rules_follow_from_what_was_measured(script: ModuleType) -> None:
-    assert answers(script, []) == ["not measured."] * 5
-    assert answers(script, rows()) == ["yes."] * 5
-    wrong = rows(triton=0.9), rows(wall=1.2), rows(error=3e-3), rows(compiled=0.9), rows(failed=True), rows(waits=2)
-    for number, given in zip((1, 1, 0, 2, 3, 4), wrong, strict=True):
-        assert answers(script, given) == ["**no**." if k == number else "yes." for k in range(5)]
+    assert answers(script, []) == ["not measured."] * 6
+    right = ["yes.", "`triton`.", "not measured.", "yes.", "yes.", "yes."]
+    assert answers(script, rows()) == right
+    wrong = rows(error=3e-3), rows(compiled=0.9), rows(failed=True), rows(waits=2)
+    for number, given in zip((0, 3, 4, 5), wrong, strict=True):
+        assert answers(script, given) == ["**no**." if k == number else right[k] for k in range(6)]
+    assert answers(script, rows(broken=True))[:2] == ["**no**.", "`triton_blocks`."]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"triton": 0.6, "between": 0.5}, "triton"),
+        ({"triton": 0.7, "between": 0.5}, "triton_blocks"),
+        ({"triton": 0.7, "between": 0.9}, "triton"),
+        ({"triton": 0.9, "between": 0.8}, "triton_blocks"),
+        ({"triton": 0.5, "wall": 1.2, "between": 0.9}, "blocks"),
+        ({"triton": 0.9, "between": 0.9}, "blocks"),
+    ],
+)
+def test_a_default_is_chosen_for_narrow_and_for_wide_rows(script: ModuleType, given: dict, expected: str) -> None:
+    narrow, wide = answers(script, rows(**given) + rows(dim=512))[1:3]
+    assert (narrow, wide) == (f"`{expected}`.", "`triton`.")
+    narrow, wide = answers(script, rows() + rows(**given, dim=512))[1:3]
+    assert (narrow, wide) == ("`triton`.", f"`{expected}`.")

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
-from support.children import run_python
+import pytest
+import torch
+from support.children import load, run_python
+
+from lightning_memdml.losses import streaming
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmarks" / "pair_loss.py"
 RUN = """
@@ -18,6 +24,34 @@ from lightning_memdml.losses import streaming
 runpy.run_path(script, run_name="__main__")
 print("block", streaming.BLOCK_ELEMENTS)
 """
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return load(str(SCRIPT))
+
+
+def test_on_a_gpu_it_measures_the_kernels_too(script: ModuleType) -> None:
+    references: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    labels = torch.arange(4)
+    steps = script.ours((labels, labels, references, labels), ["contrastive"], with_copy=False)
+    assert list(steps) == ["contrastive", "contrastive (triton)", "contrastive (triton_blocks)"]
+
+
+def test_the_size_of_a_block_reaches_both_ways_to_compute_in_blocks(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="comes with torch for CUDA")
+    from lightning_memdml.losses.backends.triton import elementwise, kernel
+
+    for module in (streaming, elementwise):
+        monkeypatch.setattr(module, "GPU_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(kernel, "TILES", kernel.TILES)
+    options = SimpleNamespace(block=4096, device="cuda", no_bfloat16=False, tiles=[64, 32, 8, 4])
+    script.set_engine(options)
+    assert (streaming.GPU_BLOCK_ELEMENTS, elementwise.GPU_BLOCK_ELEMENTS) == (4096, 4096)
+    assert all(tiles == [kernel.Tiles(64, 32, 8, 4)] for tiles in kernel.TILES.values())
 
 
 def test_it_runs_without_the_command_line_and_writes_a_row_per_method(tmp_path: Path) -> None:

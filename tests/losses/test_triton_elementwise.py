@@ -35,7 +35,7 @@ def test_every_reference_is_in_one_piece(rows: int, dim: int, references: int, p
         assert number <= pieces.number <= elementwise.MOST_PIECES
         assert (block.stop - block.start) % number == 0
         assert (block.stop - block.start) // number <= pieces.length <= elementwise.LONGEST_PIECE
-        most = max(elementwise.SHORTEST_PIECE * rows, elementwise.BLOCK_ELEMENTS)
+        most = max(elementwise.SHORTEST_PIECE * rows, elementwise.GPU_BLOCK_ELEMENTS)
         assert rows * (block.stop - block.start) <= max(most, rows * pieces.length)
     assert all(block.start % elementwise.SHORTEST_PIECE == 0 for block, _ in blocks), "reads of 16 bytes are aligned"
 

@@ -101,7 +101,7 @@ def launches(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(launching, "DTYPES", (torch.float16, DTYPE))
     # Small memories still have several blocks, of several pieces, and a rest.
     monkeypatch.setattr(elementwise, "SHORTEST_PIECE", 256)
-    monkeypatch.setattr(elementwise, "BLOCK_ELEMENTS", 20 * 512)
+    monkeypatch.setattr(elementwise, "GPU_BLOCK_ELEMENTS", 20 * 512)
     monkeypatch.setattr(elementwise, "ADDED_AT_ONCE", 128)
     monkeypatch.setattr(streaming, "TRITON_DEVICES", {"cpu", "cuda"})
     for loss in (*LOSSES.values(), *WITHOUT_KERNEL.values()):

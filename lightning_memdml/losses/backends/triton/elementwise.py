@@ -28,7 +28,6 @@ from lightning_memdml.losses.row_ops import WIDENING_DEVICES
 from lightning_memdml.losses.shared_references import GPU_BLOCK_ELEMENTS
 
 OLDEST_GENERATION = 8  # compute capability that Triton supports
-BLOCK_ELEMENTS = GPU_BLOCK_ELEMENTS  # similarities of a block
 SHORTEST_PIECE, LONGEST_PIECE = 512, 8192  # references of a piece: one program holds their similarities in registers
 MOST_PIECES = 256  # of a block, which one program adds up
 PRODUCT_TILE = 64, 128  # anchors and numbers of a row: how much of a product one processor is expected to compute
@@ -165,7 +164,7 @@ class Pieces(NamedTuple):
 
 def choose_pieces(rows: int, dim: int, references: int, processors: int) -> Pieces:
     """Return as many pieces as keep every processor busy in the second product, whose result is small."""
-    block = min(references, max(SHORTEST_PIECE, BLOCK_ELEMENTS // rows))
+    block = min(references, max(SHORTEST_PIECE, GPU_BLOCK_ELEMENTS // rows))
     at_once = triton.cdiv(rows, PRODUCT_TILE[0]) * triton.cdiv(dim, PRODUCT_TILE[1])
     length = triton.next_power_of_2(triton.cdiv(block, max(1, processors // at_once)))
     length = min(max(length, SHORTEST_PIECE), LONGEST_PIECE)

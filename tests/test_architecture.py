@@ -108,7 +108,7 @@ MAY_IMPORT |= {
 TESTS = Path(__file__).parent
 MODULES = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
 # Triton's decorators need it when a module is imported, so these modules are imported where they are used.
-OF_TRITON = ("elementwise", "kernel", "launching", "merging", "shared")
+OF_TRITON = ("elementwise", "kernel", "launching", "merging", "program", "shared")
 KERNELS = {PACKAGE / "losses" / "backends" / "triton" / f"{name}.py" for name in OF_TRITON}
 
 

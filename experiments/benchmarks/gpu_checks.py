@@ -23,6 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,30 @@ def tiles(checks: Checks) -> None:
         kernel.TILES = before
 
 
+def lists(checks: Checks) -> None:
+    """The kernel for losses with a threshold: with lists of the references above it, and without."""
+    if not checks.on_gpu:
+        return
+    from lightning_memdml.losses.backends.triton import kernel
+
+    try:
+        for dim, regime in product((128, 512), ("trained", "untrained")):
+            inputs = checks.inputs(regime, *LARGE, dim)
+            bounds = bounds_of(inputs)
+            for name, has_lists in product(("contrastive", "multi-similarity, mined"), (True, False)):
+                if checks.seconds_left < 30:
+                    return
+                kernel.LISTS = has_lists
+                row = {"dim": dim, "regime": regime, "method": name, "lists": has_lists}
+                try:
+                    run = step(LOSSES[name](backend="triton"), inputs, max_shared=bounds)
+                    checks.add("lists", **row, **checks.clock(run, 4))
+                except Exception as error:  # of Triton's compiler, too
+                    checks.add("lists", **row, failed=first_line(error))
+    finally:
+        kernel.LISTS = True
+
+
 def rivals(checks: Checks) -> None:
     """The same losses in plain torch, compiled on a GPU."""
     for batch, memory, dim in checks.sizes[:2]:
@@ -305,9 +330,9 @@ def retrieval(checks: Checks) -> None:
 
 #: What is measured, in this order, and the seconds that must be left to start it.
 SECTIONS: dict[str, tuple[Callable[[Checks], None], float]] = {
-    "ceilings": (ceilings, 5), "losses": (losses, 60), "graphs": (graphs, 40), "rivals": (rivals, 60),
-    "enqueue": (enqueue, 15), "tiles": (tiles, 60), "blocks": (blocks, 30), "bounds": (bounds, 20),
-    "retrieval": (retrieval, 30),
+    "ceilings": (ceilings, 5), "losses": (losses, 60), "graphs": (graphs, 40), "lists": (lists, 40),
+    "rivals": (rivals, 60), "enqueue": (enqueue, 15), "tiles": (tiles, 60), "blocks": (blocks, 30),
+    "bounds": (bounds, 20), "retrieval": (retrieval, 30),
 }  # fmt: skip
 
 

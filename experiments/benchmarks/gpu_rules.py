@@ -41,6 +41,7 @@ def verdicts(rows: Iterable[dict]) -> list[str]:
         f"{SMALL:,} rows at most 1.1 of their wall time. The first choice is `triton`, and `triton_blocks` if `triton` "
         f"takes more than 1.25 times its time (geometric mean). For rows of at most {NARROW} numbers: {narrow}.",
         f"By the same rule, for rows of more than {NARROW} numbers: {wide}.",
+        *_lists(row for row in rows if row["section"] == "lists"),
         _verdict("Blocks are faster than compiled torch", compiled, lambda: min(compiled) > 1),
         _verdict(
             "Every step can be captured as a CUDA graph",
@@ -74,6 +75,31 @@ def _default(sizes: list[dict[str, dict]]) -> str:
     if geometric_mean(times("triton")) > 1.25 * geometric_mean(times("triton_blocks")):
         order.reverse()
     return f"`{next((backend for backend in order if is_faster(backend)), 'blocks')}`"
+
+
+def _lists(rows: Iterable[dict]) -> list[str]:
+    """Return whether lists of the references above a threshold pay, from the same steps with and without them."""
+    times = {(row["regime"], row["dim"], row["method"], row["lists"]): row.get("device", float("inf")) for row in rows}
+    ratios = {
+        of_regime: [
+            taken / times[regime, dim, method, False]
+            for (regime, dim, method, has_lists), taken in times.items()
+            if has_lists and regime == of_regime and (regime, dim, method, False) in times
+        ]
+        for of_regime in ("trained", "untrained")
+    }
+    return [
+        _verdict(
+            "Lists of the references above a threshold take at most 0.8 of the time without them in the trained regime",
+            ratios["trained"],
+            lambda: max(ratios["trained"]) <= 0.8,
+        ),
+        _verdict(
+            "In the untrained regime they take at most 1.1 of it",
+            ratios["untrained"],
+            lambda: max(ratios["untrained"]) <= 1.1,
+        ),
+    ]
 
 
 def _verdict(rule: str, measured: object, holds: Callable[[], bool]) -> str:

@@ -52,10 +52,11 @@ class PairLoss(nn.Module, LossDefinition, ABC):
     Args:
         backend: How the loss is computed against references without a gradient. `blocks`: two matrix products for each
             block of references. `triton`: one kernel for both products, on NVIDIA GPUs, for references in 16 bits and
-            losses with element-wise weights. `triton_blocks`: for the same references and losses, two products for
-            each block and one kernel between them. Where these do not apply, a warning names the reason and blocks are
-            used. `auto`: `blocks`, until a GPU has shown a kernel to be faster. In a `HybridLoss` that of the hybrid
-            counts.
+            losses with element-wise weights; of a loss with a threshold only the references above it take part in
+            the second product. `triton_blocks`: for the same references and losses, two products for each block and one
+            kernel between them. Neither was timed on a GPU yet. Where these do not apply, a warning names the reason
+            and blocks are used. `auto`: `blocks`, until a GPU has shown a kernel to be faster. In a `HybridLoss` that
+            of the hybrid counts.
 
     Raises:
         ValueError: If `backend` is none of these.

@@ -55,6 +55,11 @@ def rows(triton: float = 0.5, wall: float = 1.0, error: float = 1e-4, dim: int =
         {**loss, "backend": "blocks", "device": 1.0, "wall": 1.0, "error": error},
         {**loss, "backend": "triton", **fused},
         {**loss, "backend": "triton_blocks", "device": others.get("between", 0.6), "wall": 1.0, "error": 1e-4},
+        *(
+            {**size, "section": "lists", "regime": regime, "lists": has_lists, "device": taken if has_lists else 1.0}
+            for regime, taken in (("trained", others.get("few", 0.5)), ("untrained", others.get("all", 1.05)))
+            for has_lists in (True, False)
+        ),
         {**size, "section": "rivals", "device": others.get("compiled", 2.0)},
         {**size, "section": "graphs", **({"failed": "a wait"} if others.get("failed") else {"device": 0.1})},
         {"section": "enqueue", "waits": others.get("waits", 1)},
@@ -66,12 +71,12 @@ def answers(script: ModuleType, given: list[dict]) -> list[str]:
 
 
 def test_the_rules_follow_from_what_was_measured(script: ModuleType) -> None:
-    assert answers(script, []) == ["not measured."] * 6
-    right = ["yes.", "`triton`.", "not measured.", "yes.", "yes.", "yes."]
+    assert answers(script, []) == ["not measured."] * 8
+    right = ["yes.", "`triton`.", "not measured.", *["yes."] * 5]
     assert answers(script, rows()) == right
-    wrong = rows(error=3e-3), rows(compiled=0.9), rows(failed=True), rows(waits=2)
-    for number, given in zip((0, 3, 4, 5), wrong, strict=True):
-        assert answers(script, given) == ["**no**." if k == number else right[k] for k in range(6)]
+    wrong = (rows(error=3e-3), rows(few=0.9), rows(all=1.2), rows(compiled=0.9), rows(failed=True), rows(waits=2))
+    for number, given in zip((0, 3, 4, 5, 6, 7), wrong, strict=True):
+        assert answers(script, given) == ["**no**." if k == number else right[k] for k in range(8)]
     assert answers(script, rows(broken=True))[:2] == ["**no**.", "`triton_blocks`."]
 
 

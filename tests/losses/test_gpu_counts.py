@@ -20,7 +20,7 @@ from lightning_memdml.losses.backends.triton import elementwise, kernel, launchi
 
 KERNELS = {
     elementwise: ["_weigh", "_add_pieces"],
-    kernel: ["_add_negatives"],
+    kernel: ["add_negatives"],
     merging: ["_merge"],
     shared: ["_find", "_compare", "_gather"],
 }

@@ -20,7 +20,7 @@ LAYERS = [
     {"shared_references"},
     {"accumulators"},
     {"backends.bfloat16_prefilter", "backends.triton.codegen"},
-    {"backends.triton.merging"},
+    {"backends.triton.merging", "backends.triton.program"},
     {"backends.triton.launching"},
     {"backends.triton.elementwise", "backends.triton.kernel"},
     {"streaming"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import sys
 import warnings
@@ -21,15 +20,12 @@ from lightning_memdml.losses import shared_references, streaming
 from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.definition import Context, NegativeTerms, Pairs, pair_masks
 
-triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
+pytest.importorskip("triton", reason="comes with torch for CUDA")
 
-import triton.language as tl  # noqa: E402
+from support.triton_device import DEVICE, DTYPE, TOLERANCE, skip_without_loops
 
-from lightning_memdml.losses.backends.triton import elementwise, kernel, launching, shared  # noqa: E402
+from lightning_memdml.losses.backends.triton import elementwise, kernel, launching, shared
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter shows what the kernel computes but for rounding. Tensor cores have no float32.
-DTYPE, TOLERANCE = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.float16, 2e-3)
 LOSSES: dict[str, ml.PairLoss] = {
     "contrastive": ml.ContrastiveLoss(0.3),
     "direct": ml.DirectWeightLoss(negative=lambda s: torch.relu(s - 0.1), normalize="sum"),
@@ -48,29 +44,6 @@ WITHOUT_KERNEL: dict[str, ml.PairLoss] = {
     "hardest": ml.DirectWeightLoss(hardest_negatives=3),
     "half": ml.HybridLoss(ml.SupConLoss(), ml.TripletLoss()),
 }
-
-
-@triton.jit
-def _count(numbers, stop):
-    for k in tl.range(0, stop):
-        tl.store(numbers + k, k)
-
-
-@functools.cache
-def loops() -> bool:
-    """Whether the interpreter can run a loop: older versions of Triton cannot with newer versions of NumPy."""
-    try:
-        _count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
-    except Exception as error:
-        if "0-dimensional arrays" not in str(error) and "an array with ndim > 0 to a scalar" not in str(error):
-            raise
-        return False
-    return True
-
-
-def skip_without_loops() -> None:
-    if not loops():
-        pytest.skip(f"Triton {triton.__version__} cannot loop in its interpreter with this NumPy")
 
 
 @pytest.fixture(params=["triton", "triton_blocks"])
@@ -282,15 +255,16 @@ from support.compiling import compile_only, compile_step
 from lightning_memdml.losses.backends.triton import kernel, merging, shared
 
 def report(name, grid, options, built):
-    if name != "_add_negatives":
+    if name != "add_negatives":
         return
     cut = options["anchors_per_program"], options["references_per_tile"], 0, options["num_stages"]
     estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
-    loop = next(line for line in built.asm["ttir"].splitlines() if "scf.for" in line)
+    loops = [line for line in built.asm["ttir"].splitlines() if "scf.for" in line]
+    moves = any("!tt.ptr" in loop for loop in loops)
     products = built.asm["ptx"].count("wgmma.mma_async")
-    print(json.dumps([grid, built.metadata.shared, estimate, products, "!tt.ptr" in loop, options["gathered"]]))
+    print(json.dumps([grid, built.metadata.shared, estimate, products, moves, options["gathered"]]))
 
-compile_only({kernel: ["_add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}, report)
+compile_only({kernel: ["add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}, report)
 compile_step(ml.MultiSimilarityLoss(backend="triton"), 80, 163, 128)
 compile_step(ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton"), 90, 227, 256)
 compile_step(ml.ContrastiveLoss(backend="triton"), 90, 227, 512)

@@ -4,8 +4,9 @@
 - `bfloat16_prefilter` is part of the blocks on CPUs with fast bfloat16 products: it skips most references of a loss
   with a threshold at half the price of the first product. It may refuse a block, which is then added as a whole.
 - `triton` serves losses whose `negative_terms` is element-wise, on NVIDIA GPUs: one kernel for both products and all
-  references, and small ones for the references that share a class or an image with the batch. The negatives of other
-  losses are then added block by block.
+  references, and small ones for the references that share a class or an image with the batch. Of a loss with a
+  threshold only the references above it take part in the second product. The negatives of losses without a kernel are
+  added block by block.
 - `triton_blocks` serves the same losses, and rows of any width: for each block of references two products of torch, and
   one kernel for all that is between them.
 

@@ -22,6 +22,7 @@ return v8, v6, v8
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -251,6 +252,7 @@ class Terms(NamedTuple):
         columns: The values per anchor that the lines read, each of one element or `(B, 1)`.
         has_values: Whether the loss has values.
         num_sums: How many further sums S the loss has.
+        threshold: What `LossDefinition.negative_threshold` returned, a number or `(B,)`.
     """
 
     text: str
@@ -258,6 +260,7 @@ class Terms(NamedTuple):
     columns: list[Tensor]
     has_values: bool
     num_sums: int
+    threshold: Tensor | float = -math.inf
 
     @property
     def padded_sums(self) -> int:
@@ -297,4 +300,5 @@ def generate_terms(loss: LossDefinition, context: Context, rows: int) -> Terms:
     ]
     last = "sums" if blocks else names[0]
     text = "\n".join([*recorder.lines, *lines, f"return {names[0]}, {names[1]}, {last}"])
-    return Terms(text, tuple(recorder.constants), recorder.columns, values is not None, len(blocks))
+    numbers, threshold = tuple(recorder.constants), loss.negative_threshold(context)
+    return Terms(text, numbers, recorder.columns, values is not None, len(blocks), threshold)

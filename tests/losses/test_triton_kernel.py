@@ -16,9 +16,11 @@ from support.children import run_python
 from torch import Tensor
 
 import lightning_memdml as ml
+from lightning_memdml.losses import accumulators as accumulators_module
 from lightning_memdml.losses import shared_references, streaming
 from lightning_memdml.losses.backends import Backend
 from lightning_memdml.losses.definition import Context, NegativeTerms, Pairs, pair_masks
+from lightning_memdml.losses.shared_references import LeftOut
 
 pytest.importorskip("triton", reason="comes with torch for CUDA")
 
@@ -121,6 +123,31 @@ def test_the_error_in_half_precision_is_that_of_rounding_the_weights(name: str) 
     check(LOSSES[name], pairs(20, 700, 24, torch.float16), 2e-3)
 
 
+@pytest.mark.parametrize("name", ["multi-similarity", "SupCon", "hybrid with sums"])
+def test_plain_negatives_are_added_to_those_before(name: str, backend: Backend, launches: list) -> None:
+    """As a rank of a sharded memory does."""
+    given = pairs(20, 700, 24, DTYPE)
+    is_shared = torch.rand(700, generator=torch.Generator().manual_seed(0)) < 0.1
+
+    def total(dtype: torch.dtype, references: Tensor, backend: Backend) -> list[Tensor]:
+        anchors, loss = given.anchors.to(dtype), LOSSES[name]
+        similarity = anchors @ references[:60].T.to(dtype)
+        first = torch.arange(60, device=DEVICE) < 30
+        contexts = [part.context(similarity, first.expand(20, -1)) for part in loss.parts or (loss,)]
+        accumulators = accumulators_module.make_accumulators(loss, contexts, anchors, references)
+        for accumulator in accumulators:
+            accumulator.add(similarity.clone(), references[:60].to(dtype), slice(0, 60), first)
+        streaming.add_negatives(accumulators, references, LeftOut(is_shared.to(DEVICE), None), backend)
+        numbers = [number for each in accumulators for number in each.totals(first)[1:] if number.shape[1:] != (0,)]
+        return [*numbers, *(each.gradient for each in accumulators if each.gradient is not None)]
+
+    found = total(torch.float32, given.references, backend)
+    assert len(launches) == len(LOSSES[name].parts or (1,))
+    for own, wanted in zip(found, total(torch.float64, given.references.double(), "blocks"), strict=True):
+        wanted = wanted[..., : own.shape[-1]]  # in float64 the soft triplet loss has more sums of powers
+        torch.testing.assert_close(own.double(), wanted, rtol=10 * TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)
 def test_a_loss_without_a_kernel_takes_the_blocks(name: str, launches: list) -> None:
     skip_without_loops()
@@ -147,6 +174,14 @@ def test_weights_beyond_half_precision(backend: Backend) -> None:
     for center in (-1.0, 2.0):  # weights up to e^40, and up to e^-20
         loss = ml.DirectWeightLoss(negative=ml.Exponential(20, center), backend=backend)
         check(loss, pairs(20, 700, 24, torch.float16), 2e-3)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("backend", ["triton_blocks"], indirect=True)  # the interpreter has no `tl.dot` of bfloat16
+@pytest.mark.parametrize("name", ["contrastive", "circle", "hybrid"])
+def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "DTYPES", (torch.bfloat16,))
+    check(LOSSES[name], pairs(20, 700, 24, torch.bfloat16), 1e-2)
 
 
 class ScaledCircle(ml.CircleLoss):

@@ -211,7 +211,7 @@ def blocks(checks: Checks) -> None:
     bounds, before = bounds_of(inputs), streaming.GPU_BLOCK_ELEMENTS if checks.on_gpu else streaming.BLOCK_ELEMENTS
     try:
         for backend in (name for name in checks.backends if name != "triton"):
-            for bits in range(20, 26):
+            for bits in range(20, 27):
                 if checks.seconds_left < 30 and checks.on_gpu:
                     return
                 set_block(1 << bits, checks.device)

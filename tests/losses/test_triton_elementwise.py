@@ -60,11 +60,13 @@ class Recorded:
         return lambda *args, **options: self.launches.append(args)
 
 
-@pytest.mark.parametrize("dim", [128, 2048])
-def test_all_blocks_share_their_memory(dim: int, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh = Recorded()
+@pytest.mark.parametrize(("dim", "megabytes"), [(128, 114), (512, 139), (2048, 252)])
+def test_all_blocks_share_their_memory(
+    dim: int, megabytes: int, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weigh, add = Recorded(), Recorded()
     monkeypatch.setattr(elementwise, "_weigh", weigh)
-    monkeypatch.setattr(elementwise, "_add_pieces", Recorded())
+    monkeypatch.setattr(elementwise, "_add_pieces", add)
     monkeypatch.setattr(launching, "device_of", lambda tensor: launching.Device(9, 132, 227 << 10))
     loss = ml.ContrastiveLoss()
     with fake_gpu:
@@ -77,6 +79,11 @@ def test_all_blocks_share_their_memory(dim: int, fake_gpu: Any, monkeypatch: pyt
         storages = [args[place].untyped_storage() for args in weigh.launches]
         assert {storage._cdata for storage in storages} == {storages[0]._cdata}
         assert storages[0].nbytes() == size
+    used = [value.untyped_storage() for args in (*weigh.launches, *add.launches) for value in args
+            if isinstance(value, torch.Tensor)]  # fmt: skip
+    given = {tensor.untyped_storage()._cdata for tensor in (x, r, shared)}
+    own = {storage._cdata: storage.nbytes() for storage in used if storage._cdata not in given}
+    assert round(sum(own.values()) / 1e6) == megabytes
 
 
 COMPILE = """

@@ -183,17 +183,14 @@ def launch(
     """Return the state of every block of the references, and of the `shared` ones, `(blocks, B, 3 + D + S)`."""
     (rows, dim), sums, dtype = anchors.shape, terms.num_sums, references.dtype
     pieces = choose_pieces(rows, dim, len(references), launching.device_of(references).processors)
-    sources = [(references, is_shared, False)]
+    sources = [(references, is_shared.view(torch.uint8), False)]
     if shared is not None and len(shared.columns):
-        sources.append((gather(references, shared.columns, dtype), shared.negative, True))
+        sources.append((gather(references, shared.columns, dtype), shared.negative.view(torch.uint8), True))
     blocks = [(*source, *block) for source in sources for block in pieces.cut(len(source[0]))]
     states = anchors.new_empty(len(blocks), rows, 3 + (dim if with_gradient else 0) + sums)
-    # All blocks share this memory.
-    size = rows * min(pieces.length * pieces.number, len(references))
-    similarities, weights = anchors.new_empty(size), references.new_empty(size if with_gradient else 1)
-    totals = anchors.new_empty(pieces.number, rows, 4 + sums)
-    gradients = anchors.new_empty((pieces.number, rows, dim) if with_gradient else 1)
+    similarities, weights, totals, gradients = _reserve(pieces, anchors, references, sums, with_gradient)
     columns, rounded = launching.stack_columns(terms, anchors), anchors.to(dtype)
+    function = compile_terms(terms.text, len(terms.columns))
     options = {
         "exponential": loss.exponential, "with_gradient": with_gradient, "num_sums": sums,
         "padded_sums": terms.padded_sums,
@@ -204,9 +201,9 @@ def launch(
         similarity, halves = similarities[:size].view(rows, -1), weights[: size if with_gradient else 1]
         _multiply(rounded, part.T, similarity)
         _weigh[(rows, number)](
-            similarity, halves, marked.view(torch.uint8), columns, totals[:number], rows, width,
+            similarity, halves, marked, columns, totals[:number], rows, width,
             marked.stride(0) if gathered else 0, terms.constants or (0.0,), float(loss.fill_value),
-            piece=pieces.length, num_columns=len(terms.columns), terms=compile_terms(terms.text, len(terms.columns)),
+            piece=pieces.length, num_columns=len(terms.columns), terms=function,
             has_values=terms.has_values, needs_hardest=loss.needs_hardest, gathered=gathered,
             scaled=with_gradient and dtype == torch.float16 and (terms.has_values or not loss.exponential),
             num_warps=8 if pieces.length > 2048 else 4, **options,
@@ -219,6 +216,20 @@ def launch(
             padded_pieces=triton.next_power_of_2(pieces.number), at_once=ADDED_AT_ONCE, **options,
         )  # fmt: skip
     return states
+
+
+def _reserve(
+    pieces: Pieces, anchors: Tensor, references: Tensor, num_sums: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the memory that all blocks share: similarities, weights, totals and gradients of pieces."""
+    rows, dim = anchors.shape
+    size = rows * min(pieces.length * pieces.number, len(references))
+    return (
+        anchors.new_empty(size),
+        references.new_empty(size if with_gradient else 1),
+        anchors.new_empty(pieces.number, rows, 4 + num_sums),
+        anchors.new_empty((pieces.number, rows, dim) if with_gradient else 1),
+    )
 
 
 def _multiply(left: Tensor, right: Tensor, product: Tensor) -> None:

@@ -48,8 +48,9 @@ class GeneralizedMeanPool(nn.Module):
         self.eps = eps
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map `(B, C, H, W)` to `(B, C)`, in float32 under any precision."""
-        powers = features.float().clamp_min(self.eps) ** self.p
+        """Map `(B, C, H, W)` to `(B, C)`, in at least float32 under any precision."""
+        at_least_float32 = torch.promote_types(features.dtype, torch.float32)
+        powers = features.to(at_least_float32).clamp_min(self.eps) ** self.p
         return powers.mean(dim=(2, 3)) ** (1 / self.p)
 
 

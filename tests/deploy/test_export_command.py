@@ -149,7 +149,10 @@ def test_a_model_that_differs_from_the_network_is_not_kept(
         export._write_program(learner.model, shape, path)
 
     monkeypatch.setitem(export.WRITERS, "torch", (another, export._read_program))
-    with pytest.raises(SystemExit, match=r"Expected model.pt2 to equal the network to 1e-03 but it differs by"):
+    numbers = r"to \d\.\de-0\d \(its own rounding in float32 is \d\.\de-0\d\) but it differs by \d\.\de[+-]0\d"
+    with pytest.raises(
+        SystemExit, match=rf"Expected model.pt2 to equal the network {numbers}\. The file was not kept\. P"
+    ):
         main(f"export --ckpt_path {LAST} --formats [torch] --output {tmp_path}".split())
     assert not list(tmp_path.iterdir())
 
@@ -169,7 +172,84 @@ def test_without_the_extra_its_name_is_given(exported: Path, monkeypatch: pytest
 def test_a_backbone_of_torchvision_is_exported_with_its_check_of_channels(tmp_path: Path) -> None:
     learner = MetricLearner("shufflenet_v2_x0_5", ContrastiveLoss(), embedding_dim=8).eval()
     export._write_program(learner.model, (3, 48, 40), tmp_path / "model.pt2")
-    assert export._difference(learner.model, export._read_program(tmp_path / "model.pt2"), (3, 48, 40)) < 1e-5
+    program = export._read_program(tmp_path / "model.pt2")
+    assert export.Comparison(learner.model, (3, 48, 40)).difference("model.pt2", program) < 1e-5
+
+
+class Network(torch.nn.Module):
+    """Unit embeddings by an activation that can be approximated, and by a head that magnifies its rounding."""
+
+    def __init__(self, approximate: str = "none", magnify: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.activation = torch.nn.Linear(48, 32), torch.nn.GELU(approximate=approximate)
+        self.magnify = magnify
+        torch.nn.init.normal_(self.layer.weight, 0, 0.2, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.zeros_(self.layer.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.activation(self.layer(images.flatten(1)))
+        moved = features + self.magnify  # the digits that the sum loses stay lost
+        return torch.nn.functional.normalize(moved - self.magnify, dim=1)
+
+
+def test_an_approximation_below_a_thousandth_is_refused() -> None:
+    """The bound is the rounding of the network: a fixed bound would let an approximated activation pass."""
+    check = export.Comparison(Network(), (3, 4, 4))
+    assert check.rounding is not None
+    assert check.bound == export.MARGIN * check.rounding + export.FLOOR
+    assert check.bound < 1e-5
+    assert check.difference("same", Network()) == 0
+    approximated = Network("tanh")
+    with torch.no_grad():
+        off = float((approximated(check._images[1]) - Network()(check._images[1])).abs().max())
+    assert check.bound < off < export.CLOSE
+    with pytest.raises(ValueError, match=r"^Expected model\.onnx to equal the network to "):
+        check.difference("model.onnx", approximated)
+
+
+def test_a_network_that_rounds_more_is_kept_with_its_rounding() -> None:
+    """Sums in another order change a network that magnifies its rounding by more than a fixed bound would allow."""
+    network = Network(magnify=1e4)
+    check = export.Comparison(network, (3, 4, 4))
+
+    def other_order(images: torch.Tensor) -> torch.Tensor:
+        features = network.activation(network.layer(images.flatten(1)))
+        moved = features + 0.7 * network.magnify + 0.3 * network.magnify
+        return torch.nn.functional.normalize(moved - network.magnify, dim=1)
+
+    assert check.difference("model.onnx", other_order) > 1e-5
+    assert check.rounding is not None
+    assert check.rounding > 1e-5
+
+
+class OnlyFloat32(Network):
+    """Converts its features before a layer with weights, so that its copy in float64 cannot run."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.layer(images.flatten(1).float()), dim=1)
+
+
+class NoCopy(Network):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("holds a lock")
+
+
+@pytest.mark.parametrize("kind", [OnlyFloat32, NoCopy])
+def test_without_a_copy_in_float64_a_fixed_bound_remains(kind: type[Network]) -> None:
+    network = kind()
+    check = export.Comparison(network, (3, 4, 4))
+    assert check.rounding is None
+    assert check.bound == export.CLOSE
+    assert check.difference("model.onnx", network) == 0
+    with pytest.raises(ValueError, match=r"^Expected model.onnx to equal the network to 1\.0e-03 but it differs by "):
+        check.difference("model.onnx", lambda images: -network(images))
+    assert network.layer.weight.dtype == torch.float32
+
+
+def test_an_exported_network_that_gives_nan_is_refused() -> None:
+    check = export.Comparison(Network(), (3, 4, 4))
+    with pytest.raises(ValueError, match="but it differs by nan"):
+        check.difference("model.onnx", lambda images: torch.nan * Network()(images))
 
 
 def test_every_step_of_a_transform_is_described_or_refused() -> None:

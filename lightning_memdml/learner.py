@@ -19,7 +19,7 @@ from lightning_memdml.inference import methods
 from lightning_memdml.inference.evaluation import embed_images
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.protocol import Memory
-from lightning_memdml.memory_term import Loss, check_loss, loss_term
+from lightning_memdml.memory_term import Loss, check_loss, check_memory_options, loss_term
 from lightning_memdml.parameter_groups import base_rate, build_optimizer, check_rates, with_base_rate
 from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import RetrievalMetrics
@@ -85,7 +85,7 @@ class MetricLearner(LightningModule):
             pretrained backbone: it starts at the quality of the features, where a random head starts far below.
 
     Raises:
-        ValueError: If an argument is out of range; in training, if there is a `memory_loss` but no memory.
+        ValueError: If an argument is out of range; in training, if one is about the memory and there is none.
         TypeError: If a loss or the optimizer is not callable.
 
     Example:
@@ -178,6 +178,7 @@ class MetricLearner(LightningModule):
             for metrics in (self.val_metrics, self.test_metrics):
                 metrics.k = tuple(levels)
         if stage == "fit":
+            self._check_memory()
             saving.remember_data(self)
         fits = stage == "fit" and self.head_init in FITTED and isinstance(self.model.head, nn.Linear)
         if fits and not self._is_trained and self.trainer.ckpt_path is None:
@@ -285,11 +286,6 @@ class MetricLearner(LightningModule):
             if self.logs_losses:
                 self.log_dict({"train/batch_loss": loss, "train/memory_loss": memory_loss})
             loss = loss + memory_loss
-        elif self.memory_loss is not None or self.memory_includes_batch:
-            raise ValueError(
-                "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none. Pass "
-                "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
-            )
         if self.logs_losses:
             self.log("train/loss", loss, prog_bar=True)
         given = {"embeddings": embeddings.detach(), "labels": labels}
@@ -297,6 +293,16 @@ class MetricLearner(LightningModule):
         if memory is not None:
             memory.given = given  # sent to the other ranks during the backward pass
         return {"loss": loss, **given, "embeddings": embeddings}
+
+    def _check_memory(self) -> None:
+        weighted = callable(self.memory_weight) or self.memory_weight not in (0, 1)
+        asked = {
+            "memory_loss": self.memory_loss is not None,
+            "memory_weight": weighted,
+            "memory_includes_batch": self.memory_includes_batch,
+            "memory_excludes_own_image": not self.memory_excludes_own_image,
+        }
+        check_memory_options(self, [name for name, is_set in asked.items() if is_set])
 
     def _scheduled(self, schedule: Callable[[int], float]) -> float:
         """Return the weight of the memory term in this step, and log it."""

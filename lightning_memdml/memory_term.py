@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,30 @@ def against_memory(
     given = {"embeddings": embeddings.detach(), "labels": labels}
     memory.given = given if indices is None else {**given, "indices": indices}
     return loss_term(loss, embeddings, labels, memory.read(), indices)
+
+
+def check_memory_options(module: LightningModule, options: Sequence[str]) -> None:
+    """Refuse options of a memory where there is none: they would change nothing, in silence.
+
+    Args:
+        module: The module, with its memory from the setup of the fit on.
+        options: The names of the options that were set.
+
+    Raises:
+        ValueError: If there are any, and no memory.
+
+    Example:
+        >>> check_memory_options(LightningModule(), ["memory_weight"])
+        Traceback (most recent call last):
+        ValueError: Expected a memory, as `memory_weight` is set, but there is none. Pass \
+`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave out what is set.
+    """
+    if options and getattr(module, "memory", None) is None:
+        names = " and ".join(f"`{name}`" for name in options)
+        raise ValueError(
+            f"Expected a memory, as {names} {'is' if len(options) == 1 else 'are'} set, but there is none. Pass "
+            "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave out what is set."
+        )
 
 
 def step_embeddings(owner: str, pl_module: LightningModule, outputs: Any) -> dict[str, Tensor]:

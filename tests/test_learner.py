@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -187,12 +188,34 @@ def test_order_of_the_authors_needs_a_loss_that_can_leave_pairs_out() -> None:
     learner(loss=lambda z, y: z.sum(), memory_loss=ContrastiveLoss(), memory_includes_batch=True)
 
 
-@pytest.mark.parametrize("option", [{"memory_loss": ContrastiveLoss()}, {"memory_includes_batch": True}])
-def test_memory_term_without_a_memory_names_the_callback(option: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"Expected a memory, .* there is none. Pass `Trainer\(callbacks=\[MemoryCallback\(size=8192"
-    ):
-        trainer().fit(learner(**option), loader())
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"memory_loss": ContrastiveLoss()},
+        {"memory_includes_batch": True},
+        {"memory_excludes_own_image": False},
+        {"memory_weight": 0.3},
+        {"memory_weight": lambda step: 1.0},
+        {"memory_weight": 0.3, "memory_loss": ContrastiveLoss()},
+    ],
+)
+def test_options_of_a_memory_without_one_are_refused_before_the_first_step(option: dict[str, Any]) -> None:
+    names = " and ".join(f"`{name}`" for name in sorted(option))
+    verb = "is" if len(option) == 1 else "are"
+    remedy = "Pass `Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave out what is set."
+    whole = f"Expected a memory, as {names} {verb} set, but there is none. {remedy}"
+
+    class Started(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+            raise AssertionError("the fit has started")
+
+    with pytest.raises(ValueError, match=f"^{re.escape(whole)}$"):
+        trainer(Started()).fit(learner(**option), loader())
+
+
+@pytest.mark.parametrize("weight", [0, 1, 1.0])
+def test_a_memory_weight_that_asks_for_no_memory_is_accepted_without_one(weight: float) -> None:
+    trainer().fit(learner(memory_weight=weight), loader())
 
 
 def memory_terms(model: MetricLearner, *callbacks: Callback, epochs: int = 2, **options: Any) -> list[float]:

@@ -141,8 +141,12 @@ MISTAKES = {
     ),
     # losses and the memory
     "FIT --model.memory_loss ContrastiveLoss": (
-        "Expected a memory, as `memory_loss` or `memory_includes_batch` is set, but there is none. Pass "
-        "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave these arguments out."
+        "Expected a memory, as `memory_loss` is set, but there is none. Pass "
+        "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave out what is set."
+    ),
+    "FIT --model.memory_weight 0.3 --model.memory_includes_batch true": (
+        "Expected a memory, as `memory_weight` and `memory_includes_batch` are set, but there is none. Pass "
+        "`Trainer(callbacks=[MemoryCallback(size=8192)])`, or leave out what is set."
     ),
     "FIT --model.loss torch.nn.TripletMarginLoss": (
         "Expected a loss of embeddings and labels but TripletMarginLoss takes other arguments. Pass --model.loss "

@@ -119,6 +119,7 @@ def test_a_configuration_can_be_printed(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*Scores are not comparable")
+@pytest.mark.filterwarnings("ignore:Expected `start_step` below the 2 optimiser steps")
 @pytest.mark.parametrize(
     ("config", "precision"),
     [*((config, "32-true") for config in CONFIGS), (FOLDER / "sop_xbm.yaml", "bf16-mixed")],

@@ -216,6 +216,17 @@ class MemoryCallback(Callback):
             f"rows are stored from optimiser step {self.start_step:,} on (now {trainer.global_step:,}){made}"
             f"{describe_backends(pl_module)}."
         )
+        self._warn_of_late_start(trainer, pl_module)
+
+    def _warn_of_late_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        # With several optimisers, which is manual, each step of one counts, and the number of steps is not known.
+        steps = trainer.estimated_stepping_batches  # -1 or infinity where it is not known, as of a stream
+        if 0 < steps <= self.start_step and pl_module.automatic_optimization and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"Expected `start_step` below the {steps:,} optimiser steps of the training but got "
+                f"{self.start_step:,}: no row is stored, and the memory has no effect. Pass {int(steps) // 10}, for "
+                "example."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach the memory: Lightning skips `teardown` after an exception."""

@@ -88,9 +88,11 @@ class MemoryChoice(Callback):
         self._own: tuple[Loss | None, float] | None = None  # loss and weight of the learner before the fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the choice of another run; that of a checkpoint is restored later."""
-        if stage == "fit" and trainer.global_step == 0:
-            self.chosen, self.scores = None, {}
+        """Check that there is a memory. Forget the choice of another run; that of a checkpoint is restored later."""
+        if stage == "fit":
+            _memory_callback(trainer)
+            if trainer.global_step == 0:
+                self.chosen, self.scores = None, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Choose, unless the run is resumed, and set the learner's memory term."""

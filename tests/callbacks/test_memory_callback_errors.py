@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -58,7 +59,21 @@ def test_the_error_comes_in_the_first_step_also_during_warm_up() -> None:
     with pytest.raises(
         ValueError, match="the embeddings and labels of each training batch, which MemoryCallback needs"
     ):
-        fit(returns(lambda loss, z, y: loss)(), MemoryCallback(size=8, start_step=1000))
+        fit(returns(lambda loss, z, y: loss)(), MemoryCallback(size=8, start_step=7))
+
+
+def test_a_start_after_the_end_of_the_training_is_a_warning() -> None:
+    whole = (
+        "Expected `start_step` below the 8 optimiser steps of the training but got 8: no row is stored, and the memory "
+        "has no effect. Pass 0, for example."
+    )
+    module, callback = Plain(), MemoryCallback(size=8, start_step=8)
+    with pytest.warns(UserWarning, match=f"^{re.escape(whole)}$"):
+        fit(module, callback)
+    assert len(callback.memory) == 0
+    callback = MemoryCallback(size=8, start_step=7)
+    fit(Plain(), callback)  # the last step stores its batch
+    assert len(callback.memory) == 4
 
 
 def test_manual_optimisation_that_returns_nothing_is_refused() -> None:

@@ -56,6 +56,7 @@ def rounded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Expected batches of at least 64 rows")
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_equal_to_the_rows_of_every_memory(kind: str) -> None:
     memory = KINDS[kind]()

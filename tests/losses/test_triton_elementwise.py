@@ -104,6 +104,7 @@ compile_step(ml.MultiSimilarityLoss(backend=backend), 80, 163, 128, memory=1 << 
 compile_step(ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend=backend), 90, 227, 256, memory=(1 << 17) + 77)
 compile_step(ml.ContrastiveLoss(backend=backend), 90, 227, 1024, memory=1 << 17)
 compile_step(ml.TripletLoss(soft=True, backend=backend), 90, 227, 128, rows=64, memory=1 << 16)
+compile_step(ml.CircleLoss(backend=backend), 100, 227, 2048, rows=64, memory=1 << 16)
 """
 
 
@@ -120,7 +121,7 @@ def test_the_kernels_compile_for_devices_that_are_not_here() -> None:
     assert plain[:8] == 8 * [[512, 16]], "512 anchors, 32,768 references in pieces of 2,048"
     hybrid = 4 * [[512, 8]] + [[512, 1]]  # 77 references are left over
     assert plain[8:18] == 2 * hybrid
-    assert plain[18:] == [*(4 * [[512, 4]]), [64, 128]]
+    assert plain[18:] == [*(4 * [[512, 4]]), [64, 128], [64, 8]]
     # All but the rest of 77, and the second part of the hybrid, which writes no weights, and short pieces.
     assert [reads > 0 for _, _, _, reads, *_ in weighed].count(False) == 2
     assert all(writes > 0 for _, _, _, _, writes, _ in weighed[:9]), "16 bytes at once"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memdml.backbone_weights import load_weights, weights_file
-from lightning_memdml.checks import check_count
+from lightning_memdml.checks import check_count, check_types
 from lightning_memdml.compat import BATCH_NORMS
 from lightning_memdml.heads import HeadInit, Pool, Pooling, initialize_head
 from lightning_memdml.hf_networks import HF_PREFIX, HuggingFaceModel, build_hf_network, preprocessing_of_hf
@@ -55,6 +55,7 @@ class SmallConvNet(nn.Module):
     """
 
     def __init__(self, in_channels: int = 1, width: int = 32, pool: int = 4) -> None:
+        check_types(SmallConvNet.__init__, locals())
         super().__init__()
         for name, value in (("in_channels", in_channels), ("width", width), ("pool", pool)):
             check_count(name, value)
@@ -235,7 +236,8 @@ def build_backbone(
         if path is not None:
             load_weights(trunk, path)
         return trunk, width
-    given = num_features or getattr(backbone, "num_features", None)
+    given = None if num_features is None else check_count("num_features", num_features)
+    given = given or getattr(backbone, "num_features", None)
     if not isinstance(given, int):
         raise ValueError(
             f"Expected {type(backbone).__name__} to have the attribute `num_features`, the width of its features, but "

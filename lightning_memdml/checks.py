@@ -7,14 +7,22 @@
 - retrieval passes the names of its own arguments, such as `"gallery_embeddings"`, and adds what only it needs (finite
   rows, indices of at least 0).
 
-It returns nothing: the caller converts afterwards (`.float()`, `.to(device, torch.int64)`). It reads types and shapes
-only, never a value, so the host does not wait for a GPU.
+`check_types` checks all other arguments by their annotations: a constructor calls it first, so that a wrong one is
+named there, and not at its first use.
+
+`check_rows` returns nothing: the caller converts afterwards (`.float()`, `.to(device, torch.int64)`). It reads types
+and shapes only, never a value, so the host does not wait for a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -184,6 +192,12 @@ def check_count(name: str, value: int) -> int:
     return value
 
 
+def check_not_negative(name: str, value: float | None) -> None:
+    """Raise a `ValueError` if a number is given that is below 0."""
+    if value is not None and not value >= 0:
+        raise ValueError(f"Expected `{name}` of at least 0 but got {value}. Pass 0 or more.")
+
+
 def check_positive(name: str, value: float) -> float:
     """Return `value` if it is above 0 and finite.
 
@@ -193,3 +207,115 @@ def check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"Expected `{name}` above 0 but got {value}. Pass a positive number.")
     return value
+
+
+def check_types(function: Callable[..., Any], given: Mapping[str, Any], *own: str) -> None:
+    """Check the arguments of a function by their annotations, as its first statement: with `locals()`.
+
+    Whole numbers are numbers, and a path is a string. 0 and 1 stand for False and True. NaN is no number. Tensors, and
+    annotations that cannot be checked, are left to the function.
+
+    Args:
+        function: The function, such as `Class.__init__`.
+        given: Its arguments by their names; other names are ignored.
+        *own: Names of arguments that the function checks itself, as it has more to say about them.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If it is NaN, or a string other than those that are allowed.
+
+    Example:
+        >>> def embed(dim: int, pooling: Literal["average", "gem"] | None = None) -> None:
+        ...     check_types(embed, locals())
+        >>> embed(8)
+        >>> embed(1.5)
+        Traceback (most recent call last):
+        TypeError: Expected `dim` to be a whole number but got 1.5. Pass one.
+        >>> embed(8, "sum")
+        Traceback (most recent call last):
+        ValueError: Expected `pooling` to be one of average, gem or None but got 'sum'. Pass one of these.
+    """
+    for name, hint in _annotations(function).items():
+        if name in own or name not in given:
+            continue
+        if float in _parts(hint) and isinstance(given[name], float) and math.isnan(given[name]):
+            check_finite(name, given[name])
+        if _fits(given[name], hint):
+            continue
+        value, kinds = given[name], _in_words(hint)
+        words = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+        is_name = isinstance(value, str) and any(get_origin(one) is Literal for one in _parts(hint))
+        shown = repr(value) if isinstance(value, str | int | float | list | tuple | None) else type(value).__name__
+        several = len(kinds) > 1 or "one of" in words
+        raise (ValueError if is_name else TypeError)(
+            f"Expected `{name}` to be {words} but got {shown:.80}. Pass one{' of these' if several else ''}."
+        )
+
+
+@cache
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; True where it says nothing that can be checked."""
+    parts, origin = _parts(hint), get_origin(hint)
+    if len(parts) > 1:
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str | int) and value in get_args(hint)
+    if origin is Callable:
+        return callable(value)
+    if origin is not None:
+        return _holds(value, origin, get_args(hint))
+    if hint in SIMPLE:
+        return SIMPLE[hint][1](value)
+    checked = isinstance(hint, type) and hint not in (Any, Tensor) and not getattr(hint, "_is_protocol", False)
+    return not checked or isinstance(value, hint)
+
+
+def _holds(value: Any, origin: type, items: tuple[Any, ...]) -> bool:
+    """Whether a value is a collection, and its items are what its annotation says."""
+    if isinstance(value, str) or not isinstance(value, origin if issubclass(origin, Mapping) else object):
+        return False
+    if not hasattr(value, "__iter__") or isinstance(value, Tensor):
+        return isinstance(value, Tensor)
+    return not isinstance(value, list | tuple) or len(items) != 1 or all(_fits(item, items[0]) for item in value)
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1))
+
+
+#: Annotation -> what it is in words, and whether a value is that.
+SIMPLE: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", _is_bool),
+    int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+    str: ("a string", lambda value: isinstance(value, str | os.PathLike)),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+def _in_words(hint: Any) -> list[str]:
+    """Return what an annotation allows, None last."""
+    words: list[str] = []
+    for part in sorted(_parts(hint), key=lambda one: one is NoneType):
+        origin, items = get_origin(part), get_args(part)
+        if part in SIMPLE:
+            words.append(SIMPLE[part][0])
+        elif origin is Literal:
+            words.append(f"one of {', '.join(map(str, items))}")
+        elif origin is Callable:
+            words.append("a function")
+        elif origin is not None:
+            of = "".join(_in_words(items[0])).removeprefix("a ") if items else ""
+            words.append("a dictionary" if issubclass(origin, Mapping) else f"a list, each item a {of}")
+        else:
+            words.append(f"a {getattr(part, '__name__', part)}")
+    return list(dict.fromkeys(words))

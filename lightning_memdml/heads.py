@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.whitening import SHRINKAGE, shrunk_eigenvectors
 
 Pooling = Literal["average", "maximum", "both", "gem", "token"]
@@ -41,6 +42,7 @@ class GeneralizedMeanPool(nn.Module):
     """
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
+        check_types(GeneralizedMeanPool.__init__, locals())
         super().__init__()
         if not (p > 0 and eps > 0):
             raise ValueError(f"Expected `p` and `eps` above 0 but got p={p} and eps={eps}. Pass positive numbers.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_memdml import hub, saving
 from lightning_memdml.backbones import Embedder, HeadKind, Neck, build_backbone, preprocessing_of
+from lightning_memdml.checks import check_count, check_types
 from lightning_memdml.head_fitting import fit_head_to_training_images
 from lightning_memdml.heads import FITTED, FeatureStatistics, HeadInit, Pooling
 from lightning_memdml.inference import methods
@@ -132,16 +133,17 @@ class MetricLearner(LightningModule):
         self.save_hyperparameters(ignore=_names_of_code(locals()))
         if INSTANTIATOR in self.hparams:
             self.save_hyperparameters()  # the command line's configuration, which is plain data as a whole
-        for name, given in (("loss", loss), ("memory_loss", loss if memory_loss is None else memory_loss)):
-            check_loss(name, given)
+        check_loss("loss", loss)
+        check_loss("memory_loss", loss if memory_loss is None else memory_loss)
         if not callable(optimizer):
             raise TypeError(
                 f"Expected `optimizer` to be a function of the parameters but got {type(optimizer).__name__}. Pass "
                 "`lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`, for example."
             )
-        if embedding_dim < 1:
-            raise ValueError(f"Expected `embedding_dim` of at least 1 but got {embedding_dim}. Pass 128, for example.")
-        if not callable(memory_weight) and not 0 <= memory_weight < torch.inf:
+        check_types(MetricLearner.__init__, locals(), "memory_weight", "k")
+        check_count("embedding_dim", embedding_dim)
+        weighs = callable(memory_weight) or (isinstance(memory_weight, int | float) and 0 <= memory_weight < torch.inf)
+        if not weighs:
             raise ValueError(f"Expected `memory_weight` of at least 0 but got {memory_weight}. Pass 1, for example.")
         if memory_includes_batch and not isinstance(memory_loss or loss, PairLoss):
             raise ValueError(
@@ -163,8 +165,7 @@ class MetricLearner(LightningModule):
         self.batch_excludes_own_image = batch_excludes_own_image
         self.optimizer = optimizer
         self.backbone_lr, self.layer_decay, self.loss_lr = backbone_lr, layer_decay, loss_lr
-        self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler, self.lr_scheduler_interval = lr_scheduler, lr_scheduler_interval
         self.k = k
         levels = (1, 10, 100, 1000) if k is None else k
         # The data modules number queries and gallery together.
@@ -295,10 +296,9 @@ class MetricLearner(LightningModule):
         return {"loss": loss, **given, "embeddings": embeddings}
 
     def _check_memory(self) -> None:
-        weighted = callable(self.memory_weight) or self.memory_weight not in (0, 1)
         asked = {
             "memory_loss": self.memory_loss is not None,
-            "memory_weight": weighted,
+            "memory_weight": callable(self.memory_weight) or self.memory_weight not in (0, 1),
             "memory_includes_batch": self.memory_includes_batch,
             "memory_excludes_own_image": not self.memory_excludes_own_image,
         }

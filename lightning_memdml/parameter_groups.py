@@ -21,7 +21,7 @@ def check_rates(backbone_lr: float | None, layer_decay: float | None, loss_lr: f
         ValueError: If one is out of range, or there is no loss with parameters for `loss_lr`.
     """
     for name, rate in (("backbone_lr", backbone_lr), ("loss_lr", loss_lr)):
-        if rate is not None and rate < 0:
+        if rate is not None and not rate >= 0:
             raise ValueError(f"Expected `{name}` of at least 0 but got {rate}. Pass 0.0001, for example.")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"Expected `layer_decay` in (0, 1] but got {layer_decay}. Pass 0.75, for example.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_memdml.checks import check_finite
+from lightning_memdml.checks import check_finite, check_types
 
 
 class Schedule(ABC):
@@ -47,6 +47,7 @@ class LinearRamp(Schedule):
     """
 
     def __init__(self, start_step: int, stop_step: int, start: float = 0.0, stop: float = 1.0) -> None:
+        check_types(LinearRamp.__init__, locals())
         if stop_step <= start_step:
             raise ValueError(
                 f"Expected `stop_step` above `start_step`, {start_step}, but got {stop_step}. Pass a later step."
@@ -102,6 +103,7 @@ class WarmupCosine(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, min_factor: float = 0.0
     ) -> None:
+        check_types(WarmupCosine.__init__, locals())
         if warmup_steps < 0:
             raise ValueError(f"Expected `warmup_steps` of at least 0 but got {warmup_steps}. Pass 0 for none.")
         if not 0 <= min_factor <= 1:

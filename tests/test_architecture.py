@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "csv_table": {"atomic_write"},
     "retrieval": {"lazy", "atomic_write", "bfloat16", "checks", "html_page", "picture_style", "whitening"},
     "whitening": set(),
-    "heads": {"whitening"},
+    "heads": {"checks", "whitening"},
     "timm_networks": set(),
     "hf_networks": set(),
     "backbone_weights": set(),
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "learner": {
         *("memory_term", "losses", "memory", "retrieval", "backbones", "heads", "head_fitting", "runs"),
         *("parameter_groups", "schedules", "saving", "hub", "inference", "trust_sizes"),
-        "readable_repr",
+        *("checks", "readable_repr"),
     },
     "help_pages": {"packaged_configs"},
     "library_errors": set(),

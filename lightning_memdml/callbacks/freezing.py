@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_memdml.backbone_blocks import Block, find_blocks
+from lightning_memdml.checks import check_types
 from lightning_memdml.compat import BATCH_NORMS
 from lightning_memdml.readable_repr import options_repr
 
@@ -45,6 +46,7 @@ class FreezeBackbone(Callback):
     def __init__(
         self, blocks: int | None = None, until_step: int | None = None, backbone: str = "model.backbone"
     ) -> None:
+        check_types(FreezeBackbone.__init__, locals())
         if blocks == 0:
             raise ValueError("Expected `blocks` other than 0 but got 0, which freezes nothing. Leave the callback out.")
         if until_step is not None and until_step < 1:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_memdml.callbacks.run_pictures import log_picture
-from lightning_memdml.checks import check_count
+from lightning_memdml.checks import check_count, check_types
 from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.retrieval import RetrievalExample, RetrievalMetrics, retrieval_examples, save_gallery, save_map
 from lightning_memdml.retrieval.metrics import Samples
@@ -62,6 +62,7 @@ class GalleryLogger(Callback):
         embedding_map: Literal["pca", "umap"] | None = "pca",
         dirpath: str | None = None,
     ) -> None:
+        check_types(GalleryLogger.__init__, locals(), "order", "embedding_map")
         for name, value in (("every_n_validations", every_n_validations), ("count", count), ("neighbours", neighbours)):
             check_count(name, value)
         if order not in ("hardest", "random"):

@@ -21,6 +21,7 @@ from lightning_memdml.callbacks.memory_setup import (
 )
 from lightning_memdml.callbacks.momentum_rows import MomentumRows
 from lightning_memdml.callbacks.prefill import prefill_rows
+from lightning_memdml.checks import check_types
 from lightning_memdml.memory.gather import RowGather
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
 from lightning_memdml.memory.protocol import Memory
@@ -126,6 +127,7 @@ class MemoryCallback(Callback):
         encoder: str | None = None,
         encoder_factory: Callable[[], nn.Module] | None = None,
     ) -> None:
+        check_types(MemoryCallback.__init__, locals(), "memory", "dtype")
         if start_step < 0:
             raise ValueError(
                 f"Expected `start_step` of at least 0 optimiser steps but got {start_step}. Pass 0 to store at once."
@@ -150,6 +152,12 @@ class MemoryCallback(Callback):
         self.encoder_batch_norm = encoder_batch_norm
         self.encoder = encoder
         self._momentum = None
+        unused = {"encoder_ramp": encoder_ramp != 10, "encoder_factory": encoder_factory is not None}
+        if encoder_momentum is None and any(unused.values()):
+            name = next(name for name, is_set in unused.items() if is_set)
+            raise ValueError(
+                f"Expected `encoder_momentum`, as `{name}` is set, but got None. Pass 0.99, or leave `{name}` out."
+            )
         if encoder_momentum is not None:
             self._momentum = MomentumRows(encoder_momentum, encoder_ramp, encoder_batch_norm, encoder, encoder_factory)
         self._enabled = True

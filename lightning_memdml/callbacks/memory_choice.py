@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_memdml.callbacks.memory import MemoryCallback
+from lightning_memdml.checks import check_types
 from lightning_memdml.losses import ContrastiveLoss, DirectWeightLoss, Threshold
 from lightning_memdml.memory import EmbeddingMemory
 from lightning_memdml.memory_term import Loss, loss_term
@@ -77,6 +78,7 @@ class MemoryChoice(Callback):
     def __init__(
         self, steps: int = 100, factors: Sequence[float] = (1.0, 0.3), side_sums: Sequence[float] = (3.0,)
     ) -> None:
+        check_types(MemoryChoice.__init__, locals())
         if 0 != steps < 10 or min((*factors, *side_sums), default=0) <= 0:
             raise ValueError(
                 "Expected `steps` of 0 or at least 10, and `factors` and `side_sums` above 0, but got "

@@ -16,6 +16,7 @@ from lightning_memdml.atomic_write import atomic_write
 from lightning_memdml.callbacks.memory import MemoryCallback
 from lightning_memdml.callbacks.run_pictures import log_picture
 from lightning_memdml.callbacks.weight_curves import copy_rows, find_pair_losses
+from lightning_memdml.checks import check_types
 from lightning_memdml.csv_table import write_csv
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.momentum_encoder import BatchNorm, MomentumEncoder
@@ -94,6 +95,7 @@ class MemoryReport(Callback):
     def __init__(
         self, every_n_steps: int = 500, sample: int = 256, dirpath: str | None = None, loss: PairLoss | None = None
     ) -> None:
+        check_types(MemoryReport.__init__, locals())
         if every_n_steps < 1:
             raise ValueError(
                 f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}. Pass 500, for example."

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
+
 
 class ShuffleLabels(Callback):
     """Shuffles the training labels, as a control.
@@ -28,6 +30,7 @@ class ShuffleLabels(Callback):
     """
 
     def __init__(self, seed: int = 0) -> None:
+        check_types(ShuffleLabels.__init__, locals())
         self.seed = seed
         self._shuffled: Any = None
 

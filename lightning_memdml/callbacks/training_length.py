@@ -7,6 +7,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.readable_repr import options_repr
 from lightning_memdml.training_images import find_train_set
 
@@ -38,6 +39,7 @@ class TrainingLength(Callback):
     __repr__ = options_repr
 
     def __init__(self, passes: float = 8.0, at_least: int = 300, at_most: int = 5000) -> None:
+        check_types(TrainingLength.__init__, locals())
         if not (0 < passes < math.inf and 1 <= at_least <= at_most):
             raise ValueError(
                 "Expected `passes` above 0 and 1 <= `at_least` <= `at_most` but got "

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_memdml.callbacks.run_pictures import log_picture
+from lightning_memdml.checks import check_types
 from lightning_memdml.curves import LossInputs, Reading, read_weights, save_readings
 from lightning_memdml.losses import PairLoss
 from lightning_memdml.memory.rows import as_rows, unit_rows
@@ -55,6 +56,7 @@ class WeightCurveLogger(Callback):
     __repr__ = options_repr
 
     def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None, loss: PairLoss | None = None) -> None:
+        check_types(WeightCurveLogger.__init__, locals())
         if every_n_steps < 1:
             raise ValueError(
                 f"Expected `every_n_steps` of at least 1 optimiser step but got {every_n_steps}. Pass 1000."

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.matlab import read_structs
 from lightning_memdml.data.paths import inside
 from lightning_memdml.data.published import PublishedDataModule, checked, integer
@@ -56,6 +57,7 @@ class Cars196(PublishedDataModule):
     published_counts: ClassVar = {"train": Count(8054, 98), "test": Count(8131, 98)}
 
     def __init__(self, root: str, crop: bool = False, **kwargs: Any) -> None:
+        check_types(Cars196.__init__, locals())
         super().__init__(root=root, **kwargs)
         self.crop = crop
 

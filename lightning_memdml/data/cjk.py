@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.checks import check_types
 from lightning_memdml.data import transforms
 from lightning_memdml.data.glyphs import distort, draw_centred
 from lightning_memdml.data.module import RetrievalDataModule
@@ -118,6 +119,7 @@ class CJKDataModule(RetrievalDataModule):
         num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_types(CJKDataModule.__init__, locals())
         super().__init__(image_size=image_size, num_workers=num_workers, **kwargs)
         most = TRAIN_CLASSES + TEST_CLASSES
         if num_classes is not None and not 4 <= num_classes <= most:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.downloads import Archive
 from lightning_memdml.data.paths import inside
 from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
@@ -59,6 +60,7 @@ class CUB200(PublishedDataModule):
     published_counts: ClassVar = {"train": Count(5864, 100), "test": Count(5924, 100)}
 
     def __init__(self, root: str, crop: bool = False, **kwargs: Any) -> None:
+        check_types(CUB200.__init__, locals())
         super().__init__(root=root, **kwargs)
         self.crop = crop
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.archives import npz_arrays
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import local_path, required_file
@@ -47,6 +48,7 @@ class FeatureDataModule(RetrievalDataModule):
     """
 
     def __init__(self, path: str, num_workers: int = 0, **kwargs: Any) -> None:
+        check_types(FeatureDataModule.__init__, locals())
         super().__init__(num_workers=num_workers, **kwargs)
         self.path = local_path(path, "path")
 

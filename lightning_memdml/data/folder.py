@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.folders import (
     FolderReader,
     files_below,
@@ -44,6 +45,7 @@ class FolderDataModule(RetrievalDataModule):
     """
 
     def __init__(self, root: str, split_by: ClassSplit = "halves", **kwargs: Any) -> None:
+        check_types(FolderDataModule.__init__, locals())
         super().__init__(**kwargs)
         self.root = local_path(root, "root")
         self.split_by = split_by

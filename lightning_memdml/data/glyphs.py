@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.checks import check_types
 from lightning_memdml.data import transforms
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import local_path
@@ -73,6 +74,7 @@ class GlyphDataModule(RetrievalDataModule):
         num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_types(GlyphDataModule.__init__, locals())
         super().__init__(image_size=image_size, num_workers=num_workers, **kwargs)
         if num_classes is not None and num_classes < 4:
             raise ValueError(

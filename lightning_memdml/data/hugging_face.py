@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import local_path
 from lightning_memdml.data.pictures import open_picture
@@ -74,6 +75,7 @@ class HuggingFaceDataModule(RetrievalDataModule):
         download: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_types(HuggingFaceDataModule.__init__, locals())
         super().__init__(**kwargs)
         self.path = path if download else str(local_path(path, "path"))
         self.image_column, self.label_column = image_column, label_column

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.paths import inside
 from lightning_memdml.data.published import PublishedDataModule, checked, read_list
 from lightning_memdml.data.records import Record, Role, box_of
@@ -59,6 +60,7 @@ class InShop(PublishedDataModule):
     }
 
     def __init__(self, root: str, crop: bool = False, high_resolution: bool = False, **kwargs: Any) -> None:
+        check_types(InShop.__init__, locals())
         super().__init__(root=root, **kwargs)
         if crop and high_resolution:
             raise ValueError(

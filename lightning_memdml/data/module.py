@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_memdml.checks import check_count
+from lightning_memdml.checks import check_count, check_not_negative, check_types
 from lightning_memdml.data import transforms
 from lightning_memdml.data.cache import PixelCache
 from lightning_memdml.data.images import ImageDataset, OpenFiles, TensorImageDataset
@@ -127,10 +127,13 @@ class RetrievalDataModule(LightningDataModule):
         shrink_batch: bool = False,
         normalize_on_device: bool | None = None,
     ) -> None:
+        check_types(RetrievalDataModule.__init__, locals())
         super().__init__()
         size = BATCH_SIZE if batch_size is None else batch_size
         check_batch(size, images_per_class, seed, batches_per_epoch)
         check_count("eval_batch_size", eval_batch_size)
+        check_not_negative("num_workers", num_workers)
+        check_not_negative("pixel_cache_gb", pixel_cache_gb)
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"Expected `val_fraction`, a share of the training classes, in [0, 1) but got {val_fraction}. Pass "
@@ -150,6 +153,8 @@ class RetrievalDataModule(LightningDataModule):
         self.std = transforms.IMAGENET_STD if std is None else tuple(std)
         self.interpolation: transforms.Interpolation = interpolation or "bilinear"
         self.crop_pct = transforms.CROP if crop_pct is None else crop_pct
+        # Images of another kind ignore these options, but not wrong ones.
+        transforms.TrainingTransform(self.image_size, 1, self.mean, self.std, self.interpolation, self.crop_pct)
         self.train_transform = train_transform
         self.test_transform = test_transform
         self.pixel_cache = pixel_cache

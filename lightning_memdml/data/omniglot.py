@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.downloads import Archive
 from lightning_memdml.data.published import PublishedDataModule, checked
 from lightning_memdml.data.records import Record, Role
@@ -59,6 +60,7 @@ class Omniglot(PublishedDataModule):
     published_counts: ClassVar = {"train": Count(19280, 964), "test": Count(13180, 659)}
 
     def __init__(self, root: str, image_size: int = 28, **kwargs: Any) -> None:
+        check_types(Omniglot.__init__, locals())
         super().__init__(root=root, image_size=image_size, **kwargs)
 
     def records(self) -> list[Record]:

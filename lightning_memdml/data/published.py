@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.downloads import Archive, fetch, unpack
 from lightning_memdml.data.module import RetrievalDataModule
 from lightning_memdml.data.paths import local_path
@@ -42,6 +43,7 @@ class PublishedDataModule(RetrievalDataModule):
     published_counts: ClassVar[Mapping[Role, Count]] = {}
 
     def __init__(self, root: str, download: bool = False, **kwargs: Any) -> None:
+        check_types(PublishedDataModule.__init__, locals())
         super().__init__(**kwargs)
         self.root = local_path(root, "root")
         if download and not self.archives:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_count
+from lightning_memdml.checks import check_count, check_types
 
 BATCH_SIZE = 64  # where none is set
 
@@ -75,6 +75,7 @@ class ClassBalancedSampler:
         world_size: int | None = None,
         same_every_epoch: bool = False,
     ) -> None:
+        check_types(ClassBalancedSampler.__init__, locals())
         check_batch(batch_size, images_per_class, seed, batches_per_epoch)
         if (rank is None) != (world_size is None) or (rank is not None and not 0 <= rank < (world_size or 0)):
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.archives import JpegArchive
 from lightning_memdml.data.labels import is_missing, labels_of
 from lightning_memdml.data.module import RetrievalDataModule
@@ -65,6 +66,7 @@ class TableDataModule(RetrievalDataModule):
         columns: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(TableDataModule.__init__, locals())
         super().__init__(**kwargs)
         self.path = local_path(path, "path")
         self.root = self.path.parent if root is None else local_path(root, "root")

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.data.published import PublishedDataModule, checked, integer, read_list
 from lightning_memdml.data.records import Record, Role
 from lightning_memdml.data.roles import Count
@@ -65,6 +66,7 @@ class VehicleID(PublishedDataModule):
         draw: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_types(VehicleID.__init__, locals())
         super().__init__(root=root, **kwargs)
         if test_size not in VEHICLES:
             raise ValueError(

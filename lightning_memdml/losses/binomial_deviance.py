@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_finite, check_positive
+from lightning_memdml.checks import check_finite, check_positive, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import softplus, sum_negative_logs
 
@@ -48,6 +48,7 @@ class BinomialDevianceLoss(PairLoss):
     fill_value = -torch.inf  # adds 0 to the sums
 
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, backend: Backend = "auto") -> None:
+        check_types(BinomialDevianceLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base = check_finite("base", base)

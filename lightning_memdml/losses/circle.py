@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_finite, check_positive
+from lightning_memdml.checks import check_finite, check_positive, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
@@ -50,6 +50,7 @@ class CircleLoss(PairLoss):
     exponential = True
 
     def __init__(self, margin: float = 0.4, scale: float = 80.0, *, backend: Backend = "auto") -> None:
+        check_types(CircleLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.margin, self.scale = check_finite("margin", margin), check_positive("scale", scale)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_similarity
+from lightning_memdml.checks import check_similarity, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 
 
@@ -42,6 +42,7 @@ class ContrastiveLoss(PairLoss):
     needs_negatives = False
 
     def __init__(self, margin: float = 0.5, *, backend: Backend = "auto") -> None:
+        check_types(ContrastiveLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.margin = check_similarity("margin", margin)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import hardest
 from lightning_memdml.losses.weight_mass import (
@@ -86,6 +87,7 @@ class DirectWeightLoss(PairLoss):
         *,
         backend: Backend = "auto",
     ) -> None:
+        check_types(DirectWeightLoss.__init__, locals(), "positive", "negative", "normalize", "backend")
         super().__init__(backend)
         check_normalize(normalize)
         self.positive = Constant() if positive is None else _check_function("positive", positive)

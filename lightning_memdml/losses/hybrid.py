@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.losses.pair_loss import (
     AnchorTerms,
     Backend,
@@ -77,6 +78,7 @@ class HybridLoss(PairLoss):
         *,
         backend: Backend = "auto",
     ) -> None:
+        check_types(HybridLoss.__init__, locals(), "positive", "negative", "normalize", "backend")
         super().__init__(backend)
         for name, loss in (("positive", positive), ("negative", negative)):
             if not isinstance(loss, PairLoss) or isinstance(loss, HybridLoss):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_memdml.checks import check_finite
+from lightning_memdml.checks import check_finite, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax
 
@@ -47,6 +47,7 @@ class LiftedStructureLoss(PairLoss):
     exponential = True
 
     def __init__(self, margin: float = 0.0, *, backend: Backend = "auto") -> None:
+        check_types(LiftedStructureLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.margin = check_finite("margin", margin)
 

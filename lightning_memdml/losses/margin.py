@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 
 MIN_SQUARED_DISTANCE = 1e-6  # so the weight 1/d is at most 1000, also of identical pairs
@@ -47,6 +48,7 @@ class MarginLoss(PairLoss):
     needs_negatives = False
 
     def __init__(self, margin: float = 0.2, beta: float = 1.2, *, backend: Backend = "auto") -> None:
+        check_types(MarginLoss.__init__, locals(), "backend")
         super().__init__(backend)
         if not 0 <= margin < torch.inf:
             raise ValueError(f"Expected `margin` of at least 0 but got {margin}. Pass a width, such as 0.2.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_finite, check_positive
+from lightning_memdml.checks import check_finite, check_positive, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import row_min, softplus
 
@@ -62,6 +62,7 @@ class MultiSimilarityLoss(PairLoss):
         *,
         backend: Backend = "auto",
     ) -> None:
+        check_types(MultiSimilarityLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.alpha, self.beta = check_positive("alpha", alpha), check_positive("beta", beta)
         self.base = check_finite("base", base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_positive
+from lightning_memdml.checks import check_positive, check_types
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.row_ops import masked_logsumexp, masked_softmax, softplus
 
@@ -57,6 +57,7 @@ class InfoNCELoss(_SoftmaxLoss):
     """
 
     def __init__(self, temperature: float = 0.07, *, backend: Backend = "auto") -> None:
+        check_types(InfoNCELoss.__init__, locals(), "backend")
         super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
@@ -102,6 +103,7 @@ class SupConLoss(_SoftmaxLoss):
     """
 
     def __init__(self, temperature: float = 0.1, *, backend: Backend = "auto") -> None:
+        check_types(SupConLoss.__init__, locals(), "backend")
         super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:
@@ -151,6 +153,7 @@ class NCALoss(_SoftmaxLoss):
     """
 
     def __init__(self, temperature: float = 0.1, *, backend: Backend = "auto") -> None:
+        check_types(NCALoss.__init__, locals(), "backend")
         super().__init__(temperature, backend)
 
     def combine(self, similarity: Tensor, mask: Tensor, context: Context, negatives: NegativeTotals) -> AnchorTerms:

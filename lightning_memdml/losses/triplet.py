@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memdml.checks import check_finite
+from lightning_memdml.checks import check_finite, check_types
 from lightning_memdml.losses.listed_pairs import flatnonzero
 from lightning_memdml.losses.pair_loss import AnchorTerms, Backend, Context, NegativeTerms, NegativeTotals, PairLoss
 from lightning_memdml.losses.polynomials import DifferencePolynomial, polynomial, power_sums, powers
@@ -60,6 +60,7 @@ class TripletLoss(PairLoss):
     """
 
     def __init__(self, margin: float = 0.1, soft: bool = False, *, backend: Backend = "auto") -> None:
+        check_types(TripletLoss.__init__, locals(), "backend")
         super().__init__(backend)
         self.margin, self.soft = check_finite("margin", margin), soft
         self.wants_most_positives_first = not soft

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_memdml.checks import check_finite, check_positive, check_similarity, refuse_renamed
+from lightning_memdml.checks import check_finite, check_positive, check_similarity, check_types, refuse_renamed
 from lightning_memdml.losses.constants import constant_like
 from lightning_memdml.readable_repr import options_repr
 
@@ -72,6 +72,7 @@ class Constant(WeightFunction):
     """
 
     def __init__(self, value: float = 1.0) -> None:
+        check_types(Constant.__init__, locals())
         super().__init__()
         self.value = _check_at_least_zero("value", value)
 
@@ -105,6 +106,7 @@ class Threshold(WeightFunction):
     """
 
     def __init__(self, threshold: float = 0.5, above: bool = True) -> None:
+        check_types(Threshold.__init__, locals())
         super().__init__()
         self.threshold = check_similarity("threshold", threshold)
         self.above = above
@@ -138,6 +140,7 @@ class Linear(WeightFunction):
     """
 
     def __init__(self, slope: float = 1.0, intercept: float = 0.0) -> None:
+        check_types(Linear.__init__, locals())
         super().__init__()
         self.slope, self.intercept = check_finite("slope", slope), check_finite("intercept", intercept)
         self.zero_below = -intercept / slope if slope > 0 else -torch.inf
@@ -167,6 +170,7 @@ class Power(WeightFunction):
     """
 
     def __init__(self, threshold: float = 0.0, power: float = 1.0) -> None:
+        check_types(Power.__init__, locals())
         super().__init__()
         if not -1 <= threshold < 1:
             raise ValueError(
@@ -201,6 +205,7 @@ class Exponential(WeightFunction):
     """
 
     def __init__(self, scale: float = 10.0, center: float = 1.0) -> None:
+        check_types(Exponential.__init__, locals())
         super().__init__()
         self.scale, self.center = check_finite("scale", scale), check_finite("center", center)
 
@@ -236,6 +241,7 @@ class InverseDistance(WeightFunction):
     """
 
     def __init__(self, power: float = 3.0, radius: float = 0.5) -> None:
+        check_types(InverseDistance.__init__, locals())
         super().__init__()
         if not 0 < radius < 2:
             raise ValueError(
@@ -269,6 +275,7 @@ class Sigmoid(WeightFunction):
     """
 
     def __init__(self, scale: float = 10.0, threshold: float = 0.5) -> None:
+        check_types(Sigmoid.__init__, locals())
         super().__init__()
         self.scale, self.threshold = check_finite("scale", scale), check_similarity("threshold", threshold)
 
@@ -299,6 +306,7 @@ class Band(WeightFunction):
     """
 
     def __init__(self, low: float = 0.5, high: float = 0.9) -> None:
+        check_types(Band.__init__, locals())
         super().__init__()
         self.low, self.high = check_similarity("low", low), check_similarity("high", high)
         if low >= high:
@@ -335,6 +343,7 @@ class Piecewise(WeightFunction):
     """
 
     def __init__(self, similarities: Sequence[float], weights: Sequence[float]) -> None:
+        check_types(Piecewise.__init__, locals())
         super().__init__()
         if len(similarities) != len(weights) or len(similarities) < 2:
             raise ValueError(

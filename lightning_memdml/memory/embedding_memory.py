@@ -272,6 +272,7 @@ class EmbeddingMemory(TableMemory):
     size: int
 
     def __init__(self, size: int, dtype: Storage = torch.float32) -> None:
+        check_size(size)  # which a TableMemory may leave to the callback
         super().__init__(size, dtype)
 
     @torch.compiler.disable  # it writes into the table

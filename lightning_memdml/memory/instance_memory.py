@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.memory.embedding_memory import TableMemory
 from lightning_memdml.memory.momentum_encoder import check_momentum
 from lightning_memdml.memory.rows import INDEX, UNKNOWN_INDEX, MemoryRows, NewRows, Storage, unit_rows
@@ -57,6 +58,7 @@ class InstanceMemory(TableMemory):
     _replaced: tuple[np.ndarray, NewRows, np.ndarray] | None
 
     def __init__(self, size: int | None = None, momentum: float = 0.5, dtype: Storage = torch.float32) -> None:
+        check_types(InstanceMemory.__init__, locals())
         check_momentum("momentum", momentum)
         self.momentum = momentum
         super().__init__(size, dtype)

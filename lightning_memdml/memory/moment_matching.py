@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_memdml.memory.embedding_memory import EmbeddingMemory
+from lightning_memdml.memory.embedding_memory import EmbeddingMemory, TableMemory
 from lightning_memdml.memory.gather import ranks
 from lightning_memdml.memory.rows import NewRows, Storage
 
@@ -56,7 +56,7 @@ class MomentMatchedMemory(EmbeddingMemory):
     size: int | None  # type: ignore[assignment]  # None until the callback knows the training set
 
     def __init__(self, size: int | None = None, dtype: Storage = torch.float32) -> None:
-        super().__init__(size, dtype)  # type: ignore[arg-type]
+        TableMemory.__init__(self, size, dtype)  # an EmbeddingMemory needs its size at once
         self._has_warned = False
 
     def _slots_needed(self) -> int:

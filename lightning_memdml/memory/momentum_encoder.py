@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.compat import BATCH_NORMS, move_towards_, restore_forward
 from lightning_memdml.memory.gather import ranks
 
@@ -79,6 +80,7 @@ class MomentumEncoder:
         batch_norm: BatchNorm = "batch",
         factory: Callable[[], nn.Module] | None = None,
     ) -> None:
+        check_types(MomentumEncoder.__init__, locals())
         check_average(momentum, ramp, batch_norm)
         self.momentum = momentum
         self.ramp = ramp

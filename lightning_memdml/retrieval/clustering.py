@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.retrieval.faiss_index import import_faiss
 from lightning_memdml.retrieval.retrieval_sets import as_integers, check_finite_embeddings
 
@@ -41,6 +42,7 @@ def normalized_mutual_information(
         >>> normalized_mutual_information(torch.eye(2).repeat(5, 1), torch.tensor([0, 1]).repeat(5))
         1.0
     """
+    check_types(normalized_mutual_information, locals())
     check_finite_embeddings("embeddings", embeddings)
     labels = as_integers("labels", labels, embeddings).cpu()
     if len(labels) == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_memdml.atomic_write import atomic_write
+from lightning_memdml.checks import check_types
 from lightning_memdml.picture_style import INK, STYLES, as_label, new_figure
 from lightning_memdml.retrieval.cells import ClassNames, name_of
 from lightning_memdml.retrieval.retrieval_sets import as_integers, check_finite_embeddings
@@ -47,6 +48,7 @@ def map_points(embeddings: Tensor, method: Method = "pca", *, seed: int = 0) -> 
         >>> points.shape, len(shares)
         (torch.Size([4, 2]), 2)
     """
+    check_types(map_points, locals(), "method")
     check_finite_embeddings("embeddings", embeddings)
     if len(embeddings) < 3 or embeddings.shape[1] < 2:
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.retrieval.neighbours import nearest_neighbours
 from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
 from lightning_memdml.retrieval.retrieval_sets import UNKNOWN, same_known_index
@@ -98,6 +99,7 @@ def retrieval_examples(
         >>> [(example.position, example.best_rank) for example in examples]
         [(2, 3), (3, 3), (0, 1), (1, 1)]
     """
+    check_types(retrieval_examples, locals(), "order")
     if order not in ("hardest", "random"):
         raise ValueError(f"Expected `order` to be 'hardest' or 'random' but got {order!r}. Pass one of these.")
     ranks = rank_queries(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
-from lightning_memdml.checks import check_rows
+from lightning_memdml.checks import check_rows, check_types
 from lightning_memdml.retrieval.ranking import QueryRanks, rank_queries
 from lightning_memdml.retrieval.retrieval_sets import (
     UNKNOWN,
@@ -97,6 +97,7 @@ class RetrievalMetrics(Metric):
         galleries: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(RetrievalMetrics.__init__, locals(), "k")
         super().__init__(**{"dist_sync_fn": gather_rows, **kwargs})
         self.k = check_recall_levels(k)
         self.shared_indices = shared_indices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.retrieval.retrieval_sets import (
     UNKNOWN,
     as_integers,
@@ -53,6 +54,7 @@ def nearest_neighbours(
         >>> position[:2, 0].tolist()
         [1, 0]
     """
+    check_types(nearest_neighbours, locals())
     (k,) = check_recall_levels((k,))
     gallery_keys: Tensor | None
     own, keys = _checked("", embeddings, indices)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.retrieval.class_sorted import ClassSortedEmbeddings
 from lightning_memdml.retrieval.counting import Progress, count_ranks
 from lightning_memdml.retrieval.retrieval_sets import RetrievalSet, check_recall_levels, check_sets
@@ -233,6 +234,7 @@ def rank_queries(
         >>> ranks.per_class()["recall_at_1"].tolist()
         [1.0, 0.0]
     """
+    check_types(rank_queries, locals())
     (depth,) = check_recall_levels((depth,), name="depth")
     queries, gallery = check_sets(
         *(embeddings, labels, indices, groups),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_memdml.checks import check_types
 from lightning_memdml.retrieval.rank_counter import TIE
 from lightning_memdml.retrieval.ranking import QueryRanks
 from lightning_memdml.retrieval.retrieval_sets import (
@@ -65,6 +66,7 @@ def rerank(queries: Tensor, gallery: Tensor | None, k1: int = 20, k2: int = 6, l
         >>> rerank(rows, None, k1=2, k2=1).argmin(1).tolist()
         [1, 0, 3, 2]
     """
+    check_types(rerank, locals())
     _check(queries, gallery, k1, k2, lambda_value)
     images = queries if gallery is None else torch.cat([queries, gallery])
     if images.device.type == "mps":  # has no float64
@@ -125,6 +127,7 @@ def rank_reranked(
         >>> rank_reranked(rows, torch.tensor([0, 0, 1, 1]), k1=2, k2=1).best_rank.tolist()
         [1, 1, 1, 1]
     """
+    check_types(rank_reranked, locals())
     (depth,) = check_recall_levels((depth,), name="depth")
     queries, gallery = check_sets(
         *(embeddings, labels, indices, groups),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,11 @@ def check_recall_levels(k: Sequence[int], name: str = "k") -> tuple[int, ...]:
         TypeError: If a level is not an integer.
         ValueError: If there is none, one is below 1, or one occurs twice.
     """
-    if isinstance(k, int):
-        raise TypeError(f"Expected `{name}` to be a sequence of integers but got {k}. Pass a sequence such as ({k},).")
+    if isinstance(k, str) or not isinstance(k, Iterable):
+        example = k if isinstance(k, int) else 10
+        raise TypeError(
+            f"Expected `{name}` to be a sequence of integers but got {k!r:.80}. Pass a sequence such as ({example},)."
+        )
     levels = tuple(k)
     if any(not isinstance(level, int) or isinstance(level, bool) for level in levels):
         raise TypeError(f"Expected `{name}` to hold integers but got {levels}. Pass, for example, (1, 10).")

@@ -28,7 +28,7 @@ from lightning_memdml.study.run_folder import RunFolder
 from lightning_memdml.study.sharing import SharedCLI
 from lightning_memdml.study.training import train
 
-PROBE_STEPS = 12
+PROBE_STEPS = 8
 
 
 class FailedRunsError(RuntimeError):
@@ -171,7 +171,8 @@ def _train_and_save(run: Run, cli: CLI, folder: RunFolder, rule: Any) -> str | N
 def estimate_seconds(runs: Sequence[Run], cli: CLI, folder: RunFolder) -> dict[tuple[str, str], float]:
     """Estimate the seconds of a run of each (data set, arm), from finished runs or else from a few steps.
 
-    The estimate from a few steps covers only the training, before a memory is full: it is a lower bound.
+    The estimate from a few steps covers only the steps of the training, before a memory is full: it is a lower bound.
+    No head is fitted for it, and of photographs one is opened.
     """
     seconds: dict[tuple[str, str], float] = {}
     kinds: dict[tuple[str, str], list[Run]] = {}

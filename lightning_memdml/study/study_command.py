@@ -95,12 +95,12 @@ def study(arguments: list[str], cli: CLI) -> None:
     if given.time_limit is not None and given.time_limit <= 0:
         parser.error(f"Expected --time_limit, in minutes, above 0 but got {given.time_limit}.")
     asked = {name: getattr(given, name) for name in ("processes", "dry_run", "report_only", "time_limit")}
-    for config in given.config:
-        Plan(read_study_beside(config), cli, options)  # errors in any file appear before the first run
+    # Errors in any file appear before the first run.
+    plans = {config: Plan(read_study_beside(config), cli, options) for config in given.config}
     failed = False
-    for config in given.config:
+    for config, plan in plans.items():
         failed |= not _run_and_report_failures(
-            config, cli, options, output=Path(given.output, Path(config).stem), **asked
+            config, cli, options, output=Path(given.output, Path(config).stem), plan=plan, **asked
         )
     if failed:
         sys.exit(1)
@@ -126,6 +126,7 @@ def run_study(
     dry_run: bool = False,
     report_only: bool = False,
     time_limit: float | None = None,
+    plan: Plan | None = None,
 ) -> Results:
     """Run a study and write its report.
 
@@ -136,9 +137,11 @@ def run_study(
         output: Folder for runs and report; by default `runs/study/<file name>`.
         processes: Number of runs trained at the same time, each in its own process with its share of the cores.
             Process i uses GPU i if there are GPUs.
-        dry_run: List the runs and their estimated time. Only a few steps of each arm are trained.
+        dry_run: List the runs and their estimated time. Only a few steps of each arm are trained, on one photograph in
+            place of all.
         report_only: Write the report of the finished runs without training.
         time_limit: Minutes after which no further run is started. The next call continues.
+        plan: The runs of the file with these options, if they were planned already; it takes seconds.
 
     Returns:
         The results.
@@ -148,8 +151,8 @@ def run_study(
         FailedRunsError: If runs failed, after all others are finished and reported.
     """
     folder = RunFolder(Path("runs/study", Path(path).stem) if output is None else output)
-    content = read_study_beside(path)
-    plan = Plan(content, cli, options)
+    plan = plan or Plan(read_study_beside(path), cli, options)
+    content = plan.study
     if dry_run:
         _print_plan(plan, cli, folder)
         return Results(content, [])
@@ -200,8 +203,8 @@ def _print_plan(plan: Plan, cli: CLI, folder: RunFolder) -> None:
         print(f"{run.stage:6}  {'finished' if done else f'{cost:6.1f} s':>10}  {words}")
     print(
         f"{len(runs)} runs, about {left / 60:.1f} minutes left in one process. For arms without a finished run this "
-        "includes the training only, not the scoring. The network before the training is scored as well: "
-        f"{len(plan.reference_runs())} times."
+        "includes the steps of the training only: not the features to which a head is fitted, and not the scoring. The "
+        f"network before the training is scored as well: {len(plan.reference_runs())} times."
     )
     study = plan.study
     chosen = {(run.arm, run.data) for run in agenda.runs if run.stage == "test"}  # whose search is finished

@@ -21,6 +21,7 @@ from lightning_memdml.study.budgets import budget_of
 from lightning_memdml.study.isolation import isolated
 from lightning_memdml.study.overrides import Config
 from lightning_memdml.study.plan import CLI, Record, Run
+from lightning_memdml.study.probing import prepare_probe
 from lightning_memdml.study.recording import DivergedError, RunRecorder, has_diverged
 from lightning_memdml.verbosity import quiet
 
@@ -35,7 +36,7 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
         run: The run.
         cli: Builds learner, data and Trainer from the configuration; a `SharedCLI` shares them between runs.
         folder: Folder for the files of the run's callbacks.
-        max_steps: Stop after this number of steps without scoring, to measure the time of a step.
+        max_steps: Stop after this number of steps without scoring, to measure the time of a step: see `prepare_probe`.
 
     Raises:
         ValueError: If the training stopped early, or a search run has no validation classes.
@@ -58,6 +59,7 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
         built = cli(run=False, args=config, load_from_checkpoint_support=False)
         trainer, learner, data = built.trainer, built.model, built.datamodule
         learner.logs_losses = _may_read_losses(config, trainer.callbacks)
+        opening = 0.0 if max_steps is None else prepare_probe(trainer, learner, data)
         trainer.callbacks.append(recorder)
         with contextlib.suppress(DivergedError):
             trainer.fit(learner, data)
@@ -68,6 +70,8 @@ def train(run: Run, cli: CLI, folder: Path, max_steps: int | None = None) -> Rec
             f"Expected {run.config['trainer']['max_steps']} optimiser steps but got {trainer.global_step}. Remove the "
             "option or callback that stops the training early: arms are compared at equal budgets."
         )
+    if opening:
+        recorder.record["ms_per_step"] += opening
     return {
         "stage": run.stage,
         "arm": run.arm,

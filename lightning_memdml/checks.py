@@ -27,6 +27,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+#: Integers that torch 2 stores, but compares with no others.
+INCOMPARABLE = (torch.uint16, torch.uint32, torch.uint64)
 #: By how much an embedding may be longer than 1. Normalisation in bfloat16 is off by up to 4e-3.
 UNIT_TOLERANCE = 1e-2
 
@@ -124,11 +126,17 @@ def check_pairs(
             f"Expected `ref_embeddings` of shape (M, {embeddings.shape[1]}), as wide as `embeddings`, but got "
             f"{tuple(ref_embeddings.shape)}. Pass references of the same embedding layer."
         )
-    if ref_embeddings is not None and ref_embeddings.device != embeddings.device:
-        raise ValueError(
-            f"Expected `ref_embeddings` on {embeddings.device}, like `embeddings`, but got {ref_embeddings.device}. "
-            "Pass `ref_embeddings.to(embeddings.device)`."
-        )
+    others = {"labels": labels, "ref_embeddings": ref_embeddings, "ref_labels": ref_labels, "indices": indices}
+    for name, tensor in {**others, "ref_indices": ref_indices}.items():
+        if tensor is not None and tensor.device != embeddings.device:
+            raise ValueError(
+                f"Expected `{name}` on {embeddings.device}, like `embeddings`, but got {tensor.device}. Pass "
+                f"`{name}.to(embeddings.device)`."
+            )
+        if tensor is not None and tensor.dtype in INCOMPARABLE:
+            raise TypeError(
+                f"Expected `{name}` of a signed integer dtype, or uint8, but got {tensor.dtype}. Pass `{name}.long()`."
+            )
     if embeddings.device.type != "cpu" or embeddings.numel() == 0 or torch.compiler.is_compiling():
         return
     longest = float(torch.linalg.vector_norm(embeddings.detach().float(), dim=1).max())

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_memdml.checks import check_rows
 from lightning_memdml.losses.pair_loss import PairLoss
 from lightning_memdml.memory.protocol import Memory
 from lightning_memdml.memory.rows import MemoryRows
@@ -54,13 +55,15 @@ def loss_term(
         >>> loss_term(ContrastiveLoss(), torch.eye(2), torch.tensor([0, 0]), rows)
         tensor(1.)
     """
+    if not isinstance(loss, PairLoss):
+        _check_arguments(loss, embeddings, labels, indices, with_rows=rows is not None)
     if rows is None:
         if isinstance(loss, PairLoss):
             return loss(embeddings, labels, indices=indices)
         with torch.autocast(embeddings.device.type, enabled=False):
             return loss(_at_least_float32(embeddings), labels)
     if not isinstance(rows, MemoryRows):
-        rows = MemoryRows(*rows)
+        rows = _as_memory_rows(rows)
     ref_embeddings, ref_labels, ref_indices = rows
     if (ref_labels.shape[0] if rows.ranks is None else len(rows.ranks)) == 0:
         return embeddings[:0].sum()
@@ -79,6 +82,12 @@ def loss_term(
         raise ValueError(
             f"Expected a PairLoss against a ShardedMemory, whose rows are spread over the ranks, but got {loss}. Pass "
             "a PairLoss, or use an EmbeddingMemory."
+        )
+    if ref_embeddings.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"Expected embeddings of shape (B, {ref_embeddings.shape[1]}), as wide as the rows of the memory, but got "
+            f"{tuple(embeddings.shape)}. Pass those of the same embedding layer, or empty the memory: "
+            "`memory.reset()`."
         )
     embeddings = _at_least_float32(embeddings)
     ref_embeddings = ref_embeddings.to(embeddings.dtype)
@@ -134,9 +143,37 @@ def against_memory(
             "`Trainer(callbacks=[MemoryCallback(size=8192)])`. Outside of `trainer.fit` there is no memory: use the "
             "in-batch loss alone there."
         )
+    check_rows("embeddings", embeddings, labels=labels, **({} if indices is None else {"indices": indices}))
     given = {"embeddings": embeddings.detach(), "labels": labels}
     memory.given = given if indices is None else {**given, "indices": indices}
     return loss_term(loss, embeddings, labels, memory.read(), indices)
+
+
+def _check_arguments(loss: Any, embeddings: Any, labels: Any, indices: Any, *, with_rows: bool) -> None:
+    """Check the arguments of a loss that does not check them itself.
+
+    What it compares in the batch is its own matter: labels may be of any kind. Against rows they are integers, as those
+    of the rows.
+    """
+    if not callable(loss):
+        check_loss("loss", loss)
+    if with_rows:
+        check_rows("embeddings", embeddings, labels=labels, **({} if indices is None else {"indices": indices}))
+    elif not isinstance(embeddings, Tensor):
+        raise TypeError(
+            f"Expected `embeddings` to be a tensor of shape (B, D) but got {type(embeddings).__name__}. Pass "
+            "`torch.as_tensor(embeddings)`."
+        )
+
+
+def _as_memory_rows(rows: Any) -> MemoryRows:
+    if not isinstance(rows, tuple | list) or len(rows) != 3:
+        got = f"{len(rows)} items" if isinstance(rows, tuple | list) else type(rows).__name__
+        raise TypeError(
+            f"Expected `rows` to be embeddings, labels and indices but got {got}. Pass `memory.read()`, or "
+            "(embeddings, labels, torch.full_like(labels, -1))."
+        )
+    return MemoryRows(*rows)
 
 
 def check_memory_options(module: LightningModule, options: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"saving"},
     "saving": {"atomic_write", "describing", "hf_networks", "runs", "timm_networks", "trust"},
     "curves": {"losses", "checks", "atomic_write", "csv_table", "picture_style"},
-    "memory_term": {"losses", "memory"},
+    "memory_term": {"checks", "losses", "memory"},
     "callbacks": {
         *("lazy", "compat", "memory", "memory_term", "losses", "retrieval", "curves", "runs", "training_images"),
         *("atomic_write", "checks", "csv_table", "picture_style", "backbone_blocks", "readable_repr"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_memdml import ContrastiveLoss
-from lightning_memdml.checks import check_rows
+from lightning_memdml.checks import INCOMPARABLE, check_rows
 
 X = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 Y = torch.tensor([0, 0, 1, 1])
@@ -110,9 +110,23 @@ def test_wrong_indices_are_named():
         ContrastiveLoss()(X, Y, ref_indices=Y)
 
 
-def test_references_on_another_device_are_refused():
-    with pytest.raises(ValueError, match=r"^Expected `ref_embeddings` on cpu, like `embeddings`, but got meta\. Pass "):
-        ContrastiveLoss()(X, Y, X.to("meta"), Y)
+@pytest.mark.parametrize("name", ["labels", "ref_embeddings", "ref_labels", "indices", "ref_indices"])
+def test_a_tensor_on_another_device_is_refused(name):
+    given = {"labels": Y, "ref_embeddings": X, "ref_labels": Y, "indices": Y, "ref_indices": Y}
+    given[name] = given[name].to("meta")
+    message = f"Expected `{name}` on cpu, like `embeddings`, but got meta. Pass `{name}.to(embeddings.device)`."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ContrastiveLoss()(X, **given)
+
+
+@pytest.mark.parametrize("name", ["labels", "ref_labels", "indices", "ref_indices"])
+@pytest.mark.parametrize("dtype", INCOMPARABLE)
+def test_integers_that_torch_does_not_compare_are_refused(name, dtype):
+    given = {"labels": Y, "ref_embeddings": X, "ref_labels": Y, "indices": Y, "ref_indices": Y}
+    given[name] = given[name].to(dtype)
+    message = f"Expected `{name}` of a signed integer dtype, or uint8, but got {dtype}. Pass `{name}.long()`."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        ContrastiveLoss()(X, **given)
 
 
 def test_a_tensor_without_rows_may_have_no_columns():

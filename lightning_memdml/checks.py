@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -288,7 +288,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _holds(value: Any, origin: type, items: tuple[Any, ...]) -> bool:
-    """Whether a value is a collection, and its items are what its annotation says."""
+    """Whether a value is a collection, and its items are what its annotation says; True for other generic types."""
+    if not issubclass(origin, Iterable):
+        return True
     if isinstance(value, str) or not isinstance(value, origin if issubclass(origin, Mapping) else object):
         return False
     if not hasattr(value, "__iter__") or isinstance(value, Tensor):

@@ -194,7 +194,6 @@ class ScaledCircle(ml.CircleLoss):
 
 
 @pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("backend", ["triton_blocks"], indirect=True)
 @pytest.mark.parametrize("factor", [1e-8, 1e4])
 def test_the_factor_of_a_softmax_may_be_beyond_half_precision(factor: float, backend: Backend) -> None:
     loss = ScaledCircle(backend=backend)

@@ -49,10 +49,12 @@ LOSSES: dict[str, Callable[..., ml.PairLoss]] = {
 }
 LARGE, SMALL = (512, 1 << 20), (64, 65_536)
 SIZES = [(*LARGE, 512), (*LARGE, 128), (256, 65_536, 128), (*SMALL, 128), (*SMALL, 512)]
+# Anchors, references, warps, stages and programs at once; the first ones are what the package takes.
 TILES = {
-    128: [(128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
-    256: [(128, 64, 8, 3), (64, 64, 8, 3), (64, 64, 4, 3)],
-    512: [(64, 64, 8, 2), (64, 32, 8, 4), (64, 32, 8, 3)],
+    64: [(128, 128, 8, 3, 1), (64, 64, 4, 4, 2), (128, 64, 4, 3, 2)],
+    128: [(128, 128, 8, 3, 1), (128, 64, 8, 3, 1), (64, 64, 4, 3, 2), (64, 64, 4, 2, 2)],
+    256: [(64, 64, 4, 2, 2), (64, 64, 4, 3, 1), (64, 64, 8, 3, 1), (64, 32, 4, 3, 2), (128, 64, 8, 3, 1)],
+    512: [(64, 64, 8, 2, 1), (64, 32, 8, 4, 1), (64, 32, 8, 3, 1)],
 }
 TINY = [(16, 512, 32)]  # on a CPU
 
@@ -222,23 +224,23 @@ def blocks(checks: Checks) -> None:
 
 
 def tiles(checks: Checks) -> None:
-    """The tiles of the kernel: anchors, references, warps and stages."""
+    """The tiles of the kernel: anchors, references, warps, stages and programs that run on a multiprocessor at once."""
     if not checks.on_gpu:
         return
     from lightning_memdml.losses.backends.triton import kernel
 
     before = kernel.TILES
     try:
-        for (batch, memory), dim in ((LARGE, 128), ((64, 1 << 20), 256), (LARGE, 512)):
+        for (batch, memory), dim in ((LARGE, 64), (LARGE, 128), ((64, 1 << 20), 256), (LARGE, 512)):
             inputs = checks.inputs("trained", batch, memory, dim)
             bounds, floor = bounds_of(inputs), checks.floor(inputs)
-            for numbers in TILES[dim]:
+            for numbers, name in product(TILES[dim], ("contrastive", "InfoNCE")):
                 if checks.seconds_left < 30:
                     return
                 kernel.TILES = {dim: [kernel.Tiles(*numbers)]}
-                row = {"batch": batch, "dim": dim, "tiles": numbers}
+                row = {"batch": batch, "dim": dim, "tiles": numbers, "method": name}
                 try:
-                    taken = checks.clock(step(ml.ContrastiveLoss(backend="triton"), inputs, max_shared=bounds), 4)
+                    taken = checks.clock(step(LOSSES[name](backend="triton"), inputs, max_shared=bounds), 4)
                     checks.add("tiles", **row, ratio=taken["device"] / floor, **taken)
                 except Exception as error:  # of tiles that do not fit
                     checks.add("tiles", **row, failed=first_line(error))

@@ -194,6 +194,7 @@ class ScaledCircle(ml.CircleLoss):
 
 
 @pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("backend", ["triton_blocks"], indirect=True)
 @pytest.mark.parametrize("factor", [1e-8, 1e4])
 def test_the_factor_of_a_softmax_may_be_beyond_half_precision(factor: float, backend: Backend) -> None:
     loss = ScaledCircle(backend=backend)
@@ -273,19 +274,45 @@ def test_anchors_with_too_many_shared_references_are_compared_in_halves(
         check((LOSSES | WITHOUT_KERNEL)[name], given, TOLERANCE)
 
 
-def test_tiles_fit_the_device() -> None:
-    for dim in (1, 128, 129, 512):
-        for kilobytes in (99, 163, 227):  # compute capabilities 8.6, 8.0 and 9.0
-            padded, tiles = kernel.choose_tiles(512, dim, kilobytes << 10)
-            assert padded >= dim
+@pytest.mark.parametrize(("generation", "kilobytes"), [(8, 99), (8, 163), (9, 227)])
+def test_tiles_fit_the_device(generation: int, kilobytes: int) -> None:
+    device = launching.Device(generation, 132, kilobytes << 10)
+    for dim in (1, 64, 65, 128, 129, 256, 512):
+        for rows in (16, 64, 512):
+            padded, tiles = kernel.choose_tiles(rows, dim, device)
+            assert dim <= padded < max(2 * dim, 65), "rows of 64 numbers are not padded to 128"
             assert tiles.shared_memory(padded) <= kilobytes << 10
-    assert kernel.choose_tiles(16, 128, 227 << 10)[1].anchors == 64, "a few anchors are not padded to many"
+            assert tiles.generation <= generation
+            assert tiles.anchors <= max(rows, 64), "a few anchors are not padded to many"
+            programs = tiles.at_once(padded, device) // device.processors
+            assert programs * (tiles.shared_memory(padded) + 1024) <= (kilobytes + 1) << 10
+            assert programs * tiles.warps * 32 * 255 <= 65_536 or programs == 1, "registers of a multiprocessor"
+    narrow, wide = (kernel.choose_tiles(64, dim, device) for dim in (128, 256))
+    assert narrow[1].at_once(128, device) == (132 if kilobytes == 99 else 264)
+    assert wide[1].warps == (4 if generation == 9 else 8)
+
+
+@pytest.mark.parametrize("at_once", [4, 108, 132, 216, 264])
+def test_at_most_a_small_part_of_the_gpu_is_idle(at_once: int) -> None:
+    for groups in (*range(1, 300, 7), 80, at_once, at_once + 1):
+        for references in (1 << 16, 1 << 20, 1_000_003):
+            share = kernel.choose_share(references, 64, groups, at_once)
+            shares = -(-references // share)
+            assert share % 64 == 0
+            assert shares <= kernel.MOST_SHARES
+            rounds = -(-groups * shares // at_once)
+            needed = groups * -(-references // 64) / at_once  # tiles for each program that runs at once, at best
+            taken = rounds * share / 64
+            # The worst is a group more than run at once. With one share for each group it would take twice as long.
+            assert taken <= 1.17 * needed + 2 * kernel.TILES_OF_A_STATE, (groups, references)
+    assert kernel.choose_share(1 << 20, 64, 80, 132) < 1 << 20, "80 of 132 multiprocessors would have work"
+    assert kernel.choose_share(64, 64, 1, at_once) == 64
 
 
 COMPILE = """
 import json
 import lightning_memdml as ml
-from support.compiling import compile_only, compile_step
+from support.compiling import compile_only, compile_step, multiplications, stack_bytes
 from lightning_memdml.losses.backends.triton import kernel, merging, shared
 
 def report(name, grid, options, built):
@@ -295,14 +322,18 @@ def report(name, grid, options, built):
     estimate = kernel.Tiles(*cut).shared_memory(options["padded_dim"])
     loops = [line for line in built.asm["ttir"].splitlines() if "scf.for" in line]
     moves = any("!tt.ptr" in loop for loop in loops)
-    products = built.asm["ptx"].count("wgmma.mma_async")
-    print(json.dumps([grid, built.metadata.shared, estimate, products, moves, options["gathered"]]))
+    one_product = options["anchors_per_program"] * options["references_per_tile"] * options["padded_dim"]
+    needed = (options["with_gradient"] + options["listed"] + 1) * one_product
+    done = multiplications(built, options["num_warps"]) / needed
+    print(json.dumps([grid, built.metadata.shared, estimate, done, moves, options["gathered"], stack_bytes(built)]))
 
 compile_only({kernel: ["add_negatives"], merging: ["_merge"], shared: ["_find", "_compare", "_gather"]}, report)
 compile_step(ml.MultiSimilarityLoss(backend="triton"), 80, 163, 128)
 compile_step(ml.HybridLoss(ml.SupConLoss(), ml.MarginLoss(), backend="triton"), 90, 227, 256)
 compile_step(ml.ContrastiveLoss(backend="triton"), 90, 227, 512)
 compile_step(ml.TripletLoss(soft=True, backend="triton"), 90, 227, 128)
+compile_step(ml.MultiSimilarityLoss(backend="triton"), 90, 227, 256, rows=64)
+compile_step(ml.InfoNCELoss(backend="triton"), 90, 227, 64)
 """
 
 
@@ -312,9 +343,14 @@ def test_the_kernel_compiles_for_devices_that_are_not_here() -> None:
     """With fake tensors, whatever needs the content of a device's tensor raises; so the launch does not wait for it."""
     done = run_python("-c", COMPILE, env={"TRITON_INTERPRET": None})
     launches = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [gathered for *_, gathered in launches] == 5 * [False, True], "plain negatives, then the shared references"
-    grids, used, estimated, warp_group_products, moves, _ = zip(*launches, strict=True)
-    assert grids[::2] == ([4, 33], [4, 33], [4, 33], [8, 16], [4, 33]), "one program for nearly every processor"
+    grids, used, estimated, products, moves, gathered, stacks = zip(*launches, strict=True)
+    assert gathered == 7 * (False, True), "plain negatives, then the shared references"
+    at_once = [132] * 5 + [264, 132]
+    busy = [groups * shares / most for (groups, shares), most in zip(grids[::2], at_once, strict=True)]
+    assert all(0.9 < share <= 1 for share in busy), "one program for nearly every processor, or two"
     assert all(a <= b for a, b in zip(used, estimated, strict=True)), "by this estimate the tiles were chosen"
-    assert [number > 0 for number in warp_group_products] == 2 * [False] + 8 * [True], "tensor cores of 9.0 alone"
     assert all(moves[::2]), "a pointer moves from tile to tile: offsets from the first one overflow in long shares"
+    # Tensor cores of 9.0 alone; of 512 numbers, the first product of the second phase is computed twice.
+    assert products == (0,) * 2 + (1,) * 4 + (4 / 3, 3 / 2) + (1,) * 6
+    # Not for 8.0, for 512 numbers, and for the soft triplet loss with its many sums.
+    assert (stacks[2], stacks[4], stacks[10], stacks[12]) == (0, 0, 0, 0), "all is kept in registers"

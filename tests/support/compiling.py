@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -69,3 +72,21 @@ def compile_step(
         y, ry = (torch.empty(number, dtype=torch.int64, device="cuda") for number in (rows, memory))
         value, gradient = streaming.evaluate(loss, Pairs(x, y, r, ry, y, ry, max_shared=[512]))
     assert (value.shape, gradient.shape) == ((rows,), (rows, dim))
+
+
+def multiplications(built: Any, warps: int) -> int:
+    """Return how many numbers the tensor cores of compute capability 9.0 multiply in the text of a kernel."""
+    widths = re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", built.asm["ptx"])
+    return sum(map(int, widths)) * 64 * 16 * warps // 4  # by 4 warps each
+
+
+def stack_bytes(built: Any) -> int:
+    """Return the bytes of each thread for what its registers do not hold."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", printed)
+    assert found is not None, printed
+    return int(found[1])

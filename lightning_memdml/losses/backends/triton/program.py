@@ -46,8 +46,6 @@ def add_negatives(  # type: ignore[no-untyped-def]
       or with `threshold_per_anchor` those in `thresholds`, `(B,)`. The lists are `(programs, COUNTS + share)`, and
       `first_part` is a multiple of a tile, at least `share / (2**PARTS - 1)`.
     """
-    # Weights of a softmax are at most 1, but not their products with values.
-    scaled: tl.constexpr = references.dtype.element_ty == tl.float16 and (has_values or not exponential)
     i = tl.program_id(0) * anchors_per_program + tl.arange(0, anchors_per_program)
     j = tl.arange(0, references_per_tile)
     d = tl.arange(0, padded_dim)
@@ -112,14 +110,14 @@ def add_negatives(  # type: ignore[no-untyped-def]
             weights = tl.where(drop, 0.0, weights)
             if has_values:
                 total += tl.sum(tl.where(drop, 0.0, values), 1)
-        if with_gradient:
-            if scaled:  # float16 ends at 65,504 and at 6e-8
+            if with_gradient and tile.dtype == tl.float16:  # which ends at 65,504 and at 6e-8
                 peak_before = peak
                 peak = tl.maximum(peak, tl.max(tl.abs(weights), 1))
                 gradient = gradient * (peak_before / peak)[:, None]
                 weights = weights / peak[:, None]
+        if with_gradient:
             gradient = tl.dot(weights.to(tile.dtype), tile, gradient, input_precision="ieee")
-    if scaled:
+    if not exponential and references.dtype.element_ty == tl.float16:
         gradient = gradient * peak[:, None]
     width = 3 + (dim if with_gradient else 0) + num_sums
     state = states + (tl.program_id(1).to(tl.int64) * num_anchors + i) * width

@@ -70,19 +70,35 @@ def test_index_and_search_use_the_trained_network(trained: Path, capsys: pytest.
     assert f"{second.parent.name}/{second.name}" in first
 
 
+def resamples_otherwise() -> bool:
+    """Whether the ONNX exporter resamples position embeddings otherwise than torch, which moves embeddings by 5e-4.
+
+    That of torch 2.10 with onnxscript 0.5 does. Only the transformer has position embeddings.
+    """
+    is_old = tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 10)
+    return is_old and any("pos_embed" in name for name, _ in MetricLearner.load(LAST).named_parameters())
+
+
 def test_exported_files_equal_the_network(trained: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason="the extra `export`")
     import onnxruntime
 
     images, expected = embed(sorted(trained.glob("pictures/*/*.png"))[:5])
+    if resamples_otherwise():
+        with pytest.raises(SystemExit, match=r"Expected model\.onnx to equal the network to .* but it differs by"):
+            main(f"export --ckpt_path {LAST} --output exported".split())
+        assert not Path("exported/model.onnx").exists()
+        main(f"export --ckpt_path {LAST} --output exported --formats [torch]".split())
+        return
     main(f"export --ckpt_path {LAST} --output exported".split())
     session = onnxruntime.InferenceSession("exported/model.onnx")
     (by_onnx,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     learner = MetricLearner.load_from_checkpoint(LAST).eval()
     with torch.no_grad():
         exact = learner.double()(images.double()).numpy()
-    bound = MARGIN * np.abs(expected - exact).max() + FLOOR  # on photographs, as noise is what the command compares on
+    # The command compares on noise, and this test on photographs.
+    bound = MARGIN * np.abs(expected - exact).max() + FLOOR
     np.testing.assert_allclose(by_onnx, exact, rtol=0, atol=bound)
     program = torch.export.load("exported/model.pt2").module()
     np.testing.assert_allclose(program(images).detach().numpy(), exact, rtol=0, atol=bound)

@@ -36,6 +36,7 @@ def state_of(checkpoint: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
     return saved["global_step"], choice, saved["state_dict"]
 
 
+@pytest.mark.filterwarnings("ignore:Expected `start_step` below the")
 def test_a_table_is_trained_on_tested_and_resumed(
     run_in: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

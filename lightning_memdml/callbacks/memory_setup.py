@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_memdml.compat import ranks_start_method
-from lightning_memdml.losses.backends import AUTO
 from lightning_memdml.losses.pair_loss import PairLoss
 from lightning_memdml.memory.embedding_memory import EmbeddingMemory
 from lightning_memdml.memory.protocol import Memory
@@ -70,7 +69,7 @@ def describe_backends(pl_module: LightningModule) -> str:
     """Return by which backends the pair losses of a module are computed, for the log; nothing if it has none."""
     losses = [loss for loss in pl_module.modules() if isinstance(loss, PairLoss)]
     parts = {part for loss in losses for part in loss.children()}  # the hybrid decides for both
-    chosen = {f"auto ({AUTO})" if loss.backend == "auto" else loss.backend for loss in losses if loss not in parts}
+    chosen = {"auto (blocks)" if loss.backend == "auto" else loss.backend for loss in losses if loss not in parts}
     return f"; backend of the losses: {' and '.join(sorted(chosen))}" if chosen else ""
 
 

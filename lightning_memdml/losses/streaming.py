@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_memdml import bfloat16
 from lightning_memdml.bfloat16_copy import RoundedRows
 from lightning_memdml.losses.accumulators import SAMPLE, NegativeAccumulator, add_block, make_accumulators
-from lightning_memdml.losses.backends import AUTO, Backend
+from lightning_memdml.losses.backends import WITH_KERNEL, Backend
 from lightning_memdml.losses.backends.bfloat16_prefilter import BFloat16Prefilter
 from lightning_memdml.losses.definition import LossDefinition, NegativeTotals, Pairs
 from lightning_memdml.losses.row_ops import HOST_DEVICES
@@ -37,7 +37,9 @@ TRITON_DEVICES = {"cuda"}
 def evaluate(loss: LossDefinition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     r"""Return the value of each anchor, `(B,)`, and its gradient $\partial l_i / \partial x_i$, `(B, D)`."""
     value, gradient = torch.empty_like(pairs.anchors[:, 0]), torch.empty_like(pairs.anchors)
-    launch = _choose_launch(loss.backend, pairs.anchors, pairs.references) if len(pairs.references) else None
+    launch = None
+    if loss.backend in WITH_KERNEL and len(pairs.references):
+        launch = _choose_launch(loss.backend, pairs.anchors, pairs.references)
     parts = loss.parts or (loss,)
     for block in shared_blocks(loss, pairs, by_triton=launch is not None):
         # Of each part: the totals of all negatives, and their gradient; `None` where Triton has no kernel for it.
@@ -98,7 +100,7 @@ def add_negatives(
         read_rounded: Returns the references in bfloat16, if a memory keeps them.
     """
     anchors = accumulators[0].anchors
-    if (launch := _choose_launch(backend, anchors, references)) is not None:
+    if backend in WITH_KERNEL and (launch := _choose_launch(backend, anchors, references)) is not None:
         from lightning_memdml.losses.backends.triton.launching import add_plain_negatives
 
         accumulators, reason = add_plain_negatives(accumulators, references, left_out.is_shared, launch)
@@ -132,10 +134,7 @@ def add_negatives(
 
 
 def _choose_launch(backend: Backend, anchors: Tensor, references: Tensor) -> Launch | None:
-    """Return what adds negatives by Triton; `None` for blocks, with a warning where Triton was asked for in vain."""
-    backend = AUTO if backend == "auto" else backend
-    if backend == "blocks":
-        return None
+    """Return what adds negatives by a kernel, or `None`, with a warning, where it cannot serve both."""
     if references.device.type in TRITON_DEVICES:
         from lightning_memdml.losses.backends.triton import elementwise, kernel  # Triton is not everywhere
 
@@ -149,7 +148,6 @@ def _choose_launch(backend: Backend, anchors: Tensor, references: Tensor) -> Lau
 
 
 def _warn_of_blocks(backend: Backend, reason: str) -> None:
-    backend = AUTO if backend == "auto" else backend
     width, other = (" of at most 512 numbers", ", try `triton_blocks`") if backend == "triton" else ("", "")
     warnings.warn(
         f"Expected contiguous references in float16 or bfloat16{width} on an NVIDIA GPU, and a loss with element-wise "

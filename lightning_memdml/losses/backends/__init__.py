@@ -18,8 +18,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Backend = Literal["auto", "blocks", "triton", "triton_blocks"]
-#: What `auto` means, on every device: kernels of Triton become the default when a GPU has shown them to be faster.
-AUTO: Backend = "blocks"
+#: Backends with a kernel. `auto` is none of them, on any device, until a GPU has shown one to be faster.
+WITH_KERNEL: frozenset[Backend] = frozenset(["triton", "triton_blocks"])
 
 
 def check_backend(backend: Backend) -> Backend:

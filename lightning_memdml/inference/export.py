@@ -26,9 +26,9 @@ FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 PREPROCESSING = "preprocessing.json"
 # An exported network may be off by as much as the network itself, times a margin. A fixed bound fits no two networks:
 # their rounding was 1e-8 to 1e-5, and below 1e-3 lies more than rounding. In the ONNX of torch 2.10 (onnxscript 0.5)
-# the resampled position embeddings of a transformer are off by 3e-3, and the entries of its embeddings by 5e-4. Over 16
-# architectures, each with a default and a whitening head, ONNX was off by at most 2.0 times the rounding of the
-# network, and a program of torch by 1.0.
+# the resampled position embeddings of a transformer are off by 3e-3, and the entries of its embeddings by 5e-4. Over
+# about 16 architectures, most with a default and with a whitening head, ONNX was off by at most 2.0 times the rounding
+# of the network, and a program of torch by 1.02 (torch 2.14).
 MARGIN = 8.0
 # Added to the bound, as some networks round nowhere: four units in the last place of a length of 1.
 FLOOR = 4 * torch.finfo(torch.float32).eps

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gpu import Count
+from support.gpu import Count, fakes_batched_products
 
 import lightning_memdml as ml
 from lightning_memdml.losses import streaming
@@ -98,13 +98,15 @@ def count_step(name: str, backend: Backend, rows: int, memory: int, fake_gpu: An
 def test_the_kernels_save_most_bytes_between_the_products(
     name: str, rows: int, memory: int, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most = LAUNCHES[rows, memory][name]
+    most = dict(LAUNCHES[rows, memory][name])
+    if not fakes_batched_products(fake_gpu):
+        del most["triton_blocks"]
     counted = {backend: count_step(name, backend, rows, memory, fake_gpu, monkeypatch) for backend in most}
-    for backend in ("triton", "triton_blocks"):
+    for backend in most.keys() - {"blocks"}:
         assert counted["blocks"].bytes >= 5 * counted[backend].bytes
     assert {backend: count.launches for backend, count in counted.items() if count.launches > most[backend]} == {}
     # A similarity in float32 is read once, and a weight in 16 bits is written.
-    assert counted["triton_blocks"].bytes >= 6 * rows * memory
+    assert "triton_blocks" not in most or counted["triton_blocks"].bytes >= 6 * rows * memory
 
 
 GRAPHED = {

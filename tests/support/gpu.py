@@ -66,6 +66,17 @@ class Count(TorchDispatchMode):
         return out
 
 
+def fakes_batched_products(fake_gpu: Any) -> bool:
+    """Whether torch has a batched product of tensors that are not there, as `triton_blocks` needs: 2.10 has none."""
+    with fake_gpu:
+        factor = torch.empty(2, 2, 2, device="cuda", dtype=torch.float16)
+        try:
+            torch.bmm(factor, factor, out_dtype=torch.float32, out=torch.empty(2, 2, 2, device="cuda"))
+        except RuntimeError:  # it then tries to compute one
+            return False
+    return True
+
+
 @contextmanager
 def like_a_gpu() -> Iterator[list[str]]:
     """Treat the CPU as a device that the host must not wait for. The list collects copies to the host."""

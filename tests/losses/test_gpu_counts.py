@@ -93,20 +93,21 @@ def count_step(name: str, backend: Backend, rows: int, memory: int, fake_gpu: An
     return counted
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_blocks"])
 @pytest.mark.parametrize("name", ["contrastive", "mined MS", "InfoNCE", "soft"])
 @pytest.mark.parametrize(("rows", "memory"), LAUNCHES)
-def test_the_kernels_save_most_bytes_between_the_products(
-    name: str, rows: int, memory: int, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_saves_most_bytes_between_the_products(
+    name: str, rows: int, memory: int, backend: Backend, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most = dict(LAUNCHES[rows, memory][name])
-    if not fakes_batched_products(fake_gpu):
-        del most["triton_blocks"]
-    counted = {backend: count_step(name, backend, rows, memory, fake_gpu, monkeypatch) for backend in most}
-    for backend in most.keys() - {"blocks"}:
-        assert counted["blocks"].bytes >= 5 * counted[backend].bytes
-    assert {backend: count.launches for backend, count in counted.items() if count.launches > most[backend]} == {}
-    # A similarity in float32 is read once, and a weight in 16 bits is written.
-    assert "triton_blocks" not in most or counted["triton_blocks"].bytes >= 6 * rows * memory
+    if backend == "triton_blocks" and not fakes_batched_products(fake_gpu):
+        pytest.skip(f"torch {torch.__version__} cannot fake a batched product of 16-bit numbers")
+    most = LAUNCHES[rows, memory][name]
+    blocks, by_kernel = (count_step(name, of, rows, memory, fake_gpu, monkeypatch) for of in ("blocks", backend))
+    assert blocks.bytes >= 5 * by_kernel.bytes
+    assert blocks.launches <= most["blocks"]
+    assert by_kernel.launches <= most[backend]
+    if backend == "triton_blocks":  # a similarity in float32 is read once, and a weight in 16 bits is written
+        assert by_kernel.bytes >= 6 * rows * memory
 
 
 GRAPHED = {
